@@ -1,0 +1,66 @@
+# make train           sets up .venv, trains configs/finch-tiny.yaml on real long documents
+# make test            sets up .venv, runs the tests
+# make help            lists the rest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+INFCTX := $(VENV)/bin/infctx
+CONFIG ?= configs/finch-tiny.yaml
+MODEL ?= runs/finch-tiny
+STORE ?= data/python/held_out
+PROMPT ?= def
+ARGS ?=
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help install prepare train evaluate generate export test lint
+
+help:  ## lists the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@echo 'Options of a command go into ARGS="..."; settings of a run too: make train ARGS="optimizer.steps=50"'
+
+install: $(VENV)/installed  ## sets up .venv with all that the commands need
+
+prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ OUTPUT=data/books
+	@test -n "$(INPUT)" -a -n "$(OUTPUT)" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
+	@$(INFCTX) prepare $(INPUT) --output $(OUTPUT) $(ARGS)
+
+train: $(VENV)/installed $(if $(findstring -tiny,$(CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
+	@$(INFCTX) train $(CONFIG) $(ARGS)
+
+evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out
+	@$(INFCTX) evaluate $(MODEL) $(STORE) $(ARGS)
+
+generate: $(VENV)/installed  ## goes on from a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
+	@$(INFCTX) generate $(MODEL) --prompt '$(PROMPT)' $(ARGS)
+
+export: $(VENV)/installed  ## weights for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
+	@test -n "$(OUTPUT)" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
+	@$(INFCTX) export $(MODEL) $(OUTPUT) $(ARGS)
+
+test: $(VENV)/installed-test  ## runs the tests
+	@$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed-test  ## style, formatting, sizes of files and functions
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/python tools/check_size.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo 'Setting up $(VENV); this takes a minute or two ...'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else f"infctx needs Python 3.10 to 3.13; {sys.executable} is {sys.version.split()[0]}. Name another: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+# The documents of the default run: the Python installation's own long sources.
+data/python/store.json: tools/python_documents.py | $(VENV)/installed
+	@$(VENV)/bin/python tools/python_documents.py | $(INFCTX) prepare - --format jsonl --tokenizer bytes --held-out 0.1 --output data/python --overwrite

@@ -1,0 +1,36 @@
+"""infctx trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.
+
+The public interface is the names below; each is described at its definition.  They are looked up at first use, so
+that `import infctx` costs nothing and commands that need no model do not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from infctx.errors import InputError
+    from infctx.model.state import State
+    from infctx.model.weights import build_model, load_model, save_weights
+    from infctx.model.wkv import wkv
+    from infctx.train.window import window_backward
+
+__all__ = ["InputError", "State", "build_model", "load_model", "save_weights", "window_backward", "wkv"]
+__version__ = "0.1.0"
+
+_DEFINED_IN = {
+    "InputError": "infctx.errors",
+    "State": "infctx.model.state",
+    "build_model": "infctx.model.weights",
+    "load_model": "infctx.model.weights",
+    "save_weights": "infctx.model.weights",
+    "window_backward": "infctx.train.window",
+    "wkv": "infctx.model.wkv",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module 'infctx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_DEFINED_IN[name]), name)

@@ -1,0 +1,45 @@
+"""Says which files and functions have outgrown one head: 400 lines a file, 60 lines a function.
+
+python tools/check_size.py          exits with 1 if there is one
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MOST_FILE_LINES = 400
+MOST_FUNCTION_LINES = 60
+CHECKED_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
+
+
+def main() -> int:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, check=True
+    )
+    files = [Path(name) for name in listed.stdout.splitlines() if name.endswith(CHECKED_SUFFIXES)]
+    problems = [problem for file in files if file.is_file() for problem in too_long(file)]
+    print("\n".join(problems) or f"sizes: {len(files)} files, none above {MOST_FILE_LINES} lines")
+    return 1 if problems else 0
+
+
+def too_long(file: Path) -> Iterator[str]:
+    """One line for the file, and for each of its functions, that is too long."""
+    text = file.read_text(encoding="utf-8")
+    num_lines = len(text.splitlines())
+    if num_lines > MOST_FILE_LINES:
+        yield f"{file}: {num_lines} lines, {MOST_FILE_LINES} at most: give its second half a room of its own"
+    if file.suffix != ".py":
+        return
+    for node in ast.walk(ast.parse(text, str(file))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            if length > MOST_FUNCTION_LINES:
+                yield f"{file}:{node.lineno}: {node.name} has {length} lines, {MOST_FUNCTION_LINES} at most"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
