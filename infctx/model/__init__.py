@@ -1,0 +1,14 @@
+"""The model: RWKV-5 (Eagle) and RWKV-6 (Finch), state in and state out at every level.
+
+Letters used for dimensions in this package:
+
+    B  batch: lanes             H  heads, H = D / N
+    T  time: tokens             N  head size: key and value channels of a head
+    D  width                    F  width of the channel mix
+    L  layers                   V  vocabulary
+
+Reading order: rwkv -> block -> time_mix, channel_mix -> wkv -> wkv_reference (the definition).
+"""
+
+START_SPACING = 16
+"""A document may start at every token whose place in the segment is a multiple of this."""

@@ -1,0 +1,78 @@
+"""The model: tokens and a state in, hidden vectors and a state out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infctx.model.block import Block
+from infctx.model.layers import LayerNorm, Linear
+from infctx.model.sizes import Sizes
+from infctx.model.state import State, stack_layers, state_dtype
+
+
+class RWKV(nn.Module):
+    """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`.
+
+    compute_dtype: what activations are computed in, None for the dtype of the weights; the head norm's input, the
+        state and the decays stay fp32 (fp64 in an fp64 model).
+    recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass.
+    """
+
+    def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.compute_dtype: torch.dtype | None = None
+        self.recompute_blocks = False
+        self.embedding = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.embedding_norm = LayerNorm(sizes.width)
+        self.blocks = nn.ModuleList(Block(sizes, backend) for _ in range(sizes.num_layers))
+        self.output_norm = LayerNorm(sizes.width)
+        self.head = Linear(sizes.width, sizes.vocab_size)
+        self.initial_wkv: nn.Parameter | None = None  # (L, H, N, N) key by value: the learned initial state
+
+    def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """Runs one segment.
+
+        tokens: (B, T) int64; any T >= 1
+        state:  what the segment before handed on; None for the initial state
+        starts: (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
+        Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token.
+        """
+        initial = None
+        if starts is not None and self.initial_wkv is not None:
+            initial = self.initial_state(tokens.shape[0])
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        embedded = self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
+        x = self.embedding_norm(embedded)  # (B, T, D)
+        first = initial.layers() if initial else [None] * len(self.blocks)
+        layers = []
+        for block, layer, first_layer in zip(self.blocks, state.layers(), first, strict=True):
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x, layer = checkpoint(block, x, layer, starts, first_layer, use_reentrant=False)
+            else:
+                x, layer = block(x, layer, starts, first_layer)
+            layers.append(layer)
+        return self.output_norm(x), stack_layers(layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V).  For inspection: training applies the head in slices, inside the loss."""
+        return self.head(hidden)
+
+    def initial_state(self, batch_size: int) -> State:
+        """What a document starts from: zeros, or the learned state expanded over B (with its gradient)."""
+        weight = self.embedding.weight
+        zeros = State.zeros(self.sizes, batch_size, state_dtype(weight.dtype), weight.device)
+        if self.initial_wkv is None:
+            return zeros
+        wkv = self.initial_wkv.to(zeros.wkv.dtype)[:, None].expand_as(zeros.wkv)
+        return zeros._replace(wkv=wkv)
+
+    def add_initial_state(self) -> nn.Parameter:
+        """Gives the model an initial state to learn, zeros at first; returns it: (L, H, N, N), key by value."""
+        if self.initial_wkv is None:
+            zeros = State.zeros(self.sizes, 1, state_dtype(self.embedding.weight.dtype), self.embedding.weight.device)
+            self.initial_wkv = nn.Parameter(zeros.wkv[:, 0])
+        return self.initial_wkv

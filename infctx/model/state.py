@@ -1,0 +1,78 @@
+"""State: all that crosses a seam."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infctx.model.sizes import Sizes
+
+
+class State(NamedTuple):
+    """What the model remembers of the tokens before a segment, layers stacked; fp32, or fp64 in an fp64 model.
+
+    wkv:           (L, B, H, N, N) the matrices, key channel by value channel
+    time_shift:    (L, B, D) last normalised input of each time mix
+    channel_shift: (L, B, D) last normalised input of each channel mix
+    """
+
+    wkv: Tensor
+    time_shift: Tensor
+    channel_shift: Tensor
+
+    @classmethod
+    def zeros(cls, sizes: Sizes, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        shift = (sizes.num_layers, batch_size, sizes.width)
+        matrices = (sizes.num_layers, batch_size, sizes.num_heads, sizes.head_size, sizes.head_size)
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in (matrices, shift, shift)))
+
+    @property
+    def batch_size(self) -> int:
+        return self.wkv.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self)
+
+    def detach(self) -> State:
+        return State(*(part.detach() for part in self))
+
+    def leaf(self) -> State:
+        """The same values as leaves of a new graph that collect gradients; shares memory."""
+        return State(*(part.detach().requires_grad_() for part in self))
+
+    def gradient(self) -> State:
+        """The gradients that leaves have collected, zeros where none arrived."""
+        return State(*(torch.zeros_like(part) if part.grad is None else part.grad for part in self))
+
+    def dot(self, other: State) -> Tensor:
+        """Sum of the products of all elements, a scalar."""
+        return sum((mine * its).sum() for mine, its in zip(self, other, strict=True))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> State:
+        return State(*(part.to(device=device, dtype=dtype) for part in self))
+
+    def lanes(self, chosen: slice) -> State:
+        """The state of some lanes; shares memory."""
+        return State(*(part[:, chosen] for part in self))
+
+    @classmethod
+    def join_lanes(cls, states: list[State]) -> State:
+        """The states of groups of lanes as one."""
+        return cls(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
+
+    def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(wkv, time_shift, channel_shift) of each layer; unbind, whose backward is one stack."""
+        return list(zip(*(part.unbind(0) for part in self), strict=True))
+
+
+def stack_layers(layers: list[tuple[Tensor, Tensor, Tensor]]) -> State:
+    """The inverse of State.layers."""
+    return State(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for an fp64 model, fp32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,96 @@
+"""Files of tensors from others, treated as hostile: `.pth` and `.safetensors` in, name -> tensor out."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infctx.errors import InputError
+from infctx.files import atomic_file
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> floating-point tensor, on the CPU, memory-mapped where the format allows; runs no code in the file.
+
+    The format is told by the content, not by the suffix.  Raises InputError naming the file and the entry.
+    """
+    tensors = _read_safetensors(path) if _is_safetensors(path) else _read_pth(path)
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
+        if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided:
+            raise InputError(f"{path}: tensor {name} is {tensor.dtype}; dense fp32, bf16, fp16 and fp64 are read")
+    return tensors
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a file, without reading their values where the format allows."""
+    if not _is_safetensors(path):
+        return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
+    with _open_safetensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def _is_safetensors(path: Path) -> bool:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a .pth or .safetensors of RWKV-5.2 or RWKV-6")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if not head:
+        raise InputError(f"{path}: the file is empty")
+    return head[8:] == b"{" and head[:2] != b"PK"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes contiguous CPU tensors as `.pth` or `.safetensors`, by the suffix; atomic."""
+    if path.suffix not in (".pth", ".safetensors"):
+        raise InputError(f"{path}: weights are written as .pth or .safetensors; choose one of these suffixes")
+    with atomic_file(path) as temporary:
+        if path.suffix == ".pth":
+            torch.save(dict(tensors), temporary)
+        else:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+
+
+def _read_pth(path: Path) -> dict[Any, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:Unsupported|GLOBAL|global) [^\n]*", str(error))
+        raise InputError(
+            f"{path}: not a plain dict of tensors, and no code in it was run "
+            f"({found[0].strip() if found else 'unreadable pickle'}); "
+            "save the weights alone, as torch.save(model.state_dict(), path) does"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AssertionError, OSError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a whole .pth file ({reason}); copy it again") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return dict(content)

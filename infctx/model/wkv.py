@@ -1,0 +1,91 @@
+"""WKV, the one op of time mixing: the contract, its checks, and the choice of a backend."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from infctx.errors import InputError
+from infctx.model import START_SPACING
+from infctx.model.wkv_chunked import wkv_chunked
+from infctx.model.wkv_compiled import wkv_compiled
+from infctx.model.wkv_reference import wkv_reference
+
+BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled}
+
+log = logging.getLogger(__name__)
+
+
+def wkv(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    initial: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the WKV recurrence of RWKV-5 and RWKV-6 over a segment and hands on its state.
+
+    Per head, for key channel i and value channel j (arXiv 2404.05892, sections 4 and 5):
+
+        y[t, j] = sum_i r[t, i] (S[i, j] + u[i] k[t, i] v[t, j]);    S[i, j] <- exp(w[t, i]) S[i, j] + k[t, i] v[t, j]
+
+    r, k, v: (B, T, H, N), bf16, fp32 or fp64; any T >= 1
+    w:       (B, T, H, N), fp32 (fp64 with fp64) log decay <= 0; may be expanded over T, as RWKV-5 does
+    u:       (H, N), the bonus of the current token
+    state:   (B, H, N, N), fp32 (fp64 with fp64), key by value
+    starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, where the state becomes `initial`
+    initial: (B, H, N, N) like state, may be expanded over B; None for zeros
+    backend: "reference" (a loop over time: the definition), "chunked" (plain torch, any device), "compiled"
+             (numba, CPU), or "auto": compiled on a CPU, chunked elsewhere
+
+    Returns y like r, and the state after the last token, like `state`.  Nothing is changed in place; every input but
+    `starts` has a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
+    """
+    _check(r, k, v, w, u, state, starts, initial)
+    return BACKENDS[pick_backend(backend, r.device.type)](r, k, v, w, u, state, starts, initial)
+
+
+@functools.cache
+def pick_backend(backend: str, device_type: str) -> str:
+    """The name of the backend that runs; says so once in the log."""
+    if backend == "auto":
+        backend = "compiled" if device_type == "cpu" else "chunked"
+    if backend not in BACKENDS:
+        raise InputError(f"wkv: there is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    if backend == "compiled" and device_type != "cpu":
+        raise InputError(f"wkv: backend 'compiled' runs on a CPU, not on {device_type}; choose auto or chunked")
+    log.info("wkv backend on %s: %s", device_type, backend)
+    return backend
+
+
+def _check(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, starts: Tensor | None, initial: Tensor | None
+) -> None:
+    if r.ndim != 4 or r.shape[1] < 1:
+        raise InputError(f"wkv: r must be (B, T, H, N) with T >= 1, not {tuple(r.shape)}")
+    batch, num_tokens, heads, size = r.shape
+    expected = {
+        "k": (k, tuple(r.shape)),
+        "v": (v, tuple(r.shape)),
+        "w": (w, tuple(r.shape)),
+        "u": (u, (heads, size)),
+        "state": (state, (batch, heads, size, size)),
+        "starts": (starts, (batch, -(-num_tokens // START_SPACING))),
+        "initial": (initial, (batch, heads, size, size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"wkv: {name} must be {shape} to go with r {tuple(r.shape)}, not {tuple(tensor.shape)}")
+    if starts is not None and starts.dtype != torch.bool:
+        raise InputError(f"wkv: starts must be bool, not {starts.dtype}")
+    precise = torch.float64 if r.dtype == torch.float64 else torch.float32
+    for name, tensor in (("w", w), ("state", state), ("initial", initial)):
+        if tensor is not None and tensor.dtype != precise:
+            raise InputError(f"wkv: {name} must be {precise} to go with r {r.dtype}, not {tensor.dtype}")

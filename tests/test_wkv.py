@@ -1,0 +1,208 @@
+"""The WKV op: every backend against the definition, in float64, over random shapes, decays and document starts."""
+
+import itertools
+
+import pytest
+import torch
+
+import infctx
+from infctx.errors import InputError
+from infctx.model.wkv import BACKENDS, pick_backend
+from infctx.model.wkv_reference import wkv_reference
+
+FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
+NAMES = ("r", "k", "v", "w", "u", "state", "initial")
+
+
+def random_inputs(seed, decay="ordinary", dtype=torch.float64, shape=None):
+    """Inputs of a random shape; `shape` fixes (B, T, H, N)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    def one_of(low, high):
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    batch, tokens, heads, size = shape or (one_of(1, 3), one_of(1, 200), one_of(1, 5), (16, 32, 64)[one_of(0, 2)])
+    z = draw(batch, tokens, heads, size)
+    log_decay = {
+        "ordinary": lambda: -torch.exp(z - 2),
+        "extreme": lambda: -torch.exp(3 * z),
+        "mixed": lambda: -(10 ** (torch.rand(z.shape, generator=g, dtype=torch.float64) * 5.78 - 4)),  # -1e-4 to -60
+        "constant": lambda: -torch.exp(draw(1, 1, heads, size)).expand(z.shape),
+    }[decay]()
+    inputs = {
+        "r": draw(*z.shape),
+        "k": draw(*z.shape),
+        "v": draw(*z.shape),
+        "w": log_decay,
+        "u": draw(heads, size),
+        "state": draw(batch, heads, size, size),
+        "initial": draw(batch, heads, size, size),
+    }
+    starts = torch.rand(batch, -(-tokens // 16), generator=g) < 0.3
+    cotangents = draw(*z.shape), draw(batch, heads, size, size)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    if decay == "constant":
+        inputs["w"] = inputs["w"][:1, :1].expand(z.shape)
+        assert inputs["w"].stride(1) == 0
+    return inputs, starts, [x.to(dtype) for x in cotangents]
+
+
+def outputs_and_gradients(backend, inputs, starts, cotangents, names=NAMES):
+    """y, S_T and the gradients of all named inputs under both outputs' cotangents."""
+    leaves = {name: (x[:1, :1] if name == "w" and x.stride(1) == 0 else x) for name, x in inputs.items()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+    full = {name: x.expand(inputs[name].shape) for name, x in leaves.items()}
+    y, state = infctx.wkv(**{n: full[n] for n in full if n in names}, starts=starts, backend=backend)
+    (torch.sum(y * cotangents[0]) + torch.sum(state * cotangents[1])).backward()
+    gradients = {f"d{n}": torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items() if n in names}
+    return {"y": y.detach(), "S_T": state.detach()} | gradients
+
+
+def relative_rms(found, truth):
+    scale = truth.double().square().mean().sqrt()
+    return ((found.double() - truth.double()).square().mean().sqrt() / scale.clamp_min(1e-300)).item()
+
+
+def worst(found, truth):
+    return max((relative_rms(found[name], truth[name]), name) for name in truth if truth[name].any())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("decay", ["ordinary", "extreme", "mixed", "constant"])
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_definition_in_float64(backend, decay, seed):
+    inputs, starts, cotangents = random_inputs(seed, decay)
+    truth = outputs_and_gradients("reference", inputs, starts, cotangents)
+    found = outputs_and_gradients(backend, inputs, starts, cotangents)
+    for name in truth:
+        scale = truth[name].abs().max().clamp_min(1e-300)
+        assert ((found[name] - truth[name]).abs().max() / scale).item() <= 1e-11, name
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 63, 64, 65, 129])
+def test_every_length_without_starts_and_without_initial(backend, num_tokens):
+    inputs, _, cotangents = random_inputs(num_tokens, "mixed", shape=(2, num_tokens, 2, 16))
+    names = [name for name in NAMES if name != "initial"]
+    truth = outputs_and_gradients("reference", inputs, None, cotangents, names)
+    assert worst(outputs_and_gradients(backend, inputs, None, cotangents, names), truth)[0] <= 1e-12
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_starts_without_initial_mean_zeros(backend):
+    inputs, starts, cotangents = random_inputs(3, "ordinary", shape=(3, 150, 2, 16))
+    names = [name for name in NAMES if name != "initial"]
+    truth = outputs_and_gradients("reference", inputs | {"initial": inputs["initial"] * 0}, starts, cotangents)
+    found = outputs_and_gradients(backend, inputs, starts, cotangents, names)
+    assert worst(found, {n: truth[n] for n in found})[0] <= 1e-12
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize(("decay", "bar"), [("ordinary", 1e-5), ("constant", 1e-5), ("extreme", 1e-3), ("mixed", 1e-3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_keeps_its_precision(backend, decay, bar, seed):
+    inputs, starts, cotangents = random_inputs(seed, decay, torch.float32, shape=(2, 190, 2, 64))
+    precise = {name: x.double() for name, x in inputs.items()}
+    if decay == "constant":
+        precise["w"] = precise["w"][:1, :1].expand(inputs["w"].shape)
+    truth = outputs_and_gradients("reference", precise, starts, [x.double() for x in cotangents])
+    error, name = worst(outputs_and_gradients(backend, inputs, starts, cotangents), truth)
+    assert error <= bar, name
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("log_decay", [0.0, -1e-4, -60.0, -1e4])
+def test_no_decay_makes_nan(backend, log_decay):
+    inputs, starts, cotangents = random_inputs(0, dtype=torch.float32, shape=(1, 100, 1, 16))
+    inputs["w"] = torch.full_like(inputs["w"], log_decay)
+    inputs["w"][:, 50:] = -1e-4
+    found = outputs_and_gradients(backend, inputs, starts, cotangents)
+    assert all(torch.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_cut_anywhere(backend):
+    inputs, _, _ = random_inputs(5, "ordinary", shape=(2, 90, 2, 16))
+    inputs.pop("initial")
+    whole, last = infctx.wkv(**inputs, backend=backend)
+    for cut in (1, 16, 33, 64, 89):
+        parts, state = [], inputs["state"]
+        for piece in (slice(0, cut), slice(cut, None)):
+            tokens = {name: inputs[name][:, piece] for name in ("r", "k", "v", "w")}
+            y, state = infctx.wkv(**tokens, u=inputs["u"], state=state, backend=backend)
+            parts.append(y)
+        assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+        assert torch.allclose(state, last, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_bfloat16_in_and_out(backend):
+    inputs, starts, _ = random_inputs(1, dtype=torch.float32, shape=(2, 77, 3, 32))
+    for name in ("r", "k", "v", "u"):
+        inputs[name] = inputs[name].bfloat16()
+    y, state = infctx.wkv(**inputs, starts=starts, backend=backend)
+    truth_y, truth_state = wkv_reference(
+        *(inputs[n].double() for n in NAMES[:6]), starts=starts, initial=inputs["initial"].double()
+    )
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert relative_rms(y, truth_y) < 3e-3  # one rounding of y to bf16 is 1.7e-3
+    assert relative_rms(state, truth_state) < 1e-5
+
+
+def test_documents_do_not_see_each_other():
+    inputs, _, _ = random_inputs(2, shape=(1, 64, 1, 16))
+    starts = torch.tensor([[False, False, True, False]])
+    for backend in BACKENDS:
+        poisoned = inputs | {name: inputs[name].clone() for name in ("k", "v")}
+        poisoned["k"][:, :32] *= 1e100
+        y, state = infctx.wkv(**inputs, starts=starts, backend=backend)
+        other_y, other_state = infctx.wkv(**poisoned, starts=starts, backend=backend)
+        assert torch.equal(y[:, 32:], other_y[:, 32:])
+        assert torch.equal(state, other_state)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_gradcheck(backend):
+    inputs, starts, _ = random_inputs(4, shape=(1, 19, 1, 3))
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+
+    def run(r, k, v, w, u, state, initial):
+        return infctx.wkv(r, k, v, w, u, state, starts, initial, backend)
+
+    assert torch.autograd.gradcheck(run, leaves, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_inputs_stay_as_they_are(backend):
+    inputs, starts, cotangents = random_inputs(6, shape=(2, 70, 2, 16))
+    before = {name: x.clone() for name, x in inputs.items()}
+    outputs_and_gradients(backend, inputs, starts, cotangents)
+    assert all(torch.equal(before[name], inputs[name]) for name in inputs)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    inputs, starts, _ = random_inputs(0, shape=(2, 20, 2, 16))
+    for name, bad, match in [
+        ("k", inputs["k"][:, :19], "k must be"),
+        ("u", inputs["u"][:1], "u must be"),
+        ("state", inputs["state"].float(), "state must be torch.float64"),
+        ("r", inputs["r"][0], "r must be"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            infctx.wkv(**(inputs | {name: bad}), starts=starts)
+    with pytest.raises(InputError, match="starts must be"):
+        infctx.wkv(**inputs, starts=starts[:, :1])
+    with pytest.raises(InputError, match="no backend 'cuda12'"):
+        infctx.wkv(**inputs, backend="cuda12")
+
+
+def test_the_choice_is_said_once(caplog):
+    pick_backend.cache_clear()
+    with caplog.at_level("INFO", logger="infctx"):
+        for _, device in itertools.product(range(3), ["cpu"]):
+            assert pick_backend("auto", device) == "compiled"
+    assert [record.message for record in caplog.records] == ["wkv backend on cpu: compiled"]
