@@ -1,0 +1,198 @@
+"""The command line: `infctx COMMAND ...`; each command is one call into data/ or train/."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from infctx.errors import InputError
+
+EXIT_INPUT, EXIT_FAILED = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("infctx").setLevel(logging.INFO)
+    warnings.simplefilter("default" if "INFCTX_DEBUG" in os.environ else "ignore")
+    try:
+        parsed.command(parsed)
+    except InputError as error:
+        return _fail(error, EXIT_INPUT)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}", EXIT_INPUT)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}; take fewer segment_tokens or lanes_per_pass", EXIT_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingFailed":  # its module loads torch, so it is told by name
+            raise
+        return _fail(error, EXIT_FAILED)
+    return 0
+
+
+def _fail(problem: object, code: int) -> int:
+    if "INFCTX_DEBUG" in os.environ:
+        logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
+    print(f"infctx: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, describe in (
+        ("prepare", _prepare, _describe_prepare),
+        ("train", _train, _describe_train),
+        ("evaluate", _evaluate, _describe_evaluate),
+        ("generate", _generate, _describe_generate),
+        ("export", _export, _describe_export),
+    ):
+        summary = (describe.__doc__ or "").strip()
+        described = commands.add_parser(name, help=summary, description=summary)
+        described.set_defaults(command=command)
+        describe(described)
+    return parser
+
+
+def _describe_prepare(parser: argparse.ArgumentParser) -> None:
+    """Text to a token store."""
+    parser.add_argument("inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, -")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder to make: train.bin/.idx and held_out.bin/.idx"
+    )
+    parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents, not trained on"
+    )
+    parser.add_argument("--format", choices=("text", "jsonl"), help="of standard input; files tell it by their names")
+    parser.add_argument("--workers", type=int, help="processes; default: all cores")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from infctx.data.prepare import prepare
+
+    summary = prepare(
+        options.inputs,
+        options.output,
+        tokenizer=options.tokenizer,
+        held_out=options.held_out,
+        input_format=options.format,
+        workers=options.workers,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
+    print(summary)
+
+
+def _describe_train(parser: argparse.ArgumentParser) -> None:
+    """Train as a configuration says, or go on where it stopped."""
+    parser.add_argument("config", type=Path, help="a YAML file such as configs/finch-tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="such as optimizer.steps=50")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from infctx.config import load_config
+    from infctx.train.loop import train
+
+    train(load_config(options.config, options.overrides))
+
+
+def _describe_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a .pth, a .safetensors, a checkpoint or the folder of a run")
+
+
+def _describe_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+
+
+def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Loss by position of held-out documents."""
+    _describe_model(parser)
+    parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
+    parser.add_argument("--max-tokens", type=int, default=262144, help="tokens to evaluate (default %(default)s)")
+    parser.add_argument("--segment-tokens", type=int, default=1024, help="tokens at once (default %(default)s)")
+    _describe_device(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from infctx.data.token_store import TokenStore
+    from infctx.train.evaluate import evaluate_store, format_table
+
+    store = TokenStore(options.store)
+    buckets = evaluate_store(_load(options), store, options.segment_tokens, options.max_tokens)
+    print(format_table(buckets, store))
+
+
+def _describe_generate(parser: argparse.ArgumentParser) -> None:
+    """Go on from a prompt."""
+    _describe_model(parser)
+    parser.add_argument("--prompt", default="", help="text to go on from, - for standard input")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens at most (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely token (default 1)")
+    parser.add_argument("--top-p", type=float, default=0.7, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    _describe_device(parser)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from infctx.train.generate import generate
+
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    pieces = generate(
+        _load(options),
+        prompt,
+        max_tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    output = sys.stdout.buffer
+    output.write(prompt.encode())
+    for piece in pieces:
+        output.write(piece)
+        output.flush()
+    output.write(b"\n")
+    output.flush()
+
+
+def _describe_export(parser: argparse.ArgumentParser) -> None:
+    """Weights for other programs, under the official names."""
+    _describe_model(parser)
+    parser.add_argument("output", type=Path, help="a .pth or .safetensors to write")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="(default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from infctx.train.export import export_weights
+
+    print(export_weights(options.model, options.output, options.dtype, options.overwrite))
+
+
+def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
+    import torch
+
+    from infctx.model.weights import load_model
+    from infctx.train.checkpoint import resolve_model
+    from infctx.train.plan import pick_device
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    return load_model(resolve_model(options.model), dtype=dtype, device=pick_device(options.device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: start reading at loop.py; the exact gradient over any length is in window.py."""

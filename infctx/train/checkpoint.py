@@ -1,0 +1,165 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `step-000123`, written under a temporary name and renamed when it is whole:
+
+    model.safetensors      weights under their official names
+    optimizer.safetensors  moments and step counts of the optimizer, as <parameter>/<name>
+    carry.safetensors      the carried state of all lanes, and the states of the random generators
+    progress.json          step, position in the documents, tokens seen
+    config.yaml            every setting of the run
+    manifest.json          size and SHA-256 of each file above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from infctx.config import Config, dump_config
+from infctx.errors import InputError
+from infctx.files import atomic_folder
+from infctx.model.rwkv import RWKV
+from infctx.model.state import State
+from infctx.model.tensor_file import write_tensors
+from infctx.model.weights import CHECKPOINT_WEIGHTS, stored_tensors
+
+MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """What a run knows besides its tensors: steps done, position of the lanes (None before the first), tokens seen."""
+
+    step: int
+    position: dict[str, Any] | None
+    num_tokens: int
+
+
+def save_checkpoint(
+    folder: Path, model: RWKV, optimizer: torch.optim.Optimizer, carry: State, progress: Progress, config: Config
+) -> Path:
+    """Writes `folder/step-N`, whole or not at all, then removes the oldest beyond `run.keep_checkpoints`."""
+    path = folder / f"step-{progress.step:06d}"
+    with atomic_folder(path) as temporary:
+        write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
+        write_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        write_tensors(_carry_tensors(carry), temporary / "carry.safetensors")
+        (temporary / "progress.json").write_text(json.dumps(progress._asdict()), encoding="utf-8")
+        (temporary / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        entries = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    for old in checkpoints(folder)[: -config.run.keep_checkpoints]:
+        hidden = old.with_name(f".{old.name}.{os.getpid()}.old")
+        os.replace(old, hidden)
+        shutil.rmtree(hidden)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first, whole or not."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, None if there is none at all.
+
+    A torn one is passed over with one line in the log; if every one is torn, InputError says so, so that no run
+    starts anew over the remains of another.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        problem = find_damage(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is torn (%s); using the one before", path, problem)
+    if found:
+        raise InputError(f"{folder}: no whole checkpoint is left ({problem}); remove the torn ones to start anew")
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run left half written or half removed; for the run that owns the folder."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in a few words; None if every file is as it was written."""
+    try:
+        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in entries.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+            if _fingerprint(file)[1] != digest:
+                return f"{name} has other content than was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    return None if CHECKPOINT_WEIGHTS in entries else f"{MANIFEST} is empty"
+
+
+def resolve_model(path: Path) -> Path:
+    """A weights file, a checkpoint or a run's folder -> what load_model takes: the newest checkpoint of a run."""
+    if not path.is_dir() or (path / CHECKPOINT_WEIGHTS).is_file():
+        return path
+    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if newest is None:
+        raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")
+    return newest
+
+
+def load_progress(path: Path, model: RWKV, optimizer: torch.optim.Optimizer) -> tuple[State, Progress]:
+    """Fills the optimizer and the random generators from a checkpoint; returns the carried state and the progress."""
+    device = model.embedding.weight.device
+    tensors = load_file(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        entries = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        if entries:
+            optimizer.state[parameter] = {key: value.to(device) for key, value in entries.items()}
+    carry = load_file(path / "carry.safetensors")
+    torch.set_rng_state(carry["random_cpu"])
+    if "random_cuda" in carry and device.type == "cuda":
+        torch.cuda.set_rng_state(carry["random_cuda"], device)
+    state = State(*(carry[name].to(device) for name in State._fields))
+    return state, Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+
+
+def _optimizer_tensors(model: RWKV, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _carry_tensors(carry: State) -> dict[str, Tensor]:
+    tensors = {name: part.detach().cpu().contiguous() for name, part in carry._asdict().items()}
+    tensors["random_cpu"] = torch.get_rng_state()
+    if carry.wkv.device.type == "cuda":
+        tensors["random_cuda"] = torch.cuda.get_rng_state(carry.wkv.device)
+    return tensors
+
+
+def _fingerprint(file: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return file.stat().st_size, digest.hexdigest()

@@ -1,0 +1,128 @@
+"""Loss by position: how much a model gains from what it has read of a document."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from infctx.data.token_store import TokenStore
+from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
+from infctx.errors import InputError
+from infctx.model.rwkv import RWKV
+from infctx.train.loss import token_losses
+
+FIRST_BUCKET_TOKENS = 256
+BUCKET_GROWTH = 4
+MOST_DOCUMENTS = 1024
+
+
+@dataclass
+class Bucket:
+    """Targets begin..end-1 of the documents: how many, their loss in nats, the bytes they stand for (0: unknown)."""
+
+    begin: int
+    end: int
+    num_tokens: int = 0
+    nats: float = 0.0
+    num_bytes: int = 0
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / max(self.num_tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
+
+
+@torch.no_grad()
+def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_tokens: int) -> list[Bucket]:
+    """Loss of the documents of a store by position in the document, each read from its beginning with its state.
+
+    max_tokens is shared out so that every document (1,024 at most, evenly spaced) is read up to one common length.
+    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.
+    """
+    documents = _documents(store)
+    limit = _common_length([store.length(document) for document in documents], max_tokens)
+    tokenizer = tokenizer_for_vocab(model.sizes.vocab_size)
+    byte_lengths = torch.from_numpy(get_tokenizer(tokenizer).byte_lengths) if tokenizer else None
+    buckets: list[Bucket] = []
+    for document in documents:
+        tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
+        if tokens.max() >= model.sizes.vocab_size:
+            raise InputError(
+                f"{store.path}: document {document} has token {tokens.max()}, the model knows {model.sizes.vocab_size}; "
+                "prepare the documents with the model's tokenizer"
+            )
+        state = None
+        for begin in range(0, len(tokens) - 1, segment_tokens):
+            piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
+            hidden, state = model(piece[None, :-1], state)
+            losses = token_losses(hidden, model.head.weight, piece[None, 1:])[0].double().cpu()
+            _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
+    return buckets
+
+
+def format_table(buckets: list[Bucket], store: TokenStore) -> str:
+    """The buckets as a table for people, with a line for all of them."""
+    lines = [f"held-out loss by position in {store.path}", "        position     tokens   nats/token   bits/byte"]
+    for bucket in [*buckets, total(buckets)]:
+        name = "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
+        bits = "-" if bucket.bits_per_byte is None else f"{bucket.bits_per_byte:.3f}"
+        lines.append(f"{name:>16} {bucket.num_tokens:>10,} {bucket.nats_per_token:>12.4f} {bits:>11}")
+    return "\n".join(lines)
+
+
+def summarise(buckets: list[Bucket]) -> str:
+    """The outcome in one clause: the whole, the first bucket and the last."""
+
+    def value(bucket: Bucket) -> str:
+        bits = bucket.bits_per_byte
+        return f"{bucket.nats_per_token:.3f} nats a token" if bits is None else f"{bits:.3f} bits a byte"
+
+    first, last = buckets[0], buckets[-1]
+    return (
+        f"held-out {value(total(buckets))}, {value(first)} in the first {first.end} tokens of a document and "
+        f"{value(last)} from token {last.begin:,} on"
+    )
+
+
+def total(buckets: list[Bucket]) -> Bucket:
+    """All buckets as one, with begin = end = 0."""
+    sums = (sum(getattr(bucket, name) for bucket in buckets) for name in ("num_tokens", "nats", "num_bytes"))
+    return Bucket(0, 0, *sums)
+
+
+def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: torch.Tensor | None) -> None:
+    """Adds the losses of places begin, begin + 1, ... to their buckets."""
+    end = begin + len(losses)
+    while not buckets or buckets[-1].end < end:
+        last_end = buckets[-1].end if buckets else 0
+        buckets.append(Bucket(last_end, last_end * BUCKET_GROWTH or FIRST_BUCKET_TOKENS))
+    for bucket in buckets:
+        part = slice(max(bucket.begin - begin, 0), max(bucket.end - begin, 0))
+        bucket.num_tokens += len(losses[part])
+        bucket.nats += losses[part].sum().item()
+        bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part].sum())
+
+
+def _documents(store: TokenStore) -> list[int]:
+    """At most 1,024 documents, evenly spaced over the store, of those with a target."""
+    stride = max(1, store.num_documents / MOST_DOCUMENTS)
+    chosen = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
+    documents = [document for document in chosen if store.length(document) >= 2]
+    if not documents:
+        raise InputError(f"{store.path}: no document of two tokens or more to evaluate")
+    return documents
+
+
+def _common_length(lengths: list[int], max_tokens: int) -> int:
+    """The largest length to cut all documents at, so that no more than max_tokens are left; at least 2."""
+    left = max_tokens
+    for count, length in zip(range(len(lengths), 0, -1), sorted(lengths), strict=True):
+        if length * count > left:
+            return max(2, left // count)
+        left -= length
+    return max(lengths)

@@ -1,0 +1,60 @@
+"""Generation: a prompt in, bytes out, token by token from the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from infctx.data.tokenizer import END_OF_DOCUMENT, get_tokenizer, tokenizer_for_vocab
+from infctx.errors import InputError
+from infctx.model.rwkv import RWKV
+
+PROMPT_SEGMENT_TOKENS = 1024
+
+
+@torch.no_grad()
+def generate(
+    model: RWKV, prompt: str, *, max_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.7, seed: int = 0
+) -> Iterator[bytes]:
+    """Yields the bytes of each token that follows the prompt, until the document ends or max_tokens are there.
+
+    temperature: 0 takes the most likely token each time.
+    top_p: only the most likely tokens that together reach this probability are drawn from; 1 for all.
+    An empty prompt begins a document behind the end of another.  Raises InputError for values out of range, and
+    where no tokenizer goes with the model's vocabulary.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 1:
+        raise InputError(
+            f"generate: temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], max_tokens {max_tokens} >= 1"
+        )
+    name = tokenizer_for_vocab(model.sizes.vocab_size)
+    if name is None:
+        raise InputError(f"generate: no tokenizer has {model.sizes.vocab_size} ids; 257 is bytes, 65536 is World")
+    tokenizer = get_tokenizer(name)
+    random = torch.Generator().manual_seed(seed)
+    device = model.embedding.weight.device
+    tokens = torch.tensor(tokenizer.encode(prompt).tolist() or [END_OF_DOCUMENT], device=device)[None]
+    state = None
+    for piece in tokens.split(PROMPT_SEGMENT_TOKENS, dim=1):
+        hidden, state = model(piece, state)
+    for _ in range(max_tokens):
+        logits = model.logits(hidden[0, -1]).double().cpu()
+        token = draw(logits, temperature, top_p, random)
+        if token == END_OF_DOCUMENT:
+            return
+        yield tokenizer.decode([token])
+        hidden, state = model(torch.tensor([[token]], device=device), state)
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """One token from logits (V)."""
+    if not logits.isfinite().all():
+        raise InputError("generate: the model's logits are not finite; the weights are damaged")
+    if temperature == 0:
+        return int(logits.argmax())
+    likely, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True)
+    before = likely.cumsum(0) - likely
+    likely = likely.masked_fill(before >= top_p, 0)  # the first is always kept: nothing is before it
+    return int(ids[torch.multinomial(likely, 1, generator=random)])

@@ -1,0 +1,218 @@
+"""Training: a configuration in; checkpoints, weights and reports in the run's folder out.  Start reading here.
+
+    infctx train configs/finch-tiny.yaml           or        make train CONFIG=configs/finch-tiny.yaml
+
+A step: the next window of every lane (data/lanes), forward over its seams and backward over its segments
+(train/window), clip, AdamW (train/optimizer), report (train/metrics), now and then a checkpoint (train/checkpoint).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from infctx.config import Config
+from infctx.data.lanes import Lanes, Window
+from infctx.data.token_store import TokenStore
+from infctx.errors import InputError
+from infctx.model.rwkv import RWKV
+from infctx.model.sizes import describe
+from infctx.model.state import State, state_dtype
+from infctx.model.weights import build_model, load_model, save_weights
+from infctx.train.checkpoint import (
+    Progress,
+    checkpoints,
+    load_progress,
+    newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from infctx.train.distributed import Engine, open_fabric
+from infctx.train.evaluate import evaluate_store, format_table, summarise
+from infctx.train.failure import TrainingFailed, explain_failure
+from infctx.train.loss import SegmentLoss
+from infctx.train.metrics import Metrics, read_step_log
+from infctx.train.optimizer import make_optimizer, set_learning_rate
+from infctx.train.plan import refuse_what_lacks
+from infctx.train.window import backward_through_window, cut_window
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run in the middle of its work: what changes from step to step, and what it works with."""
+
+    config: Config
+    model: RWKV
+    engine: Engine
+    lanes: Lanes
+    carry: State
+    progress: Progress
+    checkpoint: Path | None
+
+
+def train(config: Config) -> None:
+    """Trains as `config` says, from the newest checkpoint of its folder if there is one.
+
+    Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
+    """
+    refuse_what_lacks(config)
+    run = open_run(config)
+    if train_steps(run):
+        finish(run)
+
+
+def train_steps(run: Run) -> bool:
+    """Steps to the last one, or until SIGINT or SIGTERM; says whether the run is done."""
+    config, engine = run.config, run.engine
+    steps, first = config.optimizer.steps, run.progress.step + 1
+    metrics = Metrics(config.run.folder, first, steps, config.step_tokens, config.run.log_every_steps)
+    with metrics, stop_requests() as stop:
+        for step in range(first, steps + 1):
+            window, position = next(run.lanes)
+            learning_rate = set_learning_rate(engine.optimizer, config.optimizer, step)
+            loss, run.carry = gradients_of_step(run, window)
+            norm = engine.clip(config.optimizer.clip_norm)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise TrainingFailed(explain_failure(run.model, run.carry, loss, window, step, run.checkpoint))
+            engine.step()
+            run.progress = Progress(step, position, step * config.step_tokens)
+            metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry)
+            if stop or step == steps or step % config.run.save_every_steps == 0:
+                run.checkpoint = save(run)
+            if stop and step < steps:
+                metrics.say(f"{stop[0]}: stopped behind step {step}, all saved in {run.checkpoint}; run again to go on")
+                return False
+    return True
+
+
+def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
+    """Adds the gradient of one step, group of lanes by group; returns the mean loss and the state to carry on."""
+    settings, engine = run.config.window, run.engine
+    tokens, targets, starts = (part.to(run.carry.wkv.device) for part in (window.tokens, window.targets, window.starts))
+    scale = 1 / max(window.num_targets, 1)
+    at_once = settings.lanes_per_pass or settings.lanes
+    loss_sums, carries = [], []
+    for begin in range(0, settings.lanes, at_once):
+        group = slice(begin, begin + at_once)
+        loss_sum, carry = backward_through_window(
+            engine.segment_loss,
+            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens),
+            run.carry.lanes(group),
+            scale,
+            engine.backward,
+            settings.gradient_segments,
+            settings.seam_store,
+            ends_step=begin + at_once == settings.lanes,
+        )
+        loss_sums.append(loss_sum)
+        carries.append(carry)
+    return sum(loss_sums) * scale, State.join_lanes(carries)
+
+
+def open_run(config: Config) -> Run:
+    """A new run, or the one in the folder as its newest whole checkpoint left it."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    folder = checkpoint_folder(config)
+    remove_leftovers(folder)
+    if config.run.resume == "never" and checkpoints(folder):
+        raise InputError(f"{folder}: holds checkpoints, and run.resume is never; choose another run.folder, or auto")
+    checkpoint = newest_checkpoint(folder)
+
+    fabric = open_fabric(config.run.device)
+    model = make_model(config, checkpoint, fabric.device)
+    optimizer = make_optimizer(model, config.optimizer)
+    engine = Engine(fabric, SegmentLoss(model, config.optimizer.l2wrap), optimizer)
+    carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
+    if checkpoint:
+        carry, progress = load_progress(checkpoint, model, optimizer)
+        log.info("going on from %s, behind step %d of %d", checkpoint, progress.step, config.optimizer.steps)
+    lanes = Lanes(
+        TokenStore(config.data.store),
+        num_lanes=config.window.lanes,
+        window_tokens=config.window.window_tokens,
+        seed=config.run.seed,
+        vocab_size=model.sizes.vocab_size,
+        shuffle=config.data.shuffle,
+        position=progress.position,
+    )
+    return Run(config, model, engine, lanes, carry, progress, checkpoint)
+
+
+def make_model(config: Config, checkpoint: Path | None, device: torch.device) -> RWKV:
+    """The model of the checkpoint, or of `model.weights`, or a new one; fp32 weights, computing in run.precision."""
+    settings = config.model
+    if checkpoint or settings.weights:
+        model = load_model(checkpoint or settings.weights, device=device, backend=settings.backend)
+    else:
+        model = build_model(
+            settings.size, device=device, seed=config.run.seed, backend=settings.backend, **settings.sizes
+        )
+    log.info("%s, %s", checkpoint or settings.weights or "new weights", describe(model.sizes))
+    model.compute_dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+    model.recompute_blocks = settings.recompute_blocks
+    return model
+
+
+def finish(run: Run) -> None:
+    """Writes the weights, evaluates them on held-out documents, and says what happened and what to do next."""
+    config, folder = run.config, run.config.run.folder
+    weights = folder / "model.pth"
+    save_weights(run.model, weights)
+    losses = [entry["loss"] for entry in read_step_log(folder)]
+    outcome = f"trained {run.progress.step} steps on {run.progress.num_tokens:,} tokens"
+    if losses:
+        outcome += f": loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
+    if config.data.held_out and config.run.evaluate_tokens:
+        store = TokenStore(config.data.held_out)
+        buckets = evaluate_store(run.model, store, config.window.segment_tokens, config.run.evaluate_tokens)
+        print(format_table(buckets, store))
+        outcome += f"; {summarise(buckets)}"
+    print(f"{outcome}.")
+    print(f"Files: weights {weights}, checkpoint {run.checkpoint}, TensorBoard {folder / 'tensorboard'}.")
+    print(f"Next: tensorboard --logdir {folder / 'tensorboard'}; infctx generate {weights} --prompt 'def '.")
+
+
+def save(run: Run) -> Path:
+    """A checkpoint of the run as it stands."""
+    folder, optimizer = checkpoint_folder(run.config), run.engine.optimizer
+    return save_checkpoint(folder, run.model, optimizer, run.carry, run.progress, run.config)
+
+
+def checkpoint_folder(config: Config) -> Path:
+    return config.run.folder / "checkpoints"
+
+
+def _new_carry(config: Config, model: RWKV) -> State:
+    """Zeros: every lane's first document starts from the initial state."""
+    weight = model.embedding.weight
+    return State.zeros(model.sizes, config.window.lanes, state_dtype(weight.dtype), weight.device)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM put their name in, so that a step is finished and saved; a second one kills."""
+    received: list[str] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

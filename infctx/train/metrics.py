@@ -1,0 +1,113 @@
+"""What a run tells: a progress line, a log file with one JSON object a step, TensorBoard's scalars."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from infctx.model.state import State
+
+STEP_LOG = "steps.jsonl"
+
+
+class Metrics:
+    """Reports of one run; `close` it, or use it as a context."""
+
+    def __init__(self, folder: Path, first_step: int, steps: int, step_tokens: int, log_every_steps: int) -> None:
+        self.steps, self.step_tokens, self.log_every_steps = steps, step_tokens, log_every_steps
+        self.first_step = first_step
+        self.began = self.before = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.step_log = _reopen_step_log(folder / STEP_LOG, first_step)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=first_step - 1, disable=not terminal, unit="step", leave=False)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.writer.close()
+        self.step_log.close()
+
+    def report(self, step: int, loss: float, learning_rate: float, gradient_norm: float, carry: State) -> None:
+        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, state sizes."""
+        now = time.perf_counter()
+        tokens_per_second = self.step_tokens / (now - self.before)
+        self.before = now
+        memory = peak_memory(carry.wkv.device)
+        scalars = {
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "tokens_per_second": tokens_per_second,
+            "peak_memory_gb": memory / 1e9,
+        }
+        self.step_log.write(json.dumps({"step": step} | scalars) + "\n")
+        self.step_log.flush()
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        for layer, size in enumerate(state_sizes(carry)):
+            self.writer.add_scalar(f"carried_state_rms/layer_{layer}", size, step)
+        left = (now - self.began) / (step - self.first_step + 1) * (self.steps - step)
+        line = (
+            f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+            f"{_duration(left)} left  peak memory {memory / 1e9:.2f} GB"
+        )
+        self.bar.set_description_str(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step % self.log_every_steps == 0 or step in (self.first_step, self.steps)):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """One line, above the progress line if there is one."""
+        tqdm.write(line, file=sys.stderr)
+
+
+def read_step_log(folder: Path) -> list[dict[str, Any]]:
+    """One dict a step: step, loss, learning_rate, gradient_norm, tokens_per_second, peak_memory_gb."""
+    return [json.loads(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or the largest resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def state_sizes(state: State) -> list[float]:
+    """Root mean square of the matrices of each layer."""
+    return state.wkv.square().mean(dim=(1, 2, 3, 4)).sqrt().tolist()
+
+
+def _reopen_step_log(path: Path, first_step: int) -> Any:
+    """Drops what a killed run wrote behind the checkpoint that this one goes on from."""
+    kept = []
+    if path.exists() and first_step > 1:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] < first_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that the kill cut off
+    stream = path.open("w", encoding="utf-8")
+    stream.writelines(kept)
+    stream.flush()
+    return stream
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

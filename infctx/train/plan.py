@@ -1,0 +1,115 @@
+"""What a run needs, before it runs: weights, data, a GPU, memory."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from infctx.config import Config
+from infctx.errors import InputError
+from infctx.model.sizes import Sizes, make_sizes, published_sizes
+from infctx.model.weights import read_sizes
+from infctx.train.checkpoint import checkpoints
+from infctx.train.loss import SLICE_LOGITS
+
+GB = 1e9
+
+WEIGHT_BYTES = 16
+"""A parameter in fp32: the weight, its gradient and two moments of Adam."""
+
+ACTIVATION_BYTES = {
+    # (version, bf16, compiled WKV): tensors that autograd saves in a block, in bytes a token and channel of the width;
+    # counted with torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/test_plan.py)
+    (5, False, True): 113,
+    (5, True, True): 58,
+    (6, False, True): 153,
+    (6, True, True): 82,
+    (5, False, False): 203,
+    (5, True, False): 154,
+    (6, False, False): 238,
+    (6, True, False): 174,
+}
+
+
+def refuse_what_lacks(config: Config) -> None:
+    """Raises InputError with everything that this machine lacks for the run, in one line."""
+    lacking = []
+    weights = config.model.weights
+    needs_weights = weights is not None and not checkpoints(config.run.folder / "checkpoints")
+    if needs_weights and not weights.is_file():
+        lacking.append(f"model.weights: there is no {weights}; download it or name another file")
+    for name in ("store", "held_out"):
+        store = getattr(config.data, name)
+        if store is not None and not all(store.with_name(store.name + suffix).is_file() for suffix in (".idx", ".bin")):
+            lacking.append(f"data.{name}: there is no {store}.idx with its .bin; make it with `infctx prepare`")
+    sizes = None if lacking and config.model.size is None else model_sizes(config)
+    lacking += _lacking_device(config, sizes)
+    if lacking:
+        raise InputError(f"this machine lacks what the run needs: {'. '.join(lacking)}")
+
+
+def model_sizes(config: Config) -> Sizes:
+    """Sizes of the configured model, from its file if it is there; raises InputError if they contradict."""
+    settings = config.model
+    named = published_sizes(settings.size) if settings.size else None
+    if settings.weights and settings.weights.is_file():
+        found = read_sizes(settings.weights)
+        if named not in (None, found):
+            raise InputError(f"{settings.weights}: holds {found}, and model.size says {settings.size}, {named}")
+        return found
+    return named or make_sizes(**settings.sizes)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for here; raises InputError where there is no such GPU."""
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise InputError(f"device cuda: torch {torch.__version__} finds no GPU here; choose cpu or auto")
+    return torch.device("cuda" if found and device != "cpu" else "cpu")
+
+
+def device_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
+    """Memory that training takes on its device, in bytes: weights and optimizer, one segment, and the seams on it."""
+    window, parameters = config.window, sizes.num_parameters
+    low = config.run.precision == "bf16"
+    lanes = window.lanes_per_pass or window.lanes
+    total = WEIGHT_BYTES * parameters + lanes * window.segment_tokens * activation_bytes(config, sizes, device_type)
+    if low:  # bf16 copies of the weights, of the block at work or of all blocks
+        total += 2 * parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
+    total += 4 * sizes.vocab_size * sizes.width + 3 * 4 * SLICE_LOGITS  # the head's gradient, and slices of the logits
+    carried = state_bytes(sizes)
+    if device_type == "cpu" or window.seam_store == "device":
+        total += lanes * carried * min(window.gradient_segments or window.window_segments, window.window_segments)
+    return total + window.lanes * carried
+
+
+def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
+    """What the backward pass holds of one token, in bytes: measured, see ACTIVATION_BYTES."""
+    low = config.run.precision == "bf16"
+    backend = config.model.backend
+    compiled = backend == "compiled" or (backend == "auto" and device_type == "cpu")
+    block = ACTIVATION_BYTES[sizes.version, low, compiled] * sizes.width
+    ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
+    if config.model.recompute_blocks:
+        return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends
+    return sizes.num_layers * block + ends
+
+
+def state_bytes(sizes: Sizes) -> int:
+    """One lane's state in fp32: what a seam takes."""
+    return 4 * sizes.state_elements
+
+
+def _lacking_device(config: Config, sizes: Sizes | None) -> list[str]:
+    wanted = config.run.device
+    device_type = "cpu" if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()) else "cuda"
+    needed = None if sizes is None else device_bytes(config, sizes, device_type)
+    amount = "" if needed is None else f" with {needed / GB:.1f} GB"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        return [f"run.device: cuda, and torch {torch.__version__} finds no GPU here; the run needs one{amount}"]
+    device = pick_device(wanted)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed is not None and needed > free:
+        remedy = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+        return [f"memory: the run needs {needed / GB:.1f} GB on {device}, {free / GB:.1f} GB are free; {remedy}"]
+    return []
