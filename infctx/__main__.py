@@ -68,13 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     """Text to a token store."""
     parser.add_argument("inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, -")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder to make: train.bin/.idx and held_out.bin/.idx"
-    )
+    parser.add_argument("--output", required=True, type=Path, help="folder to make, with train and held_out stores")
     parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
-    parser.add_argument(
-        "--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents, not trained on"
-    )
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents")
     parser.add_argument("--format", choices=("text", "jsonl"), help="of standard input; files tell it by their names")
     parser.add_argument("--workers", type=int, help="processes; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")

@@ -253,7 +253,7 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
     def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                places[*path, key.value] = f"{source}:{key.start_mark.line + 1}"
+                places[(*path, key.value)] = f"{source}:{key.start_mark.line + 1}"
                 walk(value, (*path, key.value))
 
     walk(node, ())
@@ -278,8 +278,12 @@ def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tup
     problems = error.errors()
     first = problems[0]
     where = tuple(str(part) for part in first["loc"])
+    remedy = _remedy(first, where)
+    setting, _, rest = remedy.partition(": ")
+    if first["type"] == "value_error" and setting in Config.model_fields[where[0]].annotation.model_fields:
+        where, remedy = (*where, setting), rest
     place = next((places[where[:n]] for n in range(len(where), -1, -1) if where[:n] in places), str(path))
-    message = f"{place}: {'.'.join(where) or 'configuration'}: {_remedy(first, where)}"
+    message = f"{place}: {'.'.join(where)}: {remedy}"
     more = len(problems) - 1
     return message + (f" (and {more} more problem{'s'[: more > 1]})" if more else "")
 
@@ -295,9 +299,15 @@ def _remedy(problem: dict[str, Any], where: tuple[str, ...]) -> str:
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return f"'{value}' is text in YAML; write {value.lower().replace('e', '.0e') if '.' not in value else float(value)}"
+        written = value.lower() if "." in value else value.lower().replace("e", ".0e")
+        return f"'{value}' is text in YAML, which wants a dot and a sign: write {_signed(written)}"
     if isinstance(value, bool):
         return f"{str(value).lower()} does not fit ({problem['msg']}); YAML reads yes, no, on and off so: quote text"
     if kind == "model_type" or value is None:
         return f"{value!r} does not fit; {'the section is empty' if len(where) == 1 else problem['msg']}"
     return f"{value!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _signed(number: str) -> str:
+    """6.0e4 -> 6.0e+4: YAML 1.1 takes no exponent without its sign."""
+    return re.sub(r"e(?=\d)", "e+", number)

@@ -163,7 +163,7 @@ def _empty_model(sizes: Sizes, backend: str, with_state: bool = False) -> RWKV:
 
 def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
     """Version and all sizes from names and shapes; raises InputError for other architectures, naming the tensor."""
-    _refuse_other_architectures(stored, path)
+    _refuse_other_architectures(shapes, path)
 
     def shape(name: str, ndim: int) -> Shape:
         if name not in shapes:
@@ -174,25 +174,19 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
 
     version = 6 if any("time_maa" in name for name in shapes) else 5
     vocab_size, width = shape("emb.weight", 2)
-    ranks = {}
-    if version == 6:
-        ranks["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
-        ranks["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
     layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
+    given = {
+        "num_layers": max(layers, default=0) + 1,
+        "head_size": shape("blocks.0.att.time_faaaa", 2)[1],
+        "ffn_width": shape("blocks.0.ffn.key.weight", 2)[0],
+    }
+    if version == 6:
+        given["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
+        given["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
     try:
-        return make_sizes(
-            version=version,
-            num_layers=max(layers) + 1,
-            width=width,
-            vocab_size=vocab_size,
-            head_size=shape("blocks.0.att.time_faaaa", 2)[1],
-            ffn_width=shape("blocks.0.ffn.key.weight", 2)[0],
-            **ranks,
-        )
+        return make_sizes(version=version, width=width, vocab_size=vocab_size, **given)
     except InputError as error:
-        raise (
-            error if str(path) in str(error) else InputError(f"{path}: tensors do not fit together: {error}")
-        ) from None
+        raise InputError(f"{path}: the tensors' sizes do not fit together: {error}") from None
 
 
 def _refuse_other_architectures(shapes: Mapping[str, Shape], path: Path) -> None:

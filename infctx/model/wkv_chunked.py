@@ -80,10 +80,8 @@ def _within_chunks(
     half = 1
     while half < w.shape[-2]:
         halves = (-1, 2, half)
-        right_r, left_k, left_v = (
-            r.unflatten(3, halves)[..., 1, :, :],
-            *(x.unflatten(3, halves)[..., 0, :, :] for x in (k, v)),
-        )
+        left_k, left_v = (x.unflatten(3, halves)[..., 0, :, :] for x in (k, v))
+        right_r = r.unflatten(3, halves)[..., 1, :, :]
         since, until = since.unflatten(3, halves), until.unflatten(3, halves)  # (B, H, C, blocks, 2, half, N)
         whole, tail = whole.unflatten(3, (-1, 2)), tail.unflatten(3, (-1, 2))  # (B, H, C, blocks, 2, N)
         seen = right_r * since[..., 1, :, :].exp()

@@ -53,7 +53,7 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
         tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
         if tokens.max() >= model.sizes.vocab_size:
             raise InputError(
-                f"{store.path}: document {document} has token {tokens.max()}, the model knows {model.sizes.vocab_size}; "
+                f"{store.path}: document {document} has token {tokens.max()} of {model.sizes.vocab_size}; "
                 "prepare the documents with the model's tokenizer"
             )
         state = None

@@ -62,10 +62,8 @@ def window_backward(
     """
     _check(tokens, targets, segment_tokens, gradient_segments, starts)
     if state is None:
-        starts = (
-            torch.zeros(_starts_shape(tokens), dtype=torch.bool, device=tokens.device) if starts is None else starts
-        )
-        starts = starts.index_fill(1, torch.zeros(1, dtype=torch.long, device=starts.device), True)
+        begin = torch.arange(_starts_shape(tokens)[1], device=tokens.device).expand(_starts_shape(tokens)) == 0
+        starts = begin if starts is None else starts | begin
         state = State(*(torch.zeros_like(part) for part in model.initial_state(tokens.shape[0])))
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)

@@ -1,0 +1,123 @@
+"""The WKV recurrence compiled for the CPU by numba: pairs of batch and head side by side on the threads that torch has.
+
+The kernels (`wkv_numba_kernels`) are compiled at the first call, which takes some 10 s, and come from numba's cache on
+disk in later processes.  For the backward, beyond the inputs, S is kept once in 64 tokens: at N = 64 that is as many
+numbers as r has.  The results are the same to the bit for any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infctx.model import START_SPACING
+
+MIN_THREAD_TOKENS = 256
+"""Tokens of one head, about 50 us of forward: for less, waking another thread costs more than it gains."""
+
+
+def wkv_compiled(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `infctx.wkv`; computes in fp64 if r is fp64, else in fp32; gradients of first order only."""
+    if starts is None:
+        starts = torch.zeros((), dtype=torch.bool).expand(r.shape[0], -(-r.shape[1] // START_SPACING))
+    if initial is None:
+        initial = torch.zeros((), dtype=_precise(r)).expand(state.shape)
+    inputs = (r, k, v, w, u, state, starts, initial)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _Compiled.apply(*inputs)
+    return _forward(inputs, keep=False)[:2]
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        y, final, kept = _forward(inputs, keep=True)
+        r, k, v, w, u, _, starts, initial = inputs
+        ctx.save_for_backward(r, k, v, w, u, starts, initial, kept)
+        return y, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _backward(ctx.saved_tensors, dy, dfinal)
+        return tuple(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def _forward(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and what the backward needs of the states between (empty unless `keep`)."""
+    r, k, v, w, u, state, starts, initial = inputs
+    (B, T, H, N), precise = r.shape, _precise(r)
+    padded = _kernels().padded_size(N, precise.itemsize)
+    y = torch.empty((B, T, H, N), dtype=precise)
+    final = torch.zeros((B, H, N, N), dtype=precise)
+    kept = torch.empty((B * H if keep else 0, -(-T // _kernels().KEPT_TOKENS), padded * padded), dtype=precise)
+    tokens = [_with_whole_rows(x.to(precise)) for x in (r, k, v, w)]
+    _run("forward", *tokens, u.to(precise), starts, initial.to(precise), state.to(precise), y, final, kept)
+    return y.to(r.dtype), final, kept
+
+
+def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of r, k, v, w, u, state, starts (none) and initial."""
+    r, k, v, w, u, starts, initial, kept = saved
+    (B, T, H, N), precise = r.shape, _precise(r)
+    dr, dk, dv, dw = (torch.empty((B, T, H, N), dtype=precise) for _ in range(4))
+    du = torch.empty((B, H, N), dtype=precise)
+    dstate, dinitial = (torch.zeros((B, H, N, N), dtype=precise) for _ in range(2))
+    tokens = [_with_whole_rows(x.to(precise)) for x in (r, k, v, w)]
+    cotangents = (_with_whole_rows(dy.to(precise)), dfinal)
+    gradients = (dr, dk, dv, dw, du, dstate, dinitial)
+    _run("backward", *tokens, u.to(precise), starts, initial.to(precise), kept, *cotangents, *gradients)
+    du = functools.reduce(torch.add, du)  # one after the other, whatever the number of threads
+    by_token = (x.to(like.dtype) for x, like in ((dr, r), (dk, k), (dv, v), (dw, w), (du, u)))
+    return *by_token, dstate, None, dinitial
+
+
+def _run(kernel: str, *tensors: Tensor) -> None:
+    """Shares the pairs of batch and head out, to this thread first."""
+    arrays = [x.detach().numpy() for x in tensors]
+    function = _kernels().compiled(kernel, arrays[0].dtype)
+    B, T, H, _ = tensors[0].shape
+    threads = max(1, min(torch.get_num_threads(), B * H, B * H * T // MIN_THREAD_TOKENS))
+    bounds = [B * H * n // threads for n in range(threads + 1)]
+    others = [_pool(os.getpid()).submit(function, *arrays, *bounds[n : n + 2]) for n in range(1, threads)]
+    function(*arrays, *bounds[:2])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """One for each process, as threads do not survive a fork; it starts no more threads than it is given work for."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="infctx-wkv")
+
+
+def _kernels() -> ModuleType:
+    """Imports numba at the first use, not with infctx."""
+    from infctx.model import wkv_numba_kernels
+
+    return wkv_numba_kernels
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last, which their vector loads need to be 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _precise(r: Tensor) -> torch.dtype:
+    return torch.float64 if r.dtype == torch.float64 else torch.float32

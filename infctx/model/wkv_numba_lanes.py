@@ -1,0 +1,253 @@
+"""Vector instructions for the kernels of `wkv_compiled`, written with llvmlite.
+
+LLVM's own vectoriser does not hold eight accumulators in registers over an outer loop, and it asks at run time whether
+any two pointers overlap; so the loops over a chunk are written here as vector instructions.  A `@macro` is a function
+for compiled code given by what writes its instructions: Python's `for` unrolls, `loop` and `columns` run.
+
+The scratch that macros work on is contiguous and aligned to VECTOR_BYTES.  *Rows* are (8, width), eight tokens;
+*packed* is the same transposed, (width, 8).  A *matrix* (width, width) is stored by columns of L lanes: element (a, c)
+lies at c // L * L * width + a * L + c % L.  `width` is N rounded up to whole vectors of L numbers; beyond N are zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+VECTOR_BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
+CHUNK = 8
+TOKENS = range(CHUNK)
+
+INDEX = ir.IntType(64)
+BYTES = ir.IntType(8).as_pointer()
+
+Term = int | ir.Value | tuple
+
+
+def macro(write: Callable) -> Callable:
+    """Makes write(lanes, *arguments) a function for compiled code; scratch arrives as a pointer to its data."""
+
+    @intrinsic
+    def call(typing_context, *arguments):
+        def generate(context, builder, signature, values):
+            kinds = signature.args[0]
+            values = cgutils.unpack_tuple(builder, values[0], len(kinds))
+            for place, kind in enumerate(kinds):
+                if isinstance(kind, types.Array):
+                    array = context.make_array(kind)(context, builder, value=values[place])
+                    values[place] = array if kind.ndim == 4 else array.data
+            write(Lanes(builder, kinds[0].dtype), *values)
+            return context.get_dummy_value()
+
+        return types.void(types.BaseTuple.from_types(arguments)), generate
+
+    return call
+
+
+class Lanes:
+    """Writes LLVM instructions on vectors of L numbers.
+
+    An address is a pointer and terms to add up, of which a pair is a product: load(data, (row, width), column).
+    """
+
+    def __init__(self, builder: ir.IRBuilder, real: types.Type):
+        self.builder = builder
+        self.bytes = real.bitwidth // 8
+        self.scalar = ir.FloatType() if self.bytes == 4 else ir.DoubleType()
+        self.L = VECTOR_BYTES // self.bytes
+        self.vector = ir.VectorType(self.scalar, self.L)
+        self.add, self.sub, self.mul = builder.fadd, builder.fsub, builder.fmul
+
+    def index(self, *terms: Term) -> ir.Value:
+        known, unknown = 0, []
+        for term in terms:
+            a, b = term if isinstance(term, tuple) else (term, 1)
+            if isinstance(a, int) and isinstance(b, int):
+                known += a * b
+            elif a != 0:
+                a, b = (ir.Constant(INDEX, x) if isinstance(x, int) else x for x in (a, b))
+                unknown.append(self.builder.mul(a, b))
+        return functools.reduce(self.builder.add, unknown, ir.Constant(INDEX, known))
+
+    def place(self, data: ir.Value, *terms: Term) -> ir.Value:
+        return self.builder.bitcast(self.builder.gep(data, [self.index(*terms)]), self.vector.as_pointer())
+
+    def load(self, data: ir.Value, *terms: Term) -> ir.Value:
+        return self.builder.load(self.place(data, *terms), align=VECTOR_BYTES)
+
+    def store(self, value: ir.Value, data: ir.Value, *terms: Term) -> None:
+        place = self.builder.bitcast(self.place(data, *terms), value.type.as_pointer())
+        self.builder.store(value, place, align=value.type.count * self.bytes)
+
+    def rows(self, data: ir.Value, width: ir.Value, column: ir.Value) -> list[ir.Value]:
+        return [self.load(data, (t, width), column) for t in TOKENS]
+
+    def store_rows(self, values: Sequence[ir.Value], data: ir.Value, width: ir.Value, column: ir.Value) -> None:
+        for t, value in enumerate(values):
+            self.store(value, data, (t, width), column)
+
+    def splat(self, data: ir.Value, *terms: Term) -> ir.Value:
+        """One number in every lane."""
+        return self.fill(self.builder.load(self.builder.gep(data, [self.index(*terms)])))
+
+    def fill(self, value: ir.Value) -> ir.Value:
+        none = ir.Constant(ir.VectorType(value.type, self.L), ir.Undefined)
+        one = self.builder.insert_element(none, value, ir.Constant(ir.IntType(32), 0))
+        return self.shuffle(one, one, [0] * self.L)
+
+    def constant(self, value: float) -> ir.Value:
+        return ir.Constant(self.vector, [value] * self.L)
+
+    def muladd(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        return self.call("llvm.fmuladd", self.vector, a, b, c)
+
+    def call(self, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+        suffix = f".v{self.L}f{8 * self.bytes}" + (".p0" if "masked" in name else "")
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name + suffix), args)
+
+    @contextlib.contextmanager
+    def loop(self, count: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+        """Runs over 0, step, 2 step, ... below count."""
+        bounds = (self.index(0), count, self.index(step))
+        with cgutils.for_range_slice(self.builder, *bounds, INDEX) as (index, _):
+            yield index
+
+    def columns(self, width: ir.Value) -> contextlib.AbstractContextManager[ir.Value]:
+        return self.loop(width, self.L)
+
+    def sums(self, count: int) -> list[ir.Value]:
+        """Accumulators at zero: stack slots, which LLVM turns into registers."""
+        return [cgutils.alloca_once_value(self.builder, self.constant(0.0)) for _ in range(count)]
+
+    def accumulate(self, slot: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        self.builder.store(self.muladd(a, b, self.builder.load(slot)), slot)
+
+    def totals(self, slots: Sequence[ir.Value]) -> list[ir.Value]:
+        return [self.builder.load(slot) for slot in slots]
+
+    def store_totals(self, slots: Sequence[ir.Value], data: ir.Value, *terms: Term) -> None:
+        """Stores the sum over the lanes of each accumulator, one number after the other."""
+        vectors, lanes = self.totals(slots), self.L
+        while lanes > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0], None)]
+            vectors, lanes = [self.add(*self.even_odd(*pair)) for pair in pairs], lanes // 2
+        for n, vector in enumerate(vectors):
+            self.store(vector, data, *terms, n * self.L)
+
+    def shuffle(self, a: ir.Value, b: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        """The given lanes of a followed by b."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes)))
+
+    def even_odd(self, a: ir.Value, b: ir.Value | None) -> list[ir.Value]:
+        total = a.type.count * (1 if b is None else 2)
+        return [self.shuffle(a, a if b is None else b, range(first, total, 2)) for first in (0, 1)]
+
+    def interleave(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        """n vectors as the n vectors of the sequence a[0], b[0], c[0], ..., a[1], b[1], c[1], ..."""
+        if len(vectors) == 1:
+            return list(vectors)
+        order = [x for lane in range(self.L) for x in (lane, self.L + lane)]
+        pairs = zip(self.interleave(vectors[::2]), self.interleave(vectors[1::2]), strict=True)
+        return [self.shuffle(a, b, half) for a, b in pairs for half in (order[: self.L], order[self.L :])]
+
+    def separate(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        """Undoes `interleave`."""
+        if len(vectors) == 1:
+            return list(vectors)
+        halves = zip(*(self.even_odd(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)), strict=True)
+        return [vector for pair in zip(*map(self.separate, halves), strict=True) for vector in pair]
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """exp for x <= 0, correct to about an ulp; 0 where that is below the smallest normal number; NaN stays NaN."""
+        build, single = self.builder, self.bytes == 4
+        fraction_bits, bias, terms = (23, 127, 8) if single else (52, 1023, 14)
+        # ln 2 in two parts; the first is short, so that its product with a whole number is exact.
+        coarse, fine = (0.693359375, -2.12194440e-4) if single else (6.93145751953125e-1, 1.42860682030941723212e-6)
+        # Adding this rounds to a whole number, which then stands in the lowest bits.
+        rounder = self.constant(1.5 * 2**fraction_bits)
+        rounded = self.add(self.mul(x, self.constant(1 / math.log(2))), rounder)
+        whole = self.sub(rounded, rounder)
+        rest = self.muladd(whole, self.constant(-fine), self.muladd(whole, self.constant(-coarse), x))
+        series = self.constant(1 / math.factorial(terms - 1))
+        for n in reversed(range(terms - 1)):
+            series = self.muladd(series, rest, self.constant(1 / math.factorial(n)))
+        whole_type = ir.VectorType(ir.IntType(8 * self.bytes), self.L)
+        exponent = build.add(build.bitcast(rounded, whole_type), ir.Constant(whole_type, [bias] * self.L))
+        exponent = build.shl(exponent, ir.Constant(whole_type, [fraction_bits] * self.L))
+        vanishes = build.fcmp_ordered("<", x, self.constant((1 - bias) * math.log(2)))
+        return build.select(vanishes, self.constant(0.0), self.mul(series, build.bitcast(exponent, self.vector)))
+
+    def inside(
+        self, array: ir.Value, token: Sequence[ir.Value], limit: Sequence[ir.Value], column: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Where row token = (b, t, h) of a (B, T, H, N) array lies from a column on: address, alignment, valid lanes.
+
+        limit: (T, N).  No lane is valid from token T on.
+        """
+        build, (b, t, h) = self.builder, token
+        over_batch, over_time, over_heads, _ = cgutils.unpack_tuple(build, array.strides, 4)
+        offset = self.index((b, over_batch), (t, over_time), (h, over_heads), (column, self.bytes))
+        data = build.bitcast(build.gep(build.bitcast(array.data, BYTES), [offset]), self.vector.as_pointer())
+        left = build.select(build.icmp_signed("<", t, limit[0]), build.sub(limit[1], column), self.index(0))
+        lanes = ir.Constant(ir.VectorType(INDEX, self.L), list(range(self.L)))
+        return data, ir.Constant(ir.IntType(32), self.bytes), build.icmp_signed("<", lanes, self.fill(left))
+
+    def load_inside(self, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> ir.Value:
+        """Zeros where nothing is."""
+        return self.call("llvm.masked.load", self.vector, *self.inside(array, *where), self.constant(0.0))
+
+    def store_inside(self, value: ir.Value, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> None:
+        self.call("llvm.masked.store", ir.VoidType(), value, *self.inside(array, *where))
+
+
+@macro
+def load_tokens(x, rows, source, b, t, h, T, N, width):
+    with x.columns(width) as column:
+        for token in TOKENS:
+            value = x.load_inside(source, (b, x.index(t, token), h), (T, N), column)
+            x.store(value, rows, (token, width), column)
+
+
+@macro
+def load_decays(x, rows, source, b, t, h, T, N, width):
+    with x.columns(width) as column:
+        for token in TOKENS:
+            value = x.load_inside(source, (b, x.index(t, token), h), (T, N), column)
+            x.store(x.exp(value), rows, (token, width), column)
+
+
+@macro
+def store_tokens(x, target, rows, b, t, h, T, N, width):
+    with x.columns(width) as column:
+        for token, value in enumerate(x.rows(rows, width, column)):
+            x.store_inside(value, target, (b, x.index(t, token), h), (T, N), column)
+
+
+@macro
+def pack(x, packed, rows, width):
+    with x.columns(width) as column:
+        for n, vector in enumerate(x.interleave(x.rows(rows, width, column))):
+            x.store(vector, packed, (column, CHUNK), n * x.L)
+
+
+@macro
+def unpack(x, rows, packed, width):
+    with x.columns(width) as column:
+        vectors = [x.load(packed, (column, CHUNK), n * x.L) for n in TOKENS]
+        x.store_rows(x.separate(vectors), rows, width, column)
+
+
+@macro
+def transpose(x, target, source, width):
+    with x.columns(width) as i, x.columns(width) as j:
+        vectors = [x.load(source, (j, width), (i, x.L), n * x.L) for n in range(x.L)]
+        for n, vector in enumerate(x.interleave(vectors)):
+            x.store(vector, target, (i, width), (j, x.L), n * x.L)
