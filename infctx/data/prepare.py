@@ -1,0 +1,348 @@
+"""`infctx prepare`: text files in, a folder with a token store for each split out.
+
+The folder holds train.bin and train.idx, held_out.bin and held_out.idx where documents are held out, and store.json:
+tokenizer, vocab_size, and documents, tokens and bytes of text of each split. It is built beside its place under a
+temporary name and renamed when it is complete. The bytes of it depend on the inputs and the seed, not on the number of
+workers.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import secrets
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from infctx.data.text import STDIN, Document, Source, find_sources, read_documents
+from infctx.data.token_store import TokenStore, TokenStoreWriter, naming_errors, sync_folder
+from infctx.data.tokenizer import Tokenizer, get_tokenizer
+from infctx.errors import InputError
+
+TRAIN, HELD_OUT, SUMMARY_FILE = "train", "held_out", "store.json"
+UNSPLIT = "unsplit"
+FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx"))}
+# Characters that go to a worker at once, and what a document may have to go to a worker whole: with workers + 2 batches
+# under way, this bounds the memory. A longer document is encoded here, piece by piece.
+BATCH_CHARS = 1 << 20
+LONG_DOCUMENT_CHARS = 4 << 20
+DOCUMENT_OVERHEAD = 256  # what a document costs beside its characters: a batch of tiny documents ends too
+# Starting a worker takes as long as encoding this much.
+BYTES_PER_WORKER = 32 << 20
+COPY_TOKENS = 1 << 20
+
+Batch = list[list[str]]  # pieces of each document
+
+
+@dataclass
+class SplitSummary:
+    """Documents, tokens (ends of documents included) and UTF-8 bytes of text of a split."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class PrepareSummary:
+    """What `prepare` has written; as a string, the lines to show."""
+
+    output: Path
+    tokenizer: str
+    vocab_size: int
+    splits: dict[str, SplitSummary] = field(default_factory=dict)
+    empty_documents: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.output / name}: {split.documents:,} documents, {split.tokens:,} tokens ({self.tokenizer}), "
+            f"{split.bytes:,} bytes of text"
+            for name, split in self.splits.items()
+        ]
+        if self.empty_documents:
+            lines.append(f"{self.empty_documents:,} empty documents left out")
+        return "\n".join(lines)
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    tokenizer: str,
+    held_out: float = 0.0,
+    input_format: str | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PrepareSummary:
+    """Turn texts into a folder of token stores, in memory that does not grow with the texts.
+
+    Args:
+        inputs: files, folders, globs or "-" (see `infctx.data.text`).
+        output: the folder to make.
+        tokenizer: "world" or "bytes".
+        held_out: share of the documents (0 to 0.5) that go to the held-out split: one at a random place of every
+            1 / held_out documents, and at least one.
+        input_format: "text" or "jsonl", for standard input and other suffixes.
+        workers: processes that encode; None: as many as there are CPUs and work for.
+        seed: of the choice of the held-out documents.
+        overwrite: replace an output that is there, once the new one is complete.
+        progress: show a bar when stderr is a terminal.
+
+    Raises InputError for mistakes in the inputs or arguments and OSError, with the file's name, when writing fails; in
+    both cases, and when interrupted, nothing of the new output is left behind.
+    """
+    encoder = get_tokenizer(tokenizer)
+    group = _documents_per_held_out(held_out)
+    sources = find_sources(inputs, input_format)
+    workers = _num_workers(workers, encoder, sources)
+    place = Path(output).resolve()
+    _check_output(place, overwrite)
+    summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size)
+    with _replacing(place) as folder, _progress_bar(sources, progress) as bar:
+        documents = read_documents(sources, bar.update)
+        with closing(_encoded(documents, encoder, workers)) as encoded:
+            summary.splits, summary.empty_documents = _write_splits(
+                folder, encoded, _random_split(group, seed), encoder.byte_lengths
+            )
+        if not summary.splits:
+            raise InputError("all documents are empty: nothing to prepare")
+        if group:
+            summary.splits = _with_both_splits(folder, summary.splits, seed, encoder.byte_lengths)
+        _write_summary(folder / SUMMARY_FILE, summary)
+    return summary
+
+
+def _documents_per_held_out(held_out: float) -> int:
+    """One document of this many is held out; 0: none."""
+    if not 0 <= held_out <= 0.5:
+        raise InputError(f"held_out is {held_out}: give a share of the documents from 0 to 0.5, for example 0.05")
+    return round(1 / held_out) if held_out else 0
+
+
+def _num_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[Source]) -> int:
+    if workers is not None:
+        if workers < 1:
+            raise InputError(f"{workers} workers: at least 1 is needed")
+        return workers
+    if tokenizer.name == "bytes":  # encoding is quicker than sending the text to another process
+        return 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if any(source.path == STDIN for source in sources):
+        return cpus
+    return max(1, min(cpus, sum(source.num_bytes for source in sources) // BYTES_PER_WORKER))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file: name a folder for the token stores")
+    present = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if present - FILES:
+        raise InputError(f"{output}: holds other files ({min(present - FILES)}): choose another output folder")
+    if present and not overwrite:
+        raise InputError(f"{output}: is there already: choose another output folder or add --overwrite")
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when the block succeeds, and goes away when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    folder, old = (output.with_name(f".{output.name}.{mark}.{kind}") for kind in ("tmp", "old"))
+    folder.mkdir()
+    try:
+        yield folder
+        sync_folder(folder)
+        if output.exists():
+            os.rename(output, old)
+        try:
+            os.rename(folder, output)
+        except BaseException:
+            if old.exists():
+                os.rename(old, output)
+            raise
+        sync_folder(output.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
+    known = all(source.path != STDIN for source in sources)
+    total = sum(source.num_bytes for source in sources) if known else None
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty()))
+
+
+def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, workers: int) -> Iterator[Iterable[np.ndarray]]:
+    """The ids of every document, in arrays, in order."""
+    if workers == 1:
+        for document in documents:
+            yield tokenizer.encode_pieces(document.pieces)
+        return
+    # A fork of a process with threads (the progress bar's, a BLAS library's) can hang, so workers start afresh.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pending: deque[Future[list[list[np.ndarray]]]] = deque()
+    try:
+        for work in _batches(documents):
+            if isinstance(work, Document):
+                while pending:
+                    yield from pending.popleft().result()
+                yield tokenizer.encode_pieces(work.pieces)
+            else:
+                with _without_ctrl_c():
+                    pending.append(pool.submit(_encode_batch, tokenizer.name, work))
+                if len(pending) == workers + 2:
+                    yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process was killed, perhaps for want of memory: run again with fewer workers (--workers 1)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[Batch | Document]:
+    """Short documents in batches, long ones one by one."""
+    batch: Batch = []
+    size = 0
+    for document in documents:
+        pieces: list[str] = []
+        length = 0
+        for piece in document.pieces:
+            pieces.append(piece)
+            length += len(piece)
+            if length > LONG_DOCUMENT_CHARS:
+                break
+        if batch and size + length > BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+        if length > LONG_DOCUMENT_CHARS:
+            yield Document(document.place, chain(pieces, document.pieces))
+        else:
+            batch.append(pieces)
+            size += length + DOCUMENT_OVERHEAD
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal; a worker started in here never sees it, the main process later."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work for ever after its parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_batch(tokenizer: str, batch: Batch) -> list[list[np.ndarray]]:
+    return [[get_tokenizer(tokenizer).encode("".join(pieces))] for pieces in batch]
+
+
+def _random_split(group: int, seed: int) -> Callable[[int], str]:
+    """Which split document i goes to: in every `group` documents one, at random, is held out; group 0: none."""
+
+    def split(i: int) -> str:
+        if group and random.Random(f"{seed}/{i // group}").randrange(group) == i % group:
+            return HELD_OUT
+        return TRAIN
+
+    return split
+
+
+def _write_splits(
+    folder: Path, documents: Iterable[Iterable[np.ndarray]], split_of: Callable[[int], str], byte_lengths: np.ndarray
+) -> tuple[dict[str, SplitSummary], int]:
+    """Write every document to its split; returns what each split that has documents got, and the empty documents."""
+    splits = {name: SplitSummary() for name in (TRAIN, HELD_OUT)}
+    count = empty = 0
+    with ExitStack() as stack:
+        writers = {name: TokenStoreWriter(folder / name) for name in splits}
+        for writer in writers.values():
+            stack.callback(writer.abort)
+        for pieces in documents:
+            name = split_of(count)
+            length = 0
+            for ids in pieces:
+                writers[name].extend(ids)
+                length += ids.size
+                splits[name].bytes += int(byte_lengths[ids].sum())
+            if not length:
+                empty += 1
+                continue
+            writers[name].end_document()
+            count += 1
+        for name, writer in writers.items():
+            splits[name].documents, splits[name].tokens = writer.num_documents, writer.num_tokens
+            if writer.num_documents:
+                writer.close()
+    return {name: split for name, split in splits.items() if split.documents}, empty
+
+
+def _with_both_splits(
+    folder: Path, splits: dict[str, SplitSummary], seed: int, byte_lengths: np.ndarray
+) -> dict[str, SplitSummary]:
+    """Where the documents ended before the first one to hold out, hold out a random one of them after all."""
+    if len(splits) == 2:
+        return splits
+    if sum(split.documents for split in splits.values()) == 1:
+        raise InputError("there is one document only, so none can be held out: give more documents or held_out 0")
+    for suffix in (".bin", ".idx"):
+        os.rename(folder / f"{TRAIN}{suffix}", folder / f"{UNSPLIT}{suffix}")
+    store = TokenStore(folder / UNSPLIT)
+    chosen = random.Random(seed).randrange(store.num_documents)
+    documents = (_stored_pieces(store, i) for i in range(store.num_documents))
+    splits, _ = _write_splits(folder, documents, lambda i: HELD_OUT if i == chosen else TRAIN, byte_lengths)
+    for path in (store.bin_path, store.idx_path):
+        path.unlink()
+    return splits
+
+
+def _stored_pieces(store: TokenStore, i: int) -> Iterator[np.ndarray]:
+    """The ids of a stored document without its end."""
+    end = store.length(i) - 1
+    return (store.tokens(i, begin, min(begin + COPY_TOKENS, end)) for begin in range(0, end, COPY_TOKENS))
+
+
+def _write_summary(path: Path, summary: PrepareSummary) -> None:
+    content = {
+        "tokenizer": summary.tokenizer,
+        "vocab_size": summary.vocab_size,
+        "splits": {name: asdict(split) for name, split in summary.splits.items()},
+    }
+    with naming_errors(path), open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

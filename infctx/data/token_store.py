@@ -1,0 +1,321 @@
+"""Token stores in the RWKV world's binidx format: documents of token ids on disk, read by place, written as they come.
+
+`NAME.bin` holds the tokens back to back. `NAME.idx`, little endian: magic, u64 version 1, u8 dtype code, u64 n, u64 d,
+int32 sizes[n] in tokens, int64 offsets[n] in bytes, int64 doc_idx[d]. Sequences doc_idx[i] .. doc_idx[i + 1] - 1 are
+document i; nearly always that is one sequence. The last token of a document is 0, the end of document.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from infctx.errors import InputError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<QBQQ")  # version, dtype code, n, d
+ARRAYS_BEGIN = len(MAGIC) + HEADER.size
+DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+WRITTEN_CODE = 8
+END_OF_DOCUMENT = 0
+# A size is an int32, so a longer document is stored as several sequences.
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+BLOCK = 1 << 18  # index entries that are checked or written at once
+RESIDENT_BYTES = 16 << 20  # pages of a mapping that may stay in the process
+FAULT_BYTES = 64 << 10  # what Linux maps in around a page that is touched
+
+
+class TokenStore:
+    """A store opened for reading; both files are memory-mapped and neither its size nor its documents cost memory.
+
+    Opening checks the whole index; a file that is damaged or is no store raises InputError.
+
+    Attributes:
+        path: the name without .bin and .idx.
+        num_documents: documents in the store.
+        num_tokens: tokens of all documents, ends of documents included.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = store_prefix(path)
+        self.idx_path, self.bin_path = _file_of(self.path, ".idx"), _file_of(self.path, ".bin")
+        if not self.idx_path.exists() and not self.bin_path.exists():
+            raise InputError(f"{self.path}: no token store here (.idx, .bin): make one with `infctx prepare`")
+        self._index, self._data = _Mapping(self.idx_path), _Mapping(self.bin_path)
+        self._dtype, self._num_sequences, self.num_documents = self._read_header()
+        self._offsets_begin = ARRAYS_BEGIN + 4 * self._num_sequences
+        self._documents_begin = self._offsets_begin + 8 * self._num_sequences
+        self.num_tokens = self._check_sequences()
+        self._check_documents()
+
+    def length(self, i: int) -> int:
+        """Tokens of document i, its end included."""
+        begin, end = self._span(i)
+        return end - begin
+
+    def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
+        """Tokens begin..end-1 of document i, int64 (end - begin,). Raises InputError for negative ids in the file."""
+        first, last = self._span(i)
+        if not 0 <= begin <= end <= last - first:
+            raise IndexError(f"{self.path}: tokens {begin}..{end} of document {i}, which has {last - first}")
+        stored = self._data.read((first + begin) * self._dtype.itemsize, end - begin, self._dtype)
+        tokens = stored.astype(np.int64)
+        if self._dtype.kind == "i" and tokens.size and tokens.min() < 0:
+            place = int(np.argmax(tokens < 0))
+            raise _damaged(self.bin_path, f"token {begin + place} of document {i} is {tokens[place]}, a negative id")
+        return tokens
+
+    def _span(self, i: int) -> tuple[int, int]:
+        """First token of document i in the .bin and the one after its last."""
+        if not 0 <= i < self.num_documents:
+            raise IndexError(f"{self.path}: document {i} of {self.num_documents}")
+        first, last = self._index.read(self._documents_begin + 8 * i, 2, np.dtype("<i8")).tolist()
+        return self._sequence_begin(first), self._sequence_begin(last)
+
+    def _sequence_begin(self, sequence: int) -> int:
+        if sequence == self._num_sequences:
+            return self.num_tokens
+        return int(self._index.read(self._offsets_begin + 8 * sequence, 1, np.dtype("<i8"))[0]) // self._dtype.itemsize
+
+    def _read_header(self) -> tuple[np.dtype, int, int]:
+        path, num_bytes = self.idx_path, self._index.num_bytes
+        if num_bytes < ARRAYS_BEGIN:
+            raise _damaged(path, f"cut short: {num_bytes} bytes, its header alone has {ARRAYS_BEGIN}")
+        header = self._index.read(0, ARRAYS_BEGIN, np.dtype(np.uint8)).tobytes()
+        if header[: len(MAGIC)] != MAGIC:
+            raise _damaged(path, f"wrong magic {header[: len(MAGIC)]!r}, a binidx index begins with {MAGIC!r}")
+        version, code, num_sequences, num_borders = HEADER.unpack(header[len(MAGIC) :])
+        if version != VERSION:
+            raise InputError(f"{path}: version {version} of the format, only version {VERSION} is read: convert it")
+        if code not in DTYPES:
+            known = ", ".join(f"{key} ({value.name})" for key, value in DTYPES.items())
+            raise InputError(f"{path}: dtype code {code}, the codes read are {known}: convert it")
+        if num_sequences < 1 or num_borders < 2:
+            raise InputError(f"{path}: no documents in this store: make it again with `infctx prepare`")
+        expected = ARRAYS_BEGIN + 12 * num_sequences + 8 * num_borders
+        if num_bytes != expected:
+            problem = "cut short" if num_bytes < expected else "trailing bytes"
+            raise _damaged(
+                path,
+                f"{problem}: {num_bytes} bytes, {num_sequences} sequences and {num_borders} borders take {expected}",
+            )
+        return DTYPES[code], num_sequences, num_borders - 1
+
+    def _check_sequences(self) -> int:
+        """Sizes and offsets agree with each other and with the .bin; returns the number of tokens."""
+        itemsize, bin_bytes = self._dtype.itemsize, self._data.num_bytes
+        expected = 0  # offset of the next sequence
+        for begin in range(0, self._num_sequences, BLOCK):
+            count = min(BLOCK, self._num_sequences - begin)
+            sizes = self._index.read(ARRAYS_BEGIN + 4 * begin, count, np.dtype("<i4")).astype(np.int64) * itemsize
+            offsets = self._index.read(self._offsets_begin + 8 * begin, count, np.dtype("<i8"))
+            self._refuse(sizes < 0, begin, "has a negative size")
+            self._refuse(offsets % itemsize != 0, begin, f"has an unaligned offset (tokens take {itemsize} bytes)")
+            outside = (offsets < 0) | (offsets > bin_bytes - sizes)
+            self._refuse(outside, begin, f"lies outside {self.bin_path}, which has {bin_bytes} bytes")
+            ends = expected + np.cumsum(sizes)
+            self._refuse(offsets != ends - sizes, begin, "has an offset that does not agree with the sizes before it")
+            expected = int(ends[-1])
+        if expected != bin_bytes:
+            raise _damaged(self.bin_path, f"trailing bytes: {bin_bytes} bytes, the index speaks of {expected}")
+        return expected // itemsize
+
+    def _refuse(self, wrong: np.ndarray, begin: int, problem: str) -> None:
+        if wrong.any():
+            raise _damaged(self.idx_path, f"sequence {begin + int(np.argmax(wrong))} {problem}")
+
+    def _check_documents(self) -> None:
+        previous = 0
+        for begin in range(0, self.num_documents + 1, BLOCK):
+            count = min(BLOCK, self.num_documents + 1 - begin)
+            borders = self._index.read(self._documents_begin + 8 * begin, count, np.dtype("<i8"))
+            if begin == 0 and borders[0] != 0:
+                raise _damaged(self.idx_path, f"doc_idx begins with {borders[0]}, not with 0")
+            falling = np.diff(borders, prepend=previous) < 0
+            if falling.any():
+                raise _damaged(self.idx_path, f"doc_idx falls at place {begin + int(np.argmax(falling))}")
+            previous = int(borders[-1])
+        if previous != self._num_sequences:
+            raise _damaged(self.idx_path, f"doc_idx ends at {previous}, not at the {self._num_sequences} sequences")
+
+
+class TokenStoreWriter:
+    """Writes a store as its documents come, in memory that does not grow with it; dtype code 8 (uint16).
+
+    Used as a context manager: the two files appear under their names, the .idx last, when the block ends without an
+    exception, and not at all otherwise. Raises InputError when the store is there already; an OSError (disk full)
+    carries the file's name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = store_prefix(path)
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._paths = [_file_of(self.path, ".bin"), _file_of(self.path, ".idx")]
+        for existing in filter(Path.exists, self._paths):
+            raise InputError(f"{existing}: is there already: choose another name or remove it")
+        mark = secrets.token_hex(4)
+        self._temporary = [path.with_name(f".{path.name}.{mark}.tmp") for path in self._paths]
+        self._length = 0  # tokens of the document that is being written
+        self._lengths = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed by close and abort
+        self._bin = open(self._temporary[0], "xb", buffering=1 << 20)  # noqa: SIM115
+
+    def extend(self, ids: np.ndarray) -> None:
+        """Add ids (num_tokens,), 1..65535, to the document that is being written."""
+        ids = np.asarray(ids)
+        if ids.size and not (ids.min() > END_OF_DOCUMENT and ids.max() <= 0xFFFF):
+            raise ValueError("ids of a document are 1..65535: 0 ends a document, larger ones do not fit in uint16")
+        with naming_errors(self._temporary[0]):
+            self._bin.write(ids.astype("<u2", copy=False).tobytes())
+        self._length += ids.size
+
+    def end_document(self) -> None:
+        """Write the end of document; the next ids belong to another document."""
+        with naming_errors(self._temporary[0]):
+            self._bin.write(END_OF_DOCUMENT.to_bytes(2, "little"))
+            self._lengths.write(struct.pack("<q", self._length + 1))
+        self.num_documents += 1
+        self.num_tokens += self._length + 1
+        self._length = 0
+
+    def close(self) -> None:
+        """Write the index and give both files their names; the last document must have ended."""
+        try:
+            if self._length or not self.num_documents:
+                raise ValueError(f"{self.path}: a store needs at least one document, and each must have ended")
+            with naming_errors(self._temporary[0]):
+                self._lengths.flush()
+                _sync(self._bin)
+                self._bin.close()
+            with naming_errors(self._temporary[1]), open(self._temporary[1], "xb") as index:
+                self._write_index(index)
+                _sync(index)
+            for temporary, path in zip(self._temporary, self._paths, strict=True):
+                os.rename(temporary, path)
+            sync_folder(self.path.parent)
+        except BaseException:
+            self.abort()
+            raise
+        self._lengths.close()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        for file in (self._bin, self._lengths):
+            # Closing writes what is buffered: on a full disk that fails again, and the file is closed all the same.
+            with contextlib.suppress(OSError):
+                file.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "TokenStoreWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _write_index(self, index: BinaryIO) -> None:
+        num_sequences = sum(len(sizes) for sizes, _ in self._sequences())
+        index.write(MAGIC + HEADER.pack(VERSION, WRITTEN_CODE, num_sequences, self.num_documents + 1))
+        for sizes, _ in self._sequences():
+            index.write(sizes.astype("<i4").tobytes())
+        offset = 0
+        for sizes, _ in self._sequences():
+            ends = offset + np.cumsum(sizes) * DTYPES[WRITTEN_CODE].itemsize
+            index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        border = 0
+        index.write(struct.pack("<q", border))
+        for _, counts in self._sequences():
+            borders = border + np.cumsum(counts)
+            index.write(borders.astype("<i8").tobytes())
+            border = int(borders[-1])
+
+    def _sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For one block of documents after the other: sizes of the sequences, and sequences per document."""
+        self._lengths.seek(0)
+        while block := self._lengths.read(8 * BLOCK):
+            lengths = np.frombuffer(block, "<i8")
+            counts = -(-lengths // MAX_SEQUENCE_TOKENS)
+            sizes = np.full(counts.sum(), MAX_SEQUENCE_TOKENS, np.int64)
+            sizes[np.cumsum(counts) - 1] = lengths - (counts - 1) * MAX_SEQUENCE_TOKENS
+            yield sizes, counts
+
+
+def store_prefix(path: str | os.PathLike[str]) -> Path:
+    """The name of a store without .bin or .idx. Raises InputError for a folder."""
+    path = Path(path)
+    if path.suffix in (".bin", ".idx"):
+        return path.with_suffix("")
+    if path.is_dir() and not _file_of(path, ".idx").exists():
+        raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example {path / 'train'}")
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames inside a folder durable (where a folder can be opened: not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Put the file's name into an OSError: that of a write does not have one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+class _Mapping:
+    """A file mapped read-only whose pages leave the process again: without that, resident memory would grow to the
+    size of the store (the page cache keeps them, and the kernel can take that back)."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with open(path, "rb") as file:
+                self.num_bytes = os.fstat(file.fileno()).st_size
+                if self.num_bytes == 0:
+                    raise _damaged(path, "empty")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}: a token store is a .bin and an .idx side by side") from None
+        self._touched = 0
+
+    def read(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """A copy of `count` values at byte `offset`."""
+        values = np.frombuffer(self._map, dtype, count, offset).copy() if count else np.empty(0, dtype)
+        self._touched += values.nbytes + FAULT_BYTES
+        if self._touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+        return values
+
+
+def _file_of(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(f"{path}: {problem}: the file is damaged, copy it again or make it with `infctx prepare`")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,168 @@
+"""Tokenizers: text in, token ids (uint16) out, and ids back into bytes.
+
+`world` is the RWKV World vocabulary (65,529 tokens, greedy longest match on UTF-8 bytes), `bytes` is one token a
+byte. In both, id 0 ends a document and nothing in a text encodes to it: U+0000 is id 1 in both.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from infctx.errors import InputError
+
+END_OF_DOCUMENT = 0
+TOKENIZER_NAMES = ("world", "bytes")
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers; `encode` never adds the end of document."""
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each id, int64 (vocab_size,); 0 for the end of document and for ids without a token."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, uint16 (num_tokens,). Raises InputError for text that is not UTF-8 (lone surrogates)."""
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of the joined pieces, exactly, in memory bounded by the longest piece."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Bytes of the ids, complete UTF-8 or not; none for ids of `byte_lengths` 0. InputError for ids outside."""
+
+
+@cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: "world" or "bytes". Raises InputError for any other name."""
+    if name == "world":
+        return WorldTokenizer()
+    if name == "bytes":
+        return ByteTokenizer()
+    raise InputError(f"tokenizer {name!r} is not known: choose one of {', '.join(TOKENIZER_NAMES)}")
+
+
+def tokenizer_for_vocab(vocab_size: int) -> str | None:
+    """The name of the tokenizer that a model with `vocab_size` ids uses, or None when no tokenizer fits."""
+    if vocab_size == ByteTokenizer.vocab_size:
+        return "bytes"
+    # 65,530 is the last token and the end of document; files in the wild are padded to anything up to 65,536.
+    return "world" if 65530 <= vocab_size <= WorldTokenizer.vocab_size else None
+
+
+class WorldTokenizer:
+    """The RWKV World vocabulary: ids 1..65529, size padded to 65,536."""
+
+    name = "world"
+    vocab_size = 65536
+    end_of_document = END_OF_DOCUMENT
+    longest_token = 128  # bytes
+
+    @cached_property
+    def _encoder(self) -> Any:
+        # Imported here, for it takes 0.3 s and 230 MB that reading a store does not need.
+        from pyrwkv_tokenizer import RWKVTokenizer
+
+        return RWKVTokenizer()
+
+    @cached_property
+    def _tokens(self) -> list[bytes]:
+        import pyrwkv_tokenizer
+
+        return _read_vocabulary(next(Path(pyrwkv_tokenizer.__file__).parent.glob("rwkv_vocab_*.txt")), self.vocab_size)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(token) for token in self._tokens], np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.array(self._encoder.encode(text), np.uint16)
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        # A token is decided by the `longest_token` bytes from its start, so a token that has them all stands whatever
+        # comes after; those nearer to the end of the piece are taken back and encoded again with the next piece.
+        rest = ""
+        for piece in pieces:
+            text = rest + piece
+            ids = self.encode(text)
+            data = text.encode()
+            starts = np.cumsum(self.byte_lengths[ids]) - self.byte_lengths[ids]
+            count = int(np.searchsorted(starts, len(data) - self.longest_token, side="right"))
+            # A few tokens end inside a character; the cut may not. No token joins the end of one character to the
+            # beginning of the next, so a start on a character is at most three tokens back.
+            while count < len(ids) and data[starts[count]] & 0xC0 == 0x80:
+                count -= 1
+            rest = data[starts[count] :].decode() if count < len(ids) else ""
+            if count:
+                yield ids[:count]
+        if rest:
+            yield self.encode(rest)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return b"".join([self._tokens[i] for i in _checked_ids(ids, self).tolist()])
+
+
+class ByteTokenizer:
+    """One token a byte: byte b is id b + 1."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_document = END_OF_DOCUMENT
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([0] + [1] * 256, np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + np.uint16(1)
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        return (self.encode(piece) for piece in pieces if piece)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        ids = _checked_ids(ids, self)
+        return (ids[ids != END_OF_DOCUMENT] - 1).astype(np.uint8).tobytes()
+
+
+def _read_vocabulary(path: Path, vocab_size: int) -> list[bytes]:
+    """Lines of `id literal length`, the literal a Python str or bytes, into the bytes of every id."""
+    tokens = [b""] * vocab_size
+    for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+        token_id, rest = line.split(" ", 1)
+        literal, length = rest.rsplit(" ", 1)
+        value = ast.literal_eval(literal)
+        token = value.encode() if isinstance(value, str) else value
+        assert len(token) == int(length), f"{path}: token {token_id} has {len(token)} bytes, not {length}"
+        tokens[int(token_id)] = token
+    return tokens
+
+
+def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    outside = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if outside.size:
+        raise InputError(
+            f"token id {outside[0]} is outside the {tokenizer.name} vocabulary (0..{tokenizer.vocab_size - 1}): "
+            "decode with the tokenizer that the tokens were made with"
+        )
+    return ids
+
+
+def _not_utf8(error: UnicodeEncodeError) -> InputError:
+    return InputError(
+        f"character {error.start} of the text is a lone surrogate (U+{ord(error.object[error.start]):04X}), "
+        "which UTF-8 can not hold: remove it"
+    )

@@ -1,0 +1,38 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import infctx
+from infctx.data.prepare import prepare
+from infctx.data.token_store import TokenStore
+
+REPOSITORY = Path(infctx.__file__).parents[1]
+
+
+def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
+    tool = [sys.executable, str(REPOSITORY / "tools" / "python_documents.py"), "--min-bytes", "60000"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    lines = subprocess.run(tool, capture_output=True, check=True, env=environment).stdout
+    assert subprocess.run(tool, capture_output=True, check=True).stdout == lines
+    documents = [json.loads(line) for line in lines.splitlines()]
+    sources = [document["source"] for document in documents]
+    assert sources[0] == "pydoc_data/topics.py"
+    assert sources[1:] == sorted(sources[1:])
+    assert len(sources) > 10
+    assert not any({"test", "tests", "idlelib", "site-packages"} & set(source.split("/")) for source in sources)
+    assert all(len(document["text"].encode()) >= 60_000 for document in documents)
+
+    class Stdin:
+        buffer = io.BytesIO(lines)
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    summary = prepare(["-"], tmp_path / "out", tokenizer="bytes", input_format="jsonl", held_out=0.1)
+    assert sum(split.documents for split in summary.splits.values()) == len(documents)
+    store = TokenStore(tmp_path / "out" / "train")
+    assert summary.splits["train"].bytes == store.num_tokens - store.num_documents
+    assert np.all(store.tokens(0, 0, 1000) < 257)
