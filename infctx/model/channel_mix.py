@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from infctx.model.layers import Linear
 from infctx.model.sizes import Sizes
-from infctx.model.token_shift import token_shift
+from infctx.model.token_shift import blend, token_shift
+
+
+class SquaredRelu(torch.autograd.Function):
+    """relu(x)^2, in fewer passes over memory than its two halves take; gradient 2 relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (gradient * positive).mul_(2)
 
 
 class ChannelMix(nn.Module):
@@ -32,8 +49,6 @@ class ChannelMix(nn.Module):
         """(B, T, D) and the state's shift vector (B, D) -> (B, T, D) and the vector to hand on."""
         before, shift = token_shift(x, shift, starts, initial_shift)
         origin, other = (before, x) if self.weighs_current else (x, before)
-        difference = other - origin
-        x_k = torch.addcmul(origin, difference, self.mix_key.to(x.dtype))
-        x_r = torch.addcmul(origin, difference, self.mix_receptance.to(x.dtype))
-        k = torch.relu(self.key(x_k)).square()  # (B, T, F)
+        x_k, x_r = blend(origin, other - origin, torch.stack([self.mix_key, self.mix_receptance]).to(x.dtype))
+        k = SquaredRelu.apply(self.key(x_k))  # (B, T, F)
         return torch.sigmoid(self.receptance(x_r)) * self.value(k), shift

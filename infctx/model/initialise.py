@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from infctx.model.block import Block
+from infctx.model.layers import HeadNorm
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes
 from infctx.model.time_mix import DataDependentMixing
@@ -21,7 +22,7 @@ def initialise(model: RWKV, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     sizes = model.sizes
     for module in model.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+        if isinstance(module, (nn.LayerNorm, HeadNorm)):
             module.weight.fill_(1)
             module.bias.zero_()
     _uniform(model.embedding.weight, 1e-4, random)

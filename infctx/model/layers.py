@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,13 +24,20 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class HeadNorm(nn.GroupNorm):
-    """Group norm over each head's channels with eps 64e-5, which is eps 1e-5 on y / 8, as RWKV-5 writes it."""
+class HeadNorm(nn.Module):
+    """Group norm over each head's channels with eps 64e-5, which is eps 1e-5 on y / 8, as RWKV-5 writes it.
 
-    def __init__(self, num_heads: int, width: int) -> None:
-        super().__init__(num_heads, width, eps=64e-5)
+    Computed as a layer norm of each head, which is faster than torch's group norm on a CPU.
+    """
+
+    eps = 64e-5
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, y: Tensor) -> Tensor:
-        rows = y.reshape(-1, self.num_channels)  # (B * T, D)
-        rows = F.group_norm(rows, self.num_groups, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps)
-        return rows.view(*y.shape[:2], -1)
+        """(B, T, H, N) -> (B, T, D)."""
+        normalised = F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(2)
+        return torch.addcmul(self.bias.to(y.dtype), normalised, self.weight.to(y.dtype))

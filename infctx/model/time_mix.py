@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
-from infctx.model.token_shift import token_shift
+from infctx.model.token_shift import blend, token_shift
 from infctx.model.wkv import wkv
 
 
@@ -23,7 +23,7 @@ class TimeMix(nn.Module):
         self.key = Linear(width, width)
         self.value = Linear(width, width)
         self.gate = Linear(width, width)
-        self.head_norm = HeadNorm(sizes.num_heads, width)
+        self.head_norm = HeadNorm(width)
         self.output = Linear(width, width)
 
     def forward(
@@ -43,7 +43,7 @@ class TimeMix(nn.Module):
             for z in (self.receptance(x_r), self.key(x_k), self.value(x_v), w)
         )
         y, state = wkv(r, k, v, w.to(state.dtype), self.bonus, state, starts, initial, self.backend)
-        y = self.head_norm(y.flatten(2))  # (B, T, D)
+        y = self.head_norm(y)  # (B, T, D)
         gate = self.gate(x_g)
         return self.output(y * torch.nn.functional.silu(gate)), state, shift
 
@@ -60,11 +60,9 @@ class StaticMixing(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(B, T, D), (B, T, D) -> x_r, x_k, x_v, x_g and the log decay, expanded over T, each (B, T, D)."""
-        mixes = (self.mix_receptance, self.mix_key, self.mix_value, self.mix_gate)
-        difference = x - before
-        blends = [torch.addcmul(before, difference, mix.to(x.dtype)) for mix in mixes]
+        mixes = torch.stack([self.mix_receptance, self.mix_key, self.mix_value, self.mix_gate]).to(x.dtype)
         log_decay = -torch.exp(_precise(self.decay))
-        return *blends, log_decay.flatten().expand(x.shape)
+        return *blend(before, x - before, mixes), log_decay.flatten().expand(x.shape)
 
 
 class DataDependentMixing(nn.Module):
@@ -91,7 +89,7 @@ class DataDependentMixing(nn.Module):
         bases = (self.mix_decay, self.mix_key, self.mix_value, self.mix_receptance, self.mix_gate)
         bases = torch.cat([base.view(1, 1, -1) for base in bases]).to(x.dtype)  # (5, 1, D)
         mixes = torch.baddbmm(bases, low, self.mix_up.to(x.dtype)).unflatten(1, x.shape[:2])  # (5, B, T, D)
-        x_w, x_k, x_v, x_r, x_g = torch.addcmul(x, difference, mixes).unbind(0)
+        x_w, x_k, x_v, x_r, x_g = blend(x, difference, mixes)
         change = torch.tanh(x_w @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)
         return x_r, x_k, x_v, x_g, -torch.exp(_precise(self.decay) + _precise(change))
 

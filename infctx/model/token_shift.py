@@ -1,9 +1,12 @@
-"""Token shift: the inputs one token earlier."""
+"""Token shift: the inputs one token earlier, and blends of the two."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infctx.model import START_SPACING
 
@@ -17,9 +20,43 @@ def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor 
     initial: (B, D), None for zeros
     Returns the shifted x (B, T, D), and the vector to hand on (B, D) in the dtype of `last`.
     """
-    shifted = torch.cat([last.to(x.dtype)[:, None], x[:, :-1]], dim=1)
+    num_tokens = x.shape[1]
+    both = torch.cat([last.to(x.dtype)[:, None], x], dim=1)  # (B, T + 1, D)
     if starts is not None:
-        first = shifted[:, ::START_SPACING]  # (B, ceil(T / 16), D)
+        firsts = both[:, :num_tokens:START_SPACING]  # (B, ceil(T / 16), D)
         before = torch.zeros_like(last)[:, None] if initial is None else initial[:, None]
-        shifted[:, ::START_SPACING] = torch.where(starts[..., None], before.to(x.dtype), first)
-    return shifted, x[:, -1].to(last.dtype)
+        both[:, :num_tokens:START_SPACING] = torch.where(starts[..., None], before.to(x.dtype), firsts)
+    shifted, new_last = both.split([num_tokens, 1], dim=1)  # whose backward is one concatenation
+    return shifted, new_last[:, 0].to(last.dtype)
+
+
+def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
+    """origin + difference * mix for each mix: (B, T, D), (B, T, D), (M, B, T, D) or (M, 1, 1, D) -> M times (B, T, D)."""
+    return _Blend.apply(origin, difference, mixes)
+
+
+class _Blend(torch.autograd.Function):
+    """Half as many passes over memory in the backward as autograd makes of the same sum."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(difference, mixes)
+        return tuple(torch.addcmul(origin, difference, mix) for mix in mixes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        difference, mixes = ctx.saved_tensors
+        d_origin = gradients[0] + gradients[1]
+        d_difference = gradients[0] * mixes[0]
+        d_mixes = torch.empty_like(mixes)
+        for place, (gradient, mix) in enumerate(zip(gradients, mixes, strict=True)):
+            if mixes.shape[1:] == difference.shape:
+                torch.mul(gradient, difference, out=d_mixes[place])
+            else:
+                d_mixes[place] = (gradient * difference).sum((0, 1))
+            if place > 0:
+                d_difference.addcmul_(gradient, mix)
+            if place > 1:
+                d_origin += gradient
+        return d_origin, d_difference, d_mixes

@@ -21,6 +21,7 @@ from infctx.errors import InputError
 from infctx.model import START_SPACING
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.train.host_memory import keep_freed_memory
 from infctx.train.loss import MASKED, SegmentLoss
 
 SEAM_STORES = ("auto", "device", "host")
@@ -89,6 +90,8 @@ def backward_through_window(
     ends_step: whether the optimizer steps after this window, rather than after another group of lanes.
     Returns the sum of the losses (unscaled) and the state after the window, both detached.
     """
+    if state.wkv.device.type == "cpu":
+        keep_freed_memory()
     run = gradient_segments or len(segments)
     loss_sum = torch.zeros((), device=state.wkv.device)
     for begin in range(0, len(segments), run):
