@@ -15,8 +15,8 @@ from infctx.model.state import State, stack_layers, state_dtype
 class RWKV(nn.Module):
     """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`.
 
-    compute_dtype: what activations are computed in, None for the dtype of the weights; the head norm's input, the
-        state and the decays stay fp32 (fp64 in an fp64 model).
+    compute_dtype: what activations are computed in, None for the dtype of the weights; the state and the decays stay
+        fp32 (fp64 in an fp64 model).
     recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass.
     """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
         if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided:
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}; dense fp32, bf16, fp16 and fp64 are read")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: tensor {name} repeats its values to {tuple(tensor.shape)}; save it contiguous")
     return tensors
 
 
@@ -50,18 +54,39 @@ def _is_safetensors(path: Path) -> bool:
         head = file.read(9)
     if not head:
         raise InputError(f"{path}: the file is empty")
-    return head[8:] == b"{" and head[:2] != b"PK"
+    return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip, which .pth is since torch 1.6
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes contiguous CPU tensors as `.pth` or `.safetensors`, by the suffix; atomic."""
     if path.suffix not in (".pth", ".safetensors"):
         raise InputError(f"{path}: weights are written as .pth or .safetensors; choose one of these suffixes")
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, _system_errors(path):
         if path.suffix == ".pth":
-            torch.save(dict(tensors), temporary)
+            with temporary.open("wb") as file:  # given a path, torch would write that path into the file
+                torch.save(dict(tensors), file)
         else:
             safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """A full disk as the OSError that it is: torch and safetensors wrap it in errors of their own."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except RuntimeError as error:
+        cause = error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -80,7 +105,11 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 def _read_pth(path: Path) -> dict[Any, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # A path that ends in .safetensors torch would read as such, whatever is in it; a map needs a path.
+        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:Unsupported|GLOBAL|global) [^\n]*", str(error))
         raise InputError(
@@ -88,7 +117,7 @@ def _read_pth(path: Path) -> dict[Any, Any]:
             f"({found[0].strip() if found else 'unreadable pickle'}); "
             "save the weights alone, as torch.save(model.state_dict(), path) does"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AssertionError, OSError) as error:
+    except Exception as error:  # on damaged bytes torch raises nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a whole .pth file ({reason}); copy it again") from None
     if not isinstance(content, Mapping):

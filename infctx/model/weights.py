@@ -125,13 +125,11 @@ def _block_names(version: int, first: bool) -> dict[str, str]:
     if version == 6:
         letters = {"inner": "x", "decay": "w"} | letters
     mixing = {f"mix_{word}": f"{kind}_{letter}" for word, letter in letters.items()}
-    low_rank = {
-        "mix_down": "time_maa_w1",
-        "mix_up": "time_maa_w2",
-        "decay_down": "time_decay_w1",
-        "decay_up": "time_decay_w2",
-    }
-    mixing |= {"decay": "time_decay"} | (low_rank if version == 6 else {})
+    if version == 6:
+        mixing |= {"mix_down": "time_maa_w1", "mix_up": "time_maa_w2"}
+    mixing["decay"] = "time_decay"
+    if version == 6:
+        mixing |= {"decay_down": "time_decay_w1", "decay_up": "time_decay_w2"}
     matrices = ("receptance", "key", "value", "output", "gate")
     return (
         {f"{ours}.{part}": f"{stored}.{part}" for ours, stored in norms.items() for part in ("weight", "bias")}
@@ -174,9 +172,12 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
 
     version = 6 if any("time_maa" in name for name in shapes) else 5
     vocab_size, width = shape("emb.weight", 2)
-    layers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
+    num_layers = max(layers, default=0) + 1
+    for layer in range(num_layers):  # before anything is built for them
+        shape(f"blocks.{layer}.ln1.weight", 1)
     given = {
-        "num_layers": max(layers, default=0) + 1,
+        "num_layers": num_layers,
         "head_size": shape("blocks.0.att.time_faaaa", 2)[1],
         "ffn_width": shape("blocks.0.ffn.key.weight", 2)[0],
     }
@@ -186,7 +187,8 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
     try:
         return make_sizes(version=version, width=width, vocab_size=vocab_size, **given)
     except InputError as error:
-        raise InputError(f"{path}: the tensors' sizes do not fit together: {error}") from None
+        told_by = ", ".join(f"{name} {shapes[name]}" for name in ("emb.weight", "blocks.0.att.time_faaaa"))
+        raise InputError(f"{path}: the sizes of the tensors {told_by} do not fit together: {error}") from None
 
 
 def _refuse_other_architectures(shapes: Mapping[str, Shape], path: Path) -> None:

@@ -9,7 +9,9 @@ A step: the next window of every lane (data/lanes), forward over its seams and b
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,7 +183,11 @@ def finish(run: Run) -> None:
         outcome += f"; {summarise(buckets)}"
     print(f"{outcome}.")
     print(f"Files: weights {weights}, checkpoint {run.checkpoint}, TensorBoard {folder / 'tensorboard'}.")
-    print(f"Next: tensorboard --logdir {folder / 'tensorboard'}; infctx generate {weights} --prompt 'def '.")
+    programs = os.path.relpath(Path(sys.executable).parent)
+    print(
+        f"Next: {programs}/tensorboard --logdir {folder / 'tensorboard'} to see the curves, "
+        f"{programs}/infctx generate {folder} --prompt 'def ' to read what it writes."
+    )
 
 
 def save(run: Run) -> Path:

@@ -1,0 +1,57 @@
+"""Small real runs for tests: a store of random documents, a configuration, and the command line in a second process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from infctx.data.token_store import TokenStoreWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_store(path, lengths=(700, 40, 333, 1500, 90), seed=0, vocab_size=257):
+    """A token store of documents of random ids, which a model can learn nothing from but their frequencies."""
+    random = np.random.default_rng(seed)
+    with TokenStoreWriter(path) as writer:
+        for length in lengths:
+            ids = 1 + (random.random(length - 1) ** 3 * (vocab_size - 1)).astype(np.uint16)
+            writer.extend(ids.astype(np.uint16))
+            writer.end_document()
+    return path
+
+
+def write_config(folder, **changes):
+    """A configuration of a tiny Finch in `folder`; changes are section__setting=value."""
+    content = {
+        "model": {"version": 6, "num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257},
+        "data": {"store": str(folder / "train"), "held_out": str(folder / "held_out")},
+        "window": {"segment_tokens": 32, "window_tokens": 128, "lanes": 2},
+        "optimizer": {"steps": 12, "peak_lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.01},
+        "run": {"folder": str(folder / "run"), "threads": 1, "save_every_steps": 3, "seed": 3, "device": "cpu"},
+    }
+    for name, value in changes.items():
+        section, setting = name.split("__")
+        content[section][setting] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    for store in ("train", "held_out"):
+        if not (folder / f"{store}.idx").exists():
+            write_store(folder / store, seed=len(store))
+    return path
+
+
+def start(*arguments, **options):
+    """The command line in a process of its own, its output collected."""
+    command = [sys.executable, "-m", "infctx", *map(str, arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **({"cwd": ROOT, "text": True} | pipes | options))
+
+
+def infctx_command(*arguments, **options):
+    """Runs the command line to its end: (exit code, standard output, standard error)."""
+    process = start(*arguments, **options)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors

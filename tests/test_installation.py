@@ -1,0 +1,43 @@
+"""What `make test` installs is what constraints.txt pins, and it works on a machine without a GPU."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from packaging.markers import Marker
+from runs import ROOT
+
+import infctx
+
+PINS = [
+    line.partition(";") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("pin", [pin for pin, _, marker in PINS if not marker or Marker(marker).evaluate()])
+def test_pins(pin):
+    name, _, wanted = pin.strip().partition("==")
+    assert version(name).partition("+")[0] == wanted
+
+
+def test_importing_infctx_loads_nothing_heavy():
+    program = "import sys, infctx; print([n for n in ('torch', 'numba', 'numpy', 'deepspeed') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_deepspeed_imports_on_a_cpu():
+    program = "import os; os.environ['DS_ACCELERATOR'] = 'cpu'; import deepspeed; print(deepspeed.__version__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith(version("deepspeed"))
+
+
+def test_every_public_name_is_there():
+    for name in infctx.__all__:
+        assert callable(getattr(infctx, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        infctx.nothing  # noqa: B018
+    assert re.fullmatch(r"\d+\.\d+\.\d+", infctx.__version__)

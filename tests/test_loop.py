@@ -1,0 +1,233 @@
+"""Training as a user runs it: falling loss, the same losses however a run is cut, stopped, killed or resumed."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from runs import infctx_command, start, write_config, write_store
+
+import infctx
+from infctx.config import load_config
+from infctx.data.lanes import Lanes
+from infctx.data.token_store import TokenStore
+from infctx.train.checkpoint import checkpoints
+from infctx.train.loop import train
+from infctx.train.metrics import read_step_log
+from infctx.train.optimizer import make_optimizer, set_learning_rate
+
+
+def losses_of(folder):
+    log = read_step_log(folder)
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    return [entry["loss"] for entry in log]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses and the weights of a run that nothing stopped, in a process of its own."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, output, errors = infctx_command("train", write_config(folder))
+    assert code == 0, errors
+    return losses_of(folder / "run"), (folder / "run" / "model.pth"), output, errors
+
+
+def test_it_learns_and_says_what_happened(uninterrupted):
+    losses, weights, output, errors = uninterrupted
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.1
+    assert "held-out loss by position" in output
+    last = output.strip().splitlines()[-3:]
+    assert last[0].startswith("trained 12 steps on 3,072 tokens: loss ")
+    assert last[1].startswith("Files: ")
+    assert str(weights) in last[1]
+    assert last[2].startswith("Next: ")
+    assert "/tensorboard --logdir " in last[2]
+    assert "step 12/12  loss " in errors
+    assert infctx.load_model(weights).sizes.width == 32
+
+
+def test_a_step_equals_plain_torch_over_whole_documents(tmp_path):
+    """The judge knows no windows: carried states and one graph over each lane's whole window."""
+    config = load_config(write_config(tmp_path), ["optimizer.steps=4", "run.evaluate_tokens=0"])
+    train(config)
+    model = infctx.build_model(**config.model.sizes, seed=3)
+    optimizer = make_optimizer(model, config.optimizer)
+    lanes = Lanes(TokenStore(tmp_path / "train"), num_lanes=2, window_tokens=128, seed=3, vocab_size=257)
+    state, expected = None, []
+    for step in range(1, 5):
+        window, _ = next(lanes)
+        set_learning_rate(optimizer, config.optimizer, step)
+        hidden, state = model(window.tokens, state, window.starts)
+        loss = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), window.targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = state.detach()
+        expected.append(loss.item())
+    assert losses_of(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("change", [{"window__lanes_per_pass": 1}, {"window__segment_tokens": 64}])
+def test_how_memory_is_spent_does_not_change_the_losses(uninterrupted, tmp_path, change):
+    train(load_config(write_config(tmp_path, **change), ["run.evaluate_tokens=0"]))
+    assert losses_of(tmp_path / "run") == pytest.approx(uninterrupted[0], rel=1e-4)
+
+
+def test_kill_at_a_random_moment_then_resume_bit_for_bit(uninterrupted, tmp_path):
+    config = write_config(tmp_path)
+    chance = random.Random()
+    kills = 0
+    for _ in range(20):
+        process = start("train", config)
+        wait_for_steps(tmp_path / "run", at_least=chance.randint(1, 11), process=process)
+        time.sleep(chance.uniform(0, 0.05))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+        if kills == 2:
+            code, _, errors = infctx_command("train", config)
+            assert code == 0, errors
+            break
+    assert kills > 0
+    assert losses_of(tmp_path / "run") == uninterrupted[0]
+    assert same_weights(tmp_path / "run" / "model.pth", uninterrupted[1])
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_sigterm_finishes_the_step_saves_and_exits(uninterrupted, tmp_path):
+    config = write_config(tmp_path, run__save_every_steps=1000)
+    process = start("train", config)
+    wait_for_steps(tmp_path / "run", at_least=2, process=process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    done = len(losses_of(tmp_path / "run"))
+    assert f"SIGTERM: stopped behind step {done}" in errors
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{done:06d}"]
+    code, _, errors = infctx_command("train", config)
+    assert code == 0, errors
+    assert losses_of(tmp_path / "run") == uninterrupted[0]
+
+
+def test_torn_checkpoints_are_passed_over_in_one_line(uninterrupted, tmp_path):
+    config = write_config(tmp_path)
+    assert infctx_command("train", config, "optimizer.steps=7", "optimizer.final_lr=1.0e-4")[0] == 0
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(folder / "step-000007")
+    newest = folder / "step-000006" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    code, _, errors = infctx_command("train", config)
+    assert code == 0, errors
+    said = [line for line in errors.splitlines() if "is torn" in line]
+    assert len(said) == 1
+    assert "step-000006" in said[0]
+    assert "optimizer.safetensors has" in said[0]
+    assert "step-000003" in errors
+
+
+def test_a_finished_run_says_so_quickly_and_more_steps_go_on(tmp_path):
+    config = write_config(tmp_path, optimizer__steps=3)
+    train(load_config(config))
+    before = (tmp_path / "run" / "model.pth").read_bytes()
+    code, output, _ = infctx_command("train", config)
+    assert code == 0
+    assert "trained 3 steps" in output
+    assert (tmp_path / "run" / "model.pth").read_bytes() == before
+    train(load_config(config, ["optimizer.steps=5"]))
+    assert len(losses_of(tmp_path / "run")) == 5
+
+
+@pytest.mark.parametrize("place", ["weights", "learning_rate"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
+    if place == "weights":
+        model = infctx.build_model(version=6, num_layers=3, width=32, head_size=16, vocab_size=257)
+        with torch.no_grad():
+            model.blocks[1].time_mix.key.weight[3, 4] = math.inf
+        infctx.save_weights(model, tmp_path / "bad.pth")
+        config = write_config(tmp_path)
+        content = config.read_text().replace("model:", "model:\n  weights: " + str(tmp_path / "bad.pth"))
+        config.write_text("\n".join(x for x in content.splitlines() if x.split(":")[0].strip() not in SIZES))
+        overrides = []
+    else:
+        config = write_config(tmp_path, run__save_every_steps=1)
+        overrides = ["optimizer.peak_lr=1.0e+30", "optimizer.clip_norm=null"]
+    code, _, errors = infctx_command("train", config, *overrides)
+    assert code == 1
+    message = errors.strip().splitlines()[-1]
+    assert message.startswith("infctx: step ")
+    assert "Traceback" not in errors
+    assert "documents of the step: lane 0: " in message
+    if place == "weights":
+        assert "first in layer 1" in message
+        assert "there is no checkpoint yet" in message
+    else:
+        kept = checkpoints(tmp_path / "run" / "checkpoints")
+        assert f"{kept[-1]}, is untouched" in message
+        weights = infctx.load_model(kept[-1])
+        assert all(p.isfinite().all() for p in weights.parameters())
+
+
+SIZES = ("version", "num_layers", "width", "head_size", "vocab_size")
+
+
+def test_resume_never_and_other_lanes_are_refused(tmp_path):
+    config = write_config(tmp_path, optimizer__steps=3)
+    train(load_config(config))
+    code, _, errors = infctx_command("train", config, "run.resume=never")
+    assert code == 2
+    assert "run.resume is never" in errors
+    code, _, errors = infctx_command("train", config, "window.lanes=4", "optimizer.steps=6")
+    assert code == 2
+    assert "num_lanes" in errors
+    assert "Traceback" not in errors
+
+
+def test_tensorboard_has_what_was_promised(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(load_config(write_config(tmp_path, optimizer__steps=3), ["run.evaluate_tokens=0"]))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    names = {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"}
+    assert set(events.Tags()["scalars"]) == names | {f"carried_state_rms/layer_{layer}" for layer in range(2)}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path / "run"))
+
+
+def test_the_store_grows_and_memory_does_not(tmp_path):
+    """100 times the documents: the same peak memory, in fresh processes."""
+    peaks = []
+    for name, copies in (("small", 1), ("large", 100)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_store(folder / "train", lengths=[40_000] * (5 * copies))
+        config = write_config(folder, optimizer__steps=3, run__evaluate_tokens=0)
+        assert infctx_command("train", config)[0] == 0
+        log = (folder / "run" / "steps.jsonl").read_text().splitlines()
+        peaks.append(json.loads(log[-1])["peak_memory_gb"])
+    assert peaks[1] < peaks[0] * 1.05
+
+
+def wait_for_steps(folder, at_least, process):
+    """Until the step log has so many lines, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        path = folder / "steps.jsonl"
+        if path.exists() and path.read_text().count("\n") >= at_least:
+            return
+        time.sleep(0.005)
+
+
+def same_weights(path, other):
+    tensors, others = (torch.load(file, weights_only=True) for file in (path, other))
+    return all(torch.equal(tensors[name], others[name]) for name in others)

@@ -1,0 +1,191 @@
+"""The command line: each mistake of a user is one line that says where and what to do, and exit code 2."""
+
+import gzip
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, infctx_command, write_config, write_store
+
+import infctx
+from infctx.__main__ import main
+
+
+def refused(capfd, *arguments):
+    """Runs a command that must be refused; returns its one line."""
+    code = main([str(argument) for argument in arguments])
+    output, errors = capfd.readouterr()
+    assert code == 2, errors
+    assert output == ""
+    lines = [line for line in errors.splitlines() if line.startswith("infctx: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+@pytest.fixture
+def tiny_weights(tmp_path):
+    path = tmp_path / "tiny.pth"
+    infctx.save_weights(infctx.build_model(version=6, num_layers=2, width=32, head_size=16, vocab_size=257), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.peak_rate=1.0", "optimizer.peak_rate: unknown setting; did you mean peak_lr?"),
+        ("optimizer.steps=many", "optimizer.steps: 'many' does not fit: input should be a valid integer"),
+        ("optimizer.peak_lr=6e-4", "optimizer.peak_lr: '6e-4' is text in YAML, which wants a dot and a sign: write 6.0e-4"),
+        ("window.window_tokens=100", "window_tokens: 100 is not a multiple of segment_tokens 32; 96 would do"),
+        ("window.segment_tokens=24", "segment_tokens: 24 is not a multiple of 16"),
+        ("run.device=tpu", "run.device: 'tpu' does not fit: input should be 'auto', 'cpu' or 'cuda'"),
+        ("model.weights=gone.pth", "version: sizes come from `weights` or `size`; leave it out"),
+        ("data.store=gone", "data.store: there is no gone.idx with its .bin; make it with `infctx prepare`"),
+    ],
+)
+def test_settings(capfd, tmp_path, override, said):
+    assert said in refused(capfd, "train", write_config(tmp_path), override)
+
+
+def test_missing_configuration(capfd, tmp_path):
+    assert f"{tmp_path / 'gone.yaml'}: no such file" in refused(capfd, "train", tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2"),
+        ("other.jsonl", b'{"body": "a"}\n', "other.jsonl:1"),
+        ("cut.txt.gz", gzip.compress(b"hello " * 1000)[:-9], "cut.txt.gz"),
+        ("image.png", b"\x89PNG", "image.png"),
+    ],
+)
+def test_texts(capfd, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    line = refused(capfd, "prepare", tmp_path / name, "--tokenizer", "bytes", "--output", tmp_path / "store")
+    assert said in line
+    assert name in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_missing_text(capfd, tmp_path):
+    assert "gone.txt" in refused(capfd, "prepare", tmp_path / "gone.txt", "--output", tmp_path / "store")
+
+
+@pytest.mark.parametrize("damage", ["magic", "offsets", "ids"])
+def test_stores(capfd, tmp_path, damage):
+    config = write_config(tmp_path)
+    index = bytearray((tmp_path / "train.idx").read_bytes())
+    if damage == "magic":
+        index[0] ^= 1
+        (tmp_path / "train.idx").write_bytes(index)
+        said = "train.idx"
+    elif damage == "offsets":
+        count = int(np.frombuffer(index, "<u8", 1, 18)[0])
+        place = 34 + 4 * count + 8 * (count - 1)
+        index[place : place + 8] = np.int64(1 << 40).tobytes()
+        (tmp_path / "train.idx").write_bytes(index)
+        said = "train.idx"
+    else:
+        (tmp_path / "train.idx").unlink()
+        (tmp_path / "train.bin").unlink()
+        write_store(tmp_path / "train", vocab_size=5000)
+        said = "the model's vocabulary has 257 ids"
+    assert said in refused(capfd, "train", config)
+
+
+def test_weights_of_another_architecture(capfd, tmp_path):
+    torch.save({"emb.weight": torch.zeros(4, 8), "blocks.0.att.x_r": torch.zeros(1, 1, 8)}, tmp_path / "seven.pth")
+    line = refused(capfd, "generate", tmp_path / "seven.pth")
+    assert "tensor blocks.0.att.x_r is of RWKV-7" in line
+
+
+def test_a_pickle_with_code_in_it_is_not_run(capfd, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "planted"),)
+
+    torch.save({"emb.weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
+    for name in ("evil.pth", "plain.pth"):
+        assert name in refused(capfd, "generate", tmp_path / name)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_disk_full_while_writing_a_checkpoint(tmp_path):
+    config = write_config(tmp_path, optimizer__steps=4, run__save_every_steps=1)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    code, _, errors = infctx_command("train", config, preexec_fn=limit)
+    assert code == 2
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("infctx: ")
+    assert "too large" in last or "No space" in last
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_disk_full_while_exporting(tmp_path, tiny_weights):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    for name in ("out.pth", "out.safetensors"):
+        code, _, errors = infctx_command("export", tiny_weights, tmp_path / name, preexec_fn=limit)
+        assert code == 2, errors
+        assert len(errors.strip().splitlines()) == 1, errors
+        assert name in errors
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
+
+
+def test_a_machine_that_lacks_things_hears_it_all_at_once(capfd):
+    line = refused(capfd, "train", ROOT / "configs" / "finch-3b-64k.yaml")
+    for thing in ("model.weights: there is no ", "data.store: there is no ", "finds no GPU here", "GB"):
+        assert thing in line
+
+
+def test_generate_evaluate_and_export(capfd, tmp_path, tiny_weights):
+    assert main(["generate", str(tiny_weights), "--prompt", "abc", "--tokens", "5", "--seed", "1"]) == 0
+    first = capfd.readouterr().out
+    assert first.startswith("abc")
+    assert main(["generate", str(tiny_weights), "--prompt", "abc", "--tokens", "5", "--seed", "1"]) == 0
+    assert capfd.readouterr().out == first
+    write_store(tmp_path / "held_out")
+    assert main(["evaluate", str(tiny_weights), str(tmp_path / "held_out"), "--max-tokens", "500"]) == 0
+    assert "held-out loss by position" in capfd.readouterr().out
+    assert main(["export", str(tiny_weights), str(tmp_path / "half.safetensors")]) == 0
+    assert "tensors in bf16" in capfd.readouterr().out
+    assert "exists; choose another name" in refused(capfd, "export", tiny_weights, tmp_path / "half.safetensors")
+
+
+def test_standard_input(tmp_path):
+    code, output, errors = infctx_command(
+        "prepare", "-", "--format", "text", "--tokenizer", "bytes", "--output", tmp_path / "out"
+    )
+    assert code == 2, output
+    assert errors.startswith("infctx: ")
+    with open(ROOT / "README.md", encoding="utf-8") as text:
+        code, output, errors = infctx_command(
+            "prepare", "-", "--format", "text", "--tokenizer", "bytes", "--output", tmp_path / "out", stdin=text
+        )
+    assert code == 0, errors
+    assert "1 documents" in output
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    program = "import sys, infctx.__main__ as m\ntry:\n m.main(['--help'])\nfinally:\n print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.splitlines()[-1] == "False"
+    for command in ("prepare", "train", "evaluate", "generate", "export"):
+        assert f"  {command}" in done.stdout

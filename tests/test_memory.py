@@ -1,0 +1,25 @@
+"""Memory: a longer window costs its seams and nothing else, measured in fresh processes."""
+
+import importlib.util
+import sys
+
+import pytest
+from runs import ROOT
+
+
+def tool(name):
+    """A program of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_longer_window_costs_its_seams():
+    bench = tool("bench_memory")
+    short, long = (bench.run_apart(window) for window in (8192, 65536))
+    assert short["seams"] == 16 * 4 * 66 * 256 * 4  # segments, layers, (N + 2) D, fp32
+    assert long["seams"] == 8 * short["seams"]
+    grown = long["peak"] - short["peak"]
+    assert grown <= long["seams"] - short["seams"] + 0.05 * short["peak"]

@@ -1,0 +1,115 @@
+"""The README is true: its commands run, its links lead somewhere, its Python works, its figures name their command."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT
+
+import infctx
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+TABLE = re.findall(r"^\| `(infctx [^`]+)`", README, re.M)
+
+
+def make(*arguments, cwd=ROOT):
+    """A make target with this environment as its .venv, taken as set up."""
+    stamps = [f"--assume-old={sys.prefix}/{name}" for name in ("installed", "installed-test")]
+    command = ["make", *stamps, *arguments, f"VENV={sys.prefix}"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_first_screen_has_the_two_commands_and_one_table():
+    first_screen = README[: README.index("## ")]
+    assert SHELL[:2] == ["make train", "make test"]
+    assert "tokens in the window | peak memory | tokens/s" in first_screen.replace("  ", " ")
+    assert "tools/bench_memory.py" in first_screen
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    """`make train` as the README has it, with fewer steps, into a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("demonstration") / "run"
+    done = make("train", f"ARGS=optimizer.steps=6 run.threads=1 run.folder={folder} run.evaluate_tokens=20000")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_make_train(demonstration):
+    folder, done = demonstration
+    assert "step 6/6  loss " in done.stderr
+    assert "held-out loss by position in data/python/held_out" in done.stdout
+    assert (folder / "model.pth").is_file()
+    assert (ROOT / "data" / "python" / "store.json").is_file()
+
+
+def test_make_test():
+    done = make("test", "ARGS=-p no:cacheprovider tests/test_sizes.py")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_make_prepare_and_the_big_configuration(tmp_path):
+    prepare, train = SHELL[2:4]
+    (tmp_path / "books").mkdir()
+    for number in range(3):
+        (tmp_path / "books" / f"{number}.txt").write_text(f"The {number}th book.\n" * 50)
+    words = [word.replace("books/", str(tmp_path / "books")).replace("data/", f"{tmp_path}/") for word in shlex.split(prepare)]
+    done = make(*words[1:])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "books" / "train.bin").is_file() or (tmp_path / "books" / "store.json").is_file()
+    done = make(*shlex.split(train)[1:])
+    assert done.returncode == 2
+    assert "this machine lacks what the run needs: model.weights: there is no models/rwkv6-3b.pth" in done.stderr
+
+
+def test_every_command_of_the_table(demonstration, tmp_path):
+    folder, _ = demonstration
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("One.\n")
+    (tmp_path / "books" / "b.txt").write_text("Two.\n")
+    (tmp_path / "notes.jsonl.zst").write_bytes(__import__("zstandard").compress(b'{"text": "Three."}\n'))
+    changed = {
+        "books/": str(tmp_path / "books"),
+        "notes.jsonl.zst": str(tmp_path / "notes.jsonl.zst"),
+        "data/books": str(tmp_path / "store"),
+        "runs/finch-tiny": str(folder),
+        "finch-tiny.pth": str(tmp_path / "finch-tiny.pth"),
+        "optimizer.steps=50": "optimizer.steps=6",
+    }
+    assert len(TABLE) == 5
+    for command in TABLE:
+        words = [changed.get(word, word) for word in shlex.split(command)][1:]
+        more = {"train": [f"run.folder={folder}", "run.evaluate_tokens=0"], "evaluate": ["--max-tokens", "5000"]}
+        words += more.get(words[0], [])
+        done = subprocess.run([sys.executable, "-m", "infctx", *words], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, (command, done.stderr.decode())
+
+
+def test_links_lead_somewhere():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), (document, target)
+
+
+def test_the_python_example(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    infctx.save_weights(infctx.build_model(version=6, num_layers=2, width=128, vocab_size=257), tmp_path / "model.pth")
+    example = example.replace("rwkv6-1b6.pth", str(tmp_path / "model.pth")).replace("out.pth", str(tmp_path / "out.pth"))
+    names = {"tokens": torch.randint(257, (2, 40)), "targets": torch.randint(257, (2, 40)), "batch_size": 3}
+    names |= {name: torch.randn(1, 5, 2, 16) for name in "rkv"}
+    names |= {"w": -torch.rand(1, 5, 2, 16), "u": torch.randn(2, 16)}
+    example = example.replace("infctx.wkv(r, k, v, w, u, state)", "infctx.wkv(r, k, v, w, u, torch.zeros(1, 2, 16, 16))")
+    exec(example, names)
+    assert infctx.load_model(tmp_path / "out.pth").sizes.width == 128
+
+
+def test_make_help_lists_every_target():
+    done = make("help")
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert done.returncode == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= set(targets) - {"help"}

@@ -1,0 +1,256 @@
+"""Files of tensors from others: whatever is in them, one line of refusal and nothing run."""
+
+import io
+import pickle
+import resource
+import signal
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny_models import random_model
+
+import infctx
+from infctx.errors import InputError
+from infctx.model.tensor_file import read_shapes, read_tensors, write_tensors
+from infctx.model.weights import stored_tensors
+
+SUFFIXES = (".pth", ".safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """suffix -> the bytes of a whole file of a small model."""
+    folder, model = tmp_path_factory.mktemp("whole"), random_model(6)
+    for suffix in SUFFIXES:
+        infctx.save_weights(model, folder / f"model{suffix}")
+    return {suffix: (folder / f"model{suffix}").read_bytes() for suffix in SUFFIXES}
+
+
+def refusal(path):
+    with pytest.raises(InputError) as refused:
+        infctx.load_model(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_round_trip(tmp_path, suffix):
+    tensors = {
+        f"{dtype}".removeprefix("torch."): torch.randn(3, 5, dtype=torch.float64).to(dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    }
+    write_tensors(tensors, tmp_path / f"a{suffix}")
+    found = read_tensors(tmp_path / f"a{suffix}")
+    assert read_shapes(tmp_path / f"a{suffix}") == dict.fromkeys(tensors, (3, 5))
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_content_tells_the_format(tmp_path, whole_files, suffix):
+    other = SUFFIXES[suffix == SUFFIXES[0]]
+    (tmp_path / f"model{other}").write_bytes(whole_files[suffix])
+    assert infctx.load_model(tmp_path / f"model{other}").sizes.version == 6
+
+
+def test_other_ways_of_saving_are_read(tmp_path):
+    tensors = stored_tensors(random_model(5))
+    parameters = OrderedDict((name, torch.nn.Parameter(tensor)) for name, tensor in tensors.items())
+    for name, content, options in [
+        ("ordered", OrderedDict(tensors), {}),
+        ("parameters", parameters, {}),
+        ("before torch 1.6", tensors, {"_use_new_zipfile_serialization": False}),
+        ("transposed", {n: t.mT.contiguous().mT if t.ndim > 1 else t for n, t in tensors.items()}, {}),
+    ]:
+        torch.save(content, tmp_path / "model.pth", **options)
+        found = stored_tensors(infctx.load_model(tmp_path / "model.pth"))
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors), name
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_cut_short(tmp_path, whole_files, suffix):
+    path, content = tmp_path / f"model{suffix}", whole_files[suffix]
+    for length in (1, 2, 5, 8, 9, 10, 100, 1000, len(content) // 2, len(content) - 1000, len(content) - 1):
+        path.write_bytes(content[:length])
+        message = refusal(path)
+        assert "not a whole" in message or "not a plain dict" in message, length
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damage_is_an_input_error_or_other_numbers(tmp_path, whole_files, suffix):
+    random = np.random.default_rng(0)
+    path, content = tmp_path / f"model{suffix}", np.frombuffer(whole_files[suffix], np.uint8)
+    for trial in range(60):
+        damaged = content.copy()
+        # in the header or the directory at the end, where structure is
+        near = random.integers(0, 3000, 8)
+        places = near if trial % 2 else len(content) - 1 - near
+        damaged[places] = random.integers(0, 256, 8)
+        path.write_bytes(damaged.tobytes())
+        try:
+            infctx.load_model(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "model"])
+def test_an_empty_file(tmp_path, name):
+    (tmp_path / name).touch()
+    assert "the file is empty" in refusal(tmp_path / name)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert "no such file" in refusal(tmp_path / "model.pth")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder/model.safetensors: no such file"):
+        infctx.load_model(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "content", [b"text\n" * 100, b"\0" * 64, b"PK\x03\x04" + b"x" * 50, b"\xff" * 7 + b"\x7f{", b"\x02\0\0\0\0\0\0\0{}", b"\x80"]
+)
+def test_files_that_hold_something_else(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    refusal(tmp_path / "model.pth")
+
+
+class Planted:
+    """Pickled, an order to whoever loads it to make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("way", ["value", "whole", "plain pickle", "old torch"])
+def test_no_code_in_a_pickle_is_run(tmp_path, way):
+    path, planted = tmp_path / "model.pth", tmp_path / "planted"
+    tensors = stored_tensors(random_model(5))
+    if way == "plain pickle":
+        path.write_bytes(pickle.dumps({"emb.weight": Planted(planted)}))
+    else:
+        content = Planted(planted) if way == "whole" else tensors | {"blocks.0.ln1.bias": Planted(planted)}
+        torch.save(content, path, _use_new_zipfile_serialization=way != "old torch")
+    message = refusal(path)
+    assert "no code in it was run" in message
+    assert not planted.exists()
+    if way != "plain pickle":  # the file is a working trap
+        torch.load(path, weights_only=False)
+        assert planted.exists()
+
+
+@pytest.mark.parametrize("value", [3, "text", None, [1.0], {"a": torch.ones(2)}, 1.5])
+def test_entries_that_are_no_tensors_are_named(tmp_path, value):
+    torch.save(stored_tensors(random_model(5)) | {"blocks.0.ln1.bias": value}, tmp_path / "model.pth")
+    assert f"entry 'blocks.0.ln1.bias' is a {type(value).__name__}" in refusal(tmp_path / "model.pth")
+
+
+def test_names_that_are_no_text_are_named(tmp_path):
+    torch.save(stored_tensors(random_model(5)) | {7: torch.ones(2)}, tmp_path / "model.pth")
+    assert "entry 7" in refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), 3, (torch.ones(2),)])
+def test_a_file_that_is_no_dict(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    assert f"holds a {type(content).__name__}, not a dict" in refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_other_dtypes_are_named(tmp_path, suffix, dtype):
+    write_tensors({"emb.weight": torch.ones(3, 2), "head.weight": torch.ones(3, 2).to(dtype)}, tmp_path / f"a{suffix}")
+    with pytest.raises(InputError, match=f"tensor head.weight is {dtype}"):
+        read_tensors(tmp_path / f"a{suffix}")
+    refusal(tmp_path / f"a{suffix}")
+
+
+def test_sparse_tensors_are_named(tmp_path):
+    torch.save({"emb.weight": torch.eye(3).to_sparse()}, tmp_path / "model.pth")
+    assert "tensor emb.weight" in refusal(tmp_path / "model.pth")
+
+
+def test_a_small_file_can_not_ask_for_much_memory(tmp_path):
+    tensors = stored_tensors(random_model(5))
+    for name in ("emb.weight", "head.weight"):
+        tensors[name] = torch.ones(1, 1).expand(1 << 40, 24)  # 100 TB of a file of some KB
+    torch.save(tensors, tmp_path / "model.pth")
+    assert "tensor emb.weight" in refusal(tmp_path / "model.pth")
+
+
+def test_a_header_whose_length_reads_like_a_zip(tmp_path):
+    tensors = stored_tensors(random_model(6))
+    bare = safetensors.torch.save(tensors, metadata={"padding": ""})
+    missing = 0x4B50 - int.from_bytes(bare[:8], "little")  # "PK" in the two lowest bytes
+    content = safetensors.torch.save(tensors, metadata={"padding": "x" * missing})
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert content[:2] == b"PK"
+    assert infctx.load_model(tmp_path / "model.safetensors").sizes.version == 6
+
+
+def test_a_zip_that_torch_did_not_write(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("notes.txt", "nothing here")
+    assert "not a whole .pth" in refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model", "model.pt", "model.pth.gz"])
+def test_other_suffixes_are_not_written(tmp_path, name):
+    with pytest.raises(InputError, match=r"written as .pth or .safetensors"):
+        infctx.save_weights(random_model(5), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_half_and_fail(*arguments, **_):
+    target = arguments[1]
+    if isinstance(target, io.IOBase):
+        target.write(b"half")
+    else:
+        target.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"model{suffix}"
+    infctx.save_weights(random_model(5), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", write_half_and_fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", write_half_and_fail)
+    with pytest.raises(KeyboardInterrupt):
+        infctx.save_weights(random_model(5, seed=1), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def limit_file_size():
+    """Sets the largest file that this process may write: the nearest thing to a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+    signal.signal(signal.SIGXFSZ, before[1])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("room", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_a_full_disk_names_the_file(tmp_path, whole_files, limit_file_size, suffix, room):
+    path = tmp_path / f"model{suffix}"
+    limit_file_size(int(room * len(whole_files[suffix])))
+    with pytest.raises((OSError, InputError)) as error:
+        infctx.save_weights(random_model(6), path)
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert str(path) in str(error.value)
+    assert list(tmp_path.iterdir()) == []

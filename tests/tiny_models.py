@@ -1,0 +1,25 @@
+"""Small models for the tests, with random values in every weight, so that no weight can be mistaken for another."""
+
+import torch
+
+import infctx
+
+SIZES = {"num_layers": 2, "width": 24, "vocab_size": 19, "head_size": 8}
+RANKS = {"mix_rank": 3, "decay_rank": 5}
+
+
+def random_model(version, *, dtype=torch.float32, seed=0, with_state=False, noise=0.2, backend="auto", **sizes):
+    """A model of SIZES (or others) whose weights are the initial ones and noise; with_state: a learned state too."""
+    ranks = RANKS if version == 6 else {}
+    model = infctx.build_model(version=version, **(SIZES | ranks | sizes), dtype=dtype, seed=seed, backend=backend)
+    if with_state:
+        model.add_initial_state()
+    random = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=random, dtype=torch.float64).to(dtype)
+    return model
+
+
+def random_tokens(*shape, vocab_size=SIZES["vocab_size"], seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
