@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     On an exception the temporary file is removed and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path, "tmp")
     try:
         yield temporary
-        _flush(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush_to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -31,29 +32,48 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `path` to fill; at the end its files are flushed and it takes its name.
 
-    A folder that stands at `path` is replaced.  On an exception the temporary folder is removed.
+    A folder that stands at `path` is replaced, once the new one is complete.  On an exception the temporary folder is
+    removed and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    folder, old = temporary_name(path, "tmp"), temporary_name(path, "old")
+    folder.mkdir()
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+        yield folder
+        for file in folder.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(folder)
         if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-        _flush(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+            os.rename(path, old)
+        try:
+            os.rename(folder, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Puts the file's name into an OSError: that of a write does not have one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
-def _flush(path: Path) -> None:
+def temporary_name(path: Path, kind: str) -> Path:
+    """A hidden name beside `path` that nothing else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Makes the content of a file, or the renames inside a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -67,8 +67,8 @@ def share_of_matrix_product(version: int, rounds: int) -> None:
     per_token = flops / (tokens.shape[1] - 1)
     print(f"RWKV-{version}, 6 layers, width 384, segments of {SEGMENT_TOKENS}, fp32, one thread")
     print(f"plain matrix product      {1e-9 / plain:8.1f} GFLOP/CPU-s")
-    print(f"truncated at each segment {1e-9 / truncated:8.1f} GFLOP/CPU-s  {1 / truncated / per_token:8,.0f} tokens/CPU-s")
-    print(f"exact over {SEGMENTS} segments     {1e-9 / exact:8.1f} GFLOP/CPU-s  {1 / exact / per_token:8,.0f} tokens/CPU-s")
+    for name, seconds in (("truncated at each segment", truncated), (f"exact over {SEGMENTS} segments", exact)):
+        print(f"{name:<25} {1e-9 / seconds:8.1f} GFLOP/CPU-s  {1 / seconds / per_token:8,.0f} tokens/CPU-s")
     print(f"truncated / product       {statistics.median(row[0] / row[1] for row in rows):8.3f}")
     print(f"exact / truncated (time)  {statistics.median(row[2] / row[1] for row in rows):8.3f}")
 

@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import secrets
-import shutil
 import signal
 import sys
 import threading
@@ -28,9 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 from infctx.data.text import STDIN, Document, Source, find_sources, read_documents
-from infctx.data.token_store import TokenStore, TokenStoreWriter, naming_errors, sync_folder
+from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
 from infctx.errors import InputError
+from infctx.files import atomic_folder, naming_errors
 
 TRAIN, HELD_OUT, SUMMARY_FILE = "train", "held_out", "store.json"
 UNSPLIT = "unsplit"
@@ -113,7 +112,7 @@ def prepare(
     place = Path(output).resolve()
     _check_output(place, overwrite)
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size)
-    with _replacing(place) as folder, _progress_bar(sources, progress) as bar:
+    with atomic_folder(place) as folder, _progress_bar(sources, progress) as bar:
         documents = read_documents(sources, bar.update)
         with closing(_encoded(documents, encoder, workers)) as encoded:
             summary.splits, summary.empty_documents = _write_splits(
@@ -155,30 +154,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: holds other files ({min(present - FILES)}): choose another output folder")
     if present and not overwrite:
         raise InputError(f"{output}: is there already: choose another output folder or add --overwrite")
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block succeeds, and goes away when it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    folder, old = (output.with_name(f".{output.name}.{mark}.{kind}") for kind in ("tmp", "old"))
-    folder.mkdir()
-    try:
-        yield folder
-        sync_folder(folder)
-        if output.exists():
-            os.rename(output, old)
-        try:
-            os.rename(folder, output)
-        except BaseException:
-            if old.exists():
-                os.rename(old, output)
-            raise
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
@@ -344,5 +319,3 @@ def _write_summary(path: Path, summary: PrepareSummary) -> None:
     }
     with naming_errors(path), open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -8,7 +8,6 @@ document i; nearly always that is one sequence. The last token of a document is 
 import contextlib
 import mmap
 import os
-import secrets
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from infctx.errors import InputError
+from infctx.files import flush_to_disk, naming_errors, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -163,8 +163,7 @@ class TokenStoreWriter:
         self._paths = [_file_of(self.path, ".bin"), _file_of(self.path, ".idx")]
         for existing in filter(Path.exists, self._paths):
             raise InputError(f"{existing}: is there already: choose another name or remove it")
-        mark = secrets.token_hex(4)
-        self._temporary = [path.with_name(f".{path.name}.{mark}.tmp") for path in self._paths]
+        self._temporary = [temporary_name(path, "tmp") for path in self._paths]
         self._length = 0  # tokens of the document that is being written
         self._lengths = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed by close and abort
         self._bin = open(self._temporary[0], "xb", buffering=1 << 20)  # noqa: SIM115
@@ -201,7 +200,7 @@ class TokenStoreWriter:
                 _sync(index)
             for temporary, path in zip(self._temporary, self._paths, strict=True):
                 os.rename(temporary, path)
-            sync_folder(self.path.parent)
+            flush_to_disk(self.path.parent)
         except BaseException:
             self.abort()
             raise
@@ -261,26 +260,6 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
     if path.is_dir() and not _file_of(path, ".idx").exists():
         raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example {path / 'train'}")
     return path
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames inside a folder durable (where a folder can be opened: not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
-    """Put the file's name into an OSError: that of a write does not have one."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 class _Mapping:

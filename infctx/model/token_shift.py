@@ -31,7 +31,10 @@ def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor 
 
 
 def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
-    """origin + difference * mix for each mix: (B, T, D), (B, T, D), (M, B, T, D) or (M, 1, 1, D) -> M times (B, T, D)."""
+    """origin + difference * mix for each mix: M times (B, T, D).
+
+    origin, difference: (B, T, D); mixes: (M, B, T, D), or (M, 1, 1, D) for the same at every token
+    """
     return _Blend.apply(origin, difference, mixes)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from infctx.config import Config, dump_config
 from infctx.errors import InputError
-from infctx.files import atomic_folder
+from infctx.files import atomic_folder, temporary_name
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.model.tensor_file import write_tensors
@@ -60,7 +60,7 @@ def save_checkpoint(
         entries = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     for old in checkpoints(folder)[: -config.run.keep_checkpoints]:
-        hidden = old.with_name(f".{old.name}.{os.getpid()}.old")
+        hidden = temporary_name(old, "old")
         os.replace(old, hidden)
         shutil.rmtree(hidden)
     return path

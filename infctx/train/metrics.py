@@ -29,7 +29,9 @@ class Metrics:
         self.step_log = _reopen_step_log(folder / STEP_LOG, first_step)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=first_step - 1, disable=not terminal, bar_format="{desc}  |{bar:20}|")
+        self.bar = tqdm(
+            total=steps, initial=first_step - 1, disable=not terminal, bar_format="{desc}  |{bar:20}|", delay=0.01
+        )
 
     def __enter__(self) -> Metrics:
         return self
