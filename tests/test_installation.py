@@ -11,9 +11,7 @@ from runs import ROOT
 
 import infctx
 
-PINS = [
-    line.partition(";") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
-]
+PINS = [line.partition(";") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 
 
 @pytest.mark.parametrize("pin", [pin for pin, _, marker in PINS if not marker or Marker(marker).evaluate()])

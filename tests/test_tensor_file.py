@@ -115,7 +115,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"text\n" * 100, b"\0" * 64, b"PK\x03\x04" + b"x" * 50, b"\xff" * 7 + b"\x7f{", b"\x02\0\0\0\0\0\0\0{}", b"\x80"]
+    "content",
+    [b"text\n" * 100, b"\0" * 64, b"PK\x03\x04" + b"x" * 50, b"\xff" * 7 + b"\x7f{", b"\x02\0\0\0\0\0\0\0{}", b"\x80"],
 )
 def test_files_that_hold_something_else(tmp_path, content):
     (tmp_path / "model.pth").write_bytes(content)

@@ -25,7 +25,7 @@ def generate(
     An empty prompt begins a document behind the end of another.  Raises InputError for values out of range, and
     where no tokenizer goes with the model's vocabulary.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:  # so that no NaN goes through
         raise InputError(
             f"generate: temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], max_tokens {max_tokens} >= 1"
         )
@@ -54,7 +54,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, random: torch.Generat
         raise InputError("generate: the model's logits are not finite; the weights are damaged")
     if temperature == 0:
         return int(logits.argmax())
-    likely, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True)
+    likely, ids = torch.softmax((logits - logits.max()) / temperature, dim=0).sort(descending=True)
     before = likely.cumsum(0) - likely
     likely = likely.masked_fill(before >= top_p, 0)  # the first is always kept: nothing is before it
     return int(ids[torch.multinomial(likely, 1, generator=random)])

@@ -42,7 +42,8 @@ def refuse_what_lacks(config: Config) -> None:
         store = getattr(config.data, name)
         if store is not None and not all(store.with_name(store.name + suffix).is_file() for suffix in (".idx", ".bin")):
             lacking.append(f"data.{name}: there is no {store}.idx with its .bin; make it with `infctx prepare`")
-    sizes = None if lacking and config.model.size is None else model_sizes(config)
+    sizes_known = weights is None or weights.is_file() or config.model.size is not None
+    sizes = model_sizes(config) if sizes_known else None
     lacking += _lacking_device(config, sizes)
     if lacking:
         raise InputError(f"this machine lacks what the run needs: {'. '.join(lacking)}")

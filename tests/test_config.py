@@ -1,0 +1,274 @@
+"""Settings: every shipped file loads, and every mistake is one line with its place, setting, value and remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infctx.config import Config, dump_config, load_config
+from infctx.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+WHOLE = """\
+model:
+  version: 6
+  num_layers: 2
+  width: 128
+data:
+  store: data/train
+window:
+  segment_tokens: 64
+  window_tokens: 256
+  lanes: 4
+optimizer:
+  steps: 20
+  peak_lr: 1.0e-3
+run:
+  folder: runs/x
+"""
+
+
+def write(tmp_path, *changes, text=WHOLE):
+    """The file above with some lines changed: ("  width: 128", "  width: 64")."""
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "run.yaml").write_text(text)
+    return tmp_path / "run.yaml"
+
+
+def refusal(path, *overrides):
+    with pytest.raises(InputError) as refused:
+        load_config(path, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_file_loads(path):
+    config = load_config(path)
+    assert config.run.folder == Path("runs") / path.stem
+    assert config.window.window_segments >= 4
+
+
+def test_the_shipped_files_are_the_promised_ones():
+    promised = {"finch-tiny", "eagle-tiny", "finch-3b-64k", "finch-1b6-16k", "eagle-7b-64k"}
+    assert promised <= {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert load_config(CONFIGS / "finch-3b-64k.yaml").window.window_tokens == 65536
+    assert load_config(CONFIGS / "finch-1b6-16k.yaml").window.window_tokens == 16384
+    tiny = load_config(CONFIGS / "finch-tiny.yaml").window
+    assert tiny.window_tokens >= 16384
+    assert tiny.window_segments >= 16
+
+
+def test_what_is_read_and_what_is_left_out(tmp_path):
+    config = load_config(write(tmp_path))
+    assert config.model.sizes == {"version": 6, "num_layers": 2, "width": 128}
+    assert config.data.store == Path("data/train")
+    assert config.data.held_out is None
+    assert (config.window.window_segments, config.step_tokens) == (4, 1024)
+    assert config.optimizer.peak_lr == 1e-3
+    assert config.optimizer.clip_norm == 1.0
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 3
+
+
+def test_every_setting_is_documented():
+    for section in Config.model_fields.values():
+        documented = [name for name, field in section.annotation.model_fields.items() if field.description]
+        unclear = set(section.annotation.model_fields) - set(documented)
+        named_for_what_they_are = {"beta1", "beta2", "epsilon", "device", "keep_checkpoints"}
+        named_for_what_they_are |= {"num_layers", "width", "vocab_size", "head_size", "ffn_width"}
+        named_for_what_they_are |= {"mix_rank", "decay_rank", "save_every_steps", "log_every_steps"}
+        assert unclear <= named_for_what_they_are
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_dumped_settings_are_the_same_settings(tmp_path, path):
+    config = load_config(path)
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+@pytest.mark.parametrize("value", [1e-10, 1e-05, 6e-4, 1.0])
+def test_numbers_are_dumped_as_yaml_reads_them(tmp_path, value):
+    config = load_config(write(tmp_path), [f"optimizer.peak_lr={value:.12f}"])
+    assert config.optimizer.peak_lr == value
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+MISTAKES = {
+    # what is wrong: (line, replaced by, line number in the message, what the message says)
+    "unknown setting": ("  lanes: 4", "  lames: 4", 10, "window.lames: unknown setting; did you mean lanes?"),
+    "unknown setting, nothing near": (
+        "  lanes: 4",
+        "  qqq: 4",
+        10,
+        "window.qqq: unknown setting; known: segment_tokens",
+    ),
+    "unknown section": ("run:\n", "extra:\n  a: 1\nrun:\n", 14, "extra: unknown setting; known: model, data, window"),
+    "near section": ("run:\n", "optimiser:\n  a: 1\nrun:\n", 14, "optimiser: unknown setting; did you mean optimizer?"),
+    "text for a number": ("steps: 20", "steps: many", 12, "optimizer.steps: 'many' does not fit: .*valid integer"),
+    "number for a choice": ("  lanes: 4", "  seam_store: 3", 10, "window.seam_store: 3 does not fit: .*'device'"),
+    "fraction for a count": ("steps: 20", "steps: 2.5", 12, "optimizer.steps: 2.5 does not fit: .*valid integer"),
+    "number below the range": (
+        "steps: 20",
+        "steps: -3",
+        12,
+        "optimizer.steps: -3 does not fit: .*greater than or equal",
+    ),
+    "number above the range": (
+        "steps: 20",
+        "steps: 20\n  beta1: 1.5",
+        13,
+        "optimizer.beta1: 1.5 does not fit: .*less than 1",
+    ),
+    "not a number": ("1.0e-3", ".nan", 13, "optimizer.peak_lr: nan does not fit"),
+    "nothing": ("steps: 20", "steps:", 12, "optimizer.steps: None does not fit; .*valid integer"),
+    "an empty section": ("run:\n  folder: runs/x\n", "run:\n", 14, "run: None does not fit; the section is empty"),
+    "6e-4": ("1.0e-3", "6e-4", 13, "optimizer.peak_lr: '6e-4' is text in YAML, .* write 6.0e-4"),
+    "6E4": ("1.0e-3", "6E4", 13, r"optimizer.peak_lr: '6E4' is text in YAML, .* write 6.0e\+4"),
+    "1.5e3": ("1.0e-3", "1.5e3", 13, r"optimizer.peak_lr: '1.5e3' is text in YAML, .* write 1.5e\+3"),
+    "octal": ("steps: 20", "steps: 010", 12, "YAML reads 010 as 8; write 10 for decimal"),
+    "octal with a sign": ("steps: 20", "steps: -010", 12, "YAML reads -010 as -8"),
+    "base 60": ("steps: 20", "steps: 1:30", 12, "YAML reads 1:30 as 90; .*quote it"),
+    "yes for text": (
+        "runs/x",
+        "yes",
+        15,
+        "run.folder: true does not fit .*YAML reads yes, no, on and off so: quote text",
+    ),
+    "no for a number": ("steps: 20", "steps: no", 12, "optimizer.steps: false does not fit .*quote text"),
+    "a setting twice": ("steps: 20", "steps: 20\n  steps: 21", 13, "steps is given twice"),
+    "a section twice": ("run:\n", "data:\n  store: b\nrun:\n", 14, "data is given twice"),
+    "a tag": ("runs/x", "!!python/name:os.system", 15, "could not determine a constructor"),
+    "broken YAML": ("  width: 128", "  width: [128", 5, "expected ',' or ']'"),
+    "a tab": ("  width: 128", "\twidth: 128", 4, "cannot start any token"),
+    "window": (
+        "window_tokens: 256",
+        "window_tokens: 250",
+        9,
+        "window.window_tokens: 250 is not a multiple of .*64; 256 would do",
+    ),
+    "segment": ("segment_tokens: 64", "segment_tokens: 40", 8, "window.segment_tokens: 40 is not a multiple of 16"),
+    "too many segments": (
+        "  lanes: 4",
+        "  gradient_segments: 5",
+        10,
+        "window.gradient_segments: 5 is more than the 4 .*null",
+    ),
+    "lanes": (
+        "  lanes: 4",
+        "  lanes: 4\n  lanes_per_pass: 3",
+        11,
+        "window.lanes_per_pass: 3 does not divide the 4 lanes",
+    ),
+    "more lanes": (
+        "  lanes: 4",
+        "  lanes: 4\n  lanes_per_pass: 8",
+        11,
+        "window.lanes_per_pass: 8 does not divide the 4 lanes",
+    ),
+    "warm-up": (
+        "steps: 20",
+        "steps: 20\n  warmup_steps: 20",
+        13,
+        "optimizer.warmup_steps: 20 must be less than the 20 steps",
+    ),
+    "constant": (
+        "steps: 20",
+        "steps: 20\n  schedule: constant\n  final_lr: 1.0e-5",
+        14,
+        "optimizer.final_lr: 1e-05 has no meaning",
+    ),
+    "two sources": (
+        "  version: 6",
+        "  version: 6\n  size: finch-3b",
+        2,
+        "model.version: sizes come from .* leave it out",
+    ),
+    "half of the sizes": ("  width: 128\n", "", 1, "model: sizes by hand need version, num_layers and width"),
+    "no model": (
+        "  version: 6\n  num_layers: 2\n  width: 128\n",
+        "  recompute_blocks: true\n",
+        1,
+        "model: nothing says which model",
+    ),
+    "version": ("  version: 6", "  version: 7", 2, "model.version: 7 does not fit: .*5 or 6"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_the_file(tmp_path, name):
+    old, new, line, says = MISTAKES[name]
+    path = write(tmp_path, (old, new))
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: "), message
+    assert re.search(says, message), message
+
+
+def test_the_default_warmup_is_held_against_the_steps(tmp_path):
+    message = refusal(write(tmp_path, ("steps: 20", "steps: 10")))
+    assert "optimizer.warmup_steps: 10 must be less than the 10 steps" in message
+
+
+def test_what_is_missing(tmp_path):
+    path = write(tmp_path, ("run:\n  folder: runs/x\n", ""))
+    assert refusal(path) == f"{path}: run: is missing; give it in the file or as an override"
+    assert load_config(path, ["run.folder=runs/y"]).run.folder == Path("runs/y")
+    path = write(tmp_path, ("  steps: 20\n", ""))
+    assert refusal(path) == f"{path}:11: optimizer.steps: is missing; give it in the file or as an override"
+
+
+def test_how_many_problems_there_are(tmp_path):
+    path = write(tmp_path, ("steps: 20", "steps: many"), ("  lanes: 4", "  lanes: 0"))
+    assert refusal(path).endswith("(and 1 more problem)")
+    path = write(tmp_path, ("steps: 20", "steps: many"), ("  lanes: 4", "  lanes: 0"), ("  width: 128", "  width: x"))
+    assert refusal(path).endswith("(and 2 more problems)")
+
+
+def test_files_that_are_none(tmp_path):
+    assert refusal(tmp_path / "none.yaml").startswith(f"{tmp_path}/none.yaml: no such file")
+    (tmp_path / "run.yaml").write_bytes(b"model:\n  size: \xff\n")
+    assert refusal(tmp_path / "run.yaml").startswith(f"{tmp_path}/run.yaml: not UTF-8 at byte 15")
+    for text in ("", "# nothing\n", "just text\n", "- a\n- b\n", "3\n"):
+        assert "no sections in it; it needs model, data, window, optimizer, run" in refusal(write(tmp_path, text=text))
+    assert "another document" in refusal(write(tmp_path, text=WHOLE + "---\na: 1\n"))
+
+
+def test_overrides(tmp_path):
+    changed = ["optimizer.peak_lr=1.0e-5", "run.folder=a=b", "optimizer.clip_norm=null", "data.shuffle=false"]
+    config = load_config(write(tmp_path), [*changed, "run.seed=1", "run.seed=2", "run.resume=never"])
+    assert config.optimizer.peak_lr == 1e-5
+    assert config.run.folder == Path("a=b")
+    assert config.optimizer.clip_norm is None
+    assert config.data.shuffle is False
+    assert (config.run.seed, config.run.resume) == (2, "never")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.peak_lr=6e-4", r"^command line: optimizer.peak_lr: '6e-4' is text .* write 6.0e-4"),
+        ("optimizer.stps=5", "^command line: optimizer.stps: unknown setting; did you mean steps?"),
+        ("optimizer.steps=many", "^command line: optimizer.steps: 'many' does not fit"),
+        ("optimizer.steps=", "^command line: optimizer.steps: None does not fit"),
+        ("window.window_tokens=250", "^command line: window.window_tokens: 250 is not a multiple"),
+        ("window.lanes=010", "window.lanes=010.*YAML reads 010 as 8"),
+        ("run.folder=on", "^command line: run.folder: true does not fit"),
+        ("nothing.at=all", "nothing: unknown setting; known: model, data"),
+        ("window.lanes=[", "window.lanes=\\["),
+        ("steps=5", "steps=5: an override is section.setting=value"),
+        ("optimizer.steps", "optimizer.steps: an override is section.setting=value"),
+        ("a.b.c=5", "a.b.c=5: an override is section.setting=value"),
+        (".steps=5", ".steps=5: an override is section.setting=value"),
+    ],
+)
+def test_mistakes_in_overrides(tmp_path, override, says):
+    assert re.search(says, refusal(write(tmp_path), override))
+
+
+def test_an_override_below_what_is_no_section(tmp_path):
+    path = write(tmp_path, ("run:\n  folder: runs/x\n", "run: 3\n"))
+    assert refusal(path, "run.folder=x") == f"{path}:14: run: is a section and needs settings below it"

@@ -1,0 +1,269 @@
+"""Models on disk: official names, order and shapes; read by the rwkv package; anything else refused by name."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_model, random_tokens
+
+import infctx
+from infctx.errors import InputError
+from infctx.model.weights import read_sizes, stored_tensors
+
+GOLDEN = Path(__file__).parent / "golden"
+ODD = {"width": 40, "head_size": 20, "vocab_size": 37, "ffn_width": 52}
+
+
+def stored(version, **options):
+    """Official name -> tensor of a small random model."""
+    return stored_tensors(random_model(version, **options))
+
+
+def refusal(tensors, path):
+    """The one line that load_model says about a file of these tensors."""
+    torch.save(tensors, path)
+    with pytest.raises(InputError) as refused:
+        infctx.load_model(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["eagle", "finch"])
+def test_a_file_goes_through_bit_for_bit(tmp_path, name, suffix):
+    original = torch.load(GOLDEN / f"{name}-tiny.pth", weights_only=True)
+    for step, source in enumerate((GOLDEN / f"{name}-tiny.pth", tmp_path / f"1{suffix}"), start=1):
+        infctx.save_weights(infctx.load_model(source), tmp_path / f"{step}{suffix}")
+    assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes()
+    infctx.save_weights(infctx.load_model(tmp_path / f"2{suffix}"), tmp_path / "last.pth")
+    found = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert type(found) is dict
+    assert list(found) == list(original)
+    for key, tensor in original.items():
+        assert found[key].dtype == tensor.dtype
+        assert found[key].is_contiguous()
+        assert torch.equal(found[key], tensor), key  # the same shape, too
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("version", [5, 6])
+def test_the_initial_state_is_stored_value_major(tmp_path, version, suffix):
+    model = random_model(version, with_state=True)
+    infctx.save_weights(model, tmp_path / f"model{suffix}")
+    again = infctx.load_model(tmp_path / f"model{suffix}")
+    for (name, mine), (same_name, its) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert name == same_name
+        assert torch.equal(mine, its), name
+    assert again.initial_wkv.requires_grad
+    infctx.save_weights(again, tmp_path / "again.pth")
+    tensors = torch.load(tmp_path / "again.pth", weights_only=True)
+    for layer in range(2):
+        assert torch.equal(tensors[f"blocks.{layer}.att.time_state"], model.initial_wkv[layer].mT)
+
+
+@pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_dtypes(tmp_path, stored_dtype, suffix):
+    model = random_model(6, with_state=True)
+    path = tmp_path / f"model{suffix}"
+    infctx.save_weights(model, path, stored_dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # saving leaves the model as it is
+    low = infctx.load_model(path, dtype=stored_dtype)
+    state_dtype = torch.float64 if stored_dtype == torch.float64 else torch.float32
+    for (name, mine), its in zip(model.named_parameters(), low.parameters(), strict=True):
+        assert its.dtype == (state_dtype if name == "initial_wkv" else stored_dtype)
+        assert torch.equal(mine.to(stored_dtype), its.to(stored_dtype)), name
+    default = infctx.load_model(path)
+    assert {p.dtype for p in default.parameters()} == {torch.float32}
+    assert torch.equal(default.head.weight, model.head.weight.to(stored_dtype).float())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("version", [5, 6])
+def test_sizes_are_read_from_the_file(tmp_path, version, suffix):
+    ranks = {"mix_rank": 7, "decay_rank": 11} if version == 6 else {}
+    model = random_model(version, num_layers=11, **ODD, **ranks)  # blocks.10 comes behind blocks.9
+    infctx.save_weights(model, tmp_path / f"model{suffix}")
+    assert read_sizes(tmp_path / f"model{suffix}") == model.sizes
+    again = infctx.load_model(tmp_path / f"model{suffix}")
+    assert again.sizes == model.sizes
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_order_of_the_file_does_not_matter(tmp_path):
+    tensors = stored(6, with_state=True)
+    torch.save(dict(reversed(tensors.items())), tmp_path / "model.pth")
+    again = stored_tensors(infctx.load_model(tmp_path / "model.pth"))
+    assert list(again) == list(tensors)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_loaded_model_shares_nothing_with_its_file(tmp_path):
+    for suffix in (".pth", ".safetensors"):
+        path = tmp_path / f"model{suffix}"
+        infctx.save_weights(random_model(5), path)
+        before = path.read_bytes()
+        model = infctx.load_model(path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert path.read_bytes() == before
+        assert infctx.load_model(path).head.weight.any()
+
+
+@pytest.fixture
+def rwkv_package(monkeypatch):
+    """The judge: RWKV of the rwkv package, for the CPU and without its own compilation."""
+    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RWKV_V7_ON", raising=False)
+    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
+    from rwkv.model import RWKV
+
+    return RWKV
+
+
+@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 3, "width": 128, "vocab_size": 50, "head_size": 64},
+        {"num_layers": 2, "width": 96, "vocab_size": 33, "head_size": 32, "ffn_width": 72},
+        {"num_layers": 2, "width": 192, "vocab_size": 70, "head_size": 64, "mix_rank": 9, "decay_rank": 13},
+    ],
+)
+@torch.no_grad()
+def test_the_rwkv_package_reads_what_we_write(tmp_path, rwkv_package, version, with_state, sizes):
+    if version == 5:
+        sizes = {name: value for name, value in sizes.items() if not name.endswith("_rank")}
+    model = random_model(version, with_state=with_state, noise=0.1, seed=version, **sizes)
+    infctx.save_weights(model, tmp_path / "model.pth")
+    judge = rwkv_package(str(tmp_path / "model"), "cpu fp32", verbose=False)
+    assert int(judge.version) == version
+    tokens = random_tokens(1, 45, vocab_size=sizes["vocab_size"])
+    hidden, state = model(tokens)
+    logits = model.logits(hidden)[0]
+    assert logits.std() > 0.1
+    found, its_state = judge.forward(tokens[0].tolist(), None, full_output=True)
+    assert (logits - found).abs().max() <= 5e-5
+    for layer in range(sizes["num_layers"]):
+        time_shift, wkv, channel_shift = its_state[3 * layer : 3 * layer + 3]
+        assert (state.wkv[layer, 0] - wkv).abs().max() <= 2e-4
+        assert (state.time_shift[layer, 0] - time_shift).abs().max() <= 5e-5
+        assert (state.channel_shift[layer, 0] - channel_shift).abs().max() <= 5e-5
+    found, _ = judge.forward([3], its_state)  # one token, from its state and from ours
+    hidden, _ = model(torch.tensor([[3]]), state)
+    assert (model.logits(hidden)[0, 0] - found).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_every_missing_tensor_is_named(tmp_path, version):
+    tensors = stored(version, with_state=True)
+    for name in tensors:
+        message = refusal({key: value for key, value in tensors.items() if key != name}, tmp_path / "model.pth")
+        assert f"tensor {name} " in message
+        assert "missing" in message
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_every_odd_shape_is_named(tmp_path, version):
+    tensors = stored(version, with_state=True)
+    for name, tensor in tensors.items():
+        # A tensor that tells a size is believed, and then the next one that disagrees is named, with both shapes.
+        part = name.split(".")[-2] if name.endswith((".weight", ".bias")) else name.split(".")[-1]
+        telling = {"emb", "time_faaaa", "time_maa_w2", "time_decay_w1"} | ({"key"} if ".ffn." in name else set())
+        for odd in (torch.cat([tensor, tensor[:1]]), tensor[None], tensor[:0]):
+            message = refusal(tensors | {name: odd}, tmp_path / "model.pth")
+            assert re.search(r"tensors? (emb|blocks\.\d|ln_out|head)\.\S+ (has |is |\()", message), message
+            if part not in telling:
+                assert f"tensor {name} " in message
+                assert str(tuple(odd.shape)) in message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["blocks.0.att.extra", "blocks.1.att.time_maa_q", "blocks.01.ln1.weight", "_strategy", "blocks.x.ln1.weight"],
+)
+def test_an_extra_tensor_is_named(tmp_path, name, suffix):
+    path = tmp_path / f"model{suffix}"
+    infctx.model.tensor_file.write_tensors(stored(6) | {name: torch.ones(24)}, path)
+    with pytest.raises(InputError, match=f"tensor {re.escape(name)} does not belong to RWKV-6"):
+        infctx.load_model(path)
+
+
+@pytest.mark.parametrize("layer", ["9999", "10000", "999999999", "1" * 5000, "-1"])
+def test_a_layer_out_of_all_bounds_costs_nothing(tmp_path, layer):
+    message = refusal(stored(6) | {f"blocks.{layer}.ln1.weight": torch.ones(24)}, tmp_path / "model.pth")
+    assert "tensor blocks." in message
+
+
+def renamed(tensors, *pairs):
+    for old, new in pairs:
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def without(tensors, *parts):
+    return {name: tensor for name, tensor in tensors.items() if not any(part in name for part in parts)}
+
+
+OTHERS = {
+    "RWKV-4": (lambda eagle, _: renamed(without(eagle, "ln_x", "gate"), ("faaaa", "first")), "blocks.0.att.time_first"),
+    "RWKV-5.0": (lambda eagle, _: renamed(without(eagle, "gate"), ("faaaa", "first")), "blocks.0.att.time_first"),
+    "RWKV-5.1": (
+        lambda eagle, _: (
+            eagle | {f"blocks.{n}.att.time_{x}": torch.ones(3) for n in range(2) for x in ("decay", "faaaa")}
+        ),
+        "blocks.0.att.time_faaaa",
+    ),
+    "decay of RWKV-5.1": (
+        lambda eagle, _: eagle | {f"blocks.{n}.att.time_decay": torch.ones(3) for n in range(2)},
+        "blocks.0.att.time_decay",
+    ),
+    "no head norm": (lambda eagle, _: without(eagle, "ln_x"), "blocks.0.att.ln_x.weight"),
+    "no gate": (lambda _, finch: without(finch, "gate"), "blocks.0.att.gate.weight"),
+    "RWKV-7, x_r": (lambda _, finch: finch | {"blocks.0.att.x_r": torch.ones(1, 1, 24)}, "blocks.0.att.x_r"),
+    "RWKV-7, w0": (lambda _, finch: finch | {"blocks.0.att.w0": torch.ones(1, 1, 24)}, "blocks.0.att.w0"),
+    "RWKV-7, r_k": (lambda _, finch: finch | {"blocks.0.att.r_k": torch.ones(3, 8)}, "blocks.0.att.r_k"),
+    "RWKV-7": (
+        lambda _, finch: without(finch, "time_", "gate", "ffn.receptance") | {"blocks.0.att.x_r": torch.ones(1, 1, 24)},
+        "blocks.0.att.x_r",
+    ),
+    "a state alone": (lambda _, finch: {n: finch[n] for n in finch if "time_state" in n}, "emb.weight"),
+    "no model at all": (lambda *_: {"conv.weight": torch.ones(3)}, "emb.weight"),
+    "nothing": (lambda *_: {}, "emb.weight"),
+    "Finch with the mixes of Eagle": (
+        lambda eagle, finch: finch | {"blocks.1.att.time_mix_k": eagle["blocks.1.att.time_mix_k"]},
+        "blocks.1.att.time_mix_k",
+    ),
+    "half of a state": (lambda _, finch: without(finch, "1.att.time_state"), "blocks.1.att.time_state"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_refused_by_a_tensor(tmp_path, name):
+    change, tensor = OTHERS[name]
+    message = refusal(change(stored(5), stored(6, with_state=True)), tmp_path / "model.pth")
+    assert f"tensor {tensor} " in message
+    if name.startswith(("RWKV-4", "RWKV-5.0", "RWKV-7")):
+        assert name[:6] in message
+
+
+def test_values_beyond_fp16_are_named(tmp_path):
+    model = random_model(6)
+    with torch.no_grad():
+        model.blocks[1].channel_mix.value.weight[3, 2] = 7e4
+    with pytest.raises(InputError, match=r"model.pth: blocks.1.ffn.value.weight has values beyond .*float16"):
+        infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    infctx.save_weights(model, tmp_path / "model.pth", torch.bfloat16)
+    with torch.no_grad():  # what is not finite anyway is stored as it is
+        model.blocks[1].channel_mix.value.weight[3, 2] = float("inf")
+    infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
+    assert infctx.load_model(tmp_path / "model.pth").blocks[1].channel_mix.value.weight[3, 2] == float("inf")
