@@ -25,7 +25,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A part of the configuration: frozen, strict about types, closed to unknown settings."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSettings(Section):
@@ -217,8 +219,9 @@ class _Loader(yaml.SafeLoader):
         text = node.value.replace("_", "")
         if re.fullmatch(r"[-+]?0[0-9]+|[-+]?[0-9]+(:[0-9]+)+", text):
             value = super().construct_yaml_int(node)
+            remedy = "quote it" if ":" in text else f"write {int(text)} for decimal, or quote it"
             raise yaml.MarkedYAMLError(
-                problem=f"YAML reads {node.value} as {value}; write {text.lstrip('0') or '0'} for decimal, or quote it",
+                problem=f"YAML reads {node.value} as {value}; {remedy}",
                 problem_mark=node.start_mark,
             )
         return super().construct_yaml_int(node)
@@ -226,6 +229,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a setting's name is plain text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -237,8 +242,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
     """The content, and for each setting the place it was read from."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         content = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -246,12 +252,17 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         raise InputError(f"{source}{line}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
+    except ValueError as error:  # a date or a number that is none
+        raise InputError(f"{source}: {error}; quote what is text") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     places: dict[tuple[str, ...], str] = {(): source}
 
     def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and len(path) < 2:
             for key, value in node.value:
                 places[(*path, key.value)] = f"{source}:{key.start_mark.line + 1}"
                 walk(value, (*path, key.value))
@@ -275,7 +286,8 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
 
 def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> str:
     """The first problem of a validation, with its place and remedy; how many more there are."""
-    problems = error.errors()
+    # A name that is not known explains the one that is missing.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     where = tuple(str(part) for part in first["loc"])
     remedy = _remedy(first, where)
@@ -299,12 +311,15 @@ def _remedy(problem: dict[str, Any], where: tuple[str, ...]) -> str:
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        if "int" in problem["msg"]:
+            return f"'{value}' is text in YAML; write the number out: {int(float(value))}"
         written = value.lower() if "." in value else value.lower().replace("e", ".0e")
         return f"'{value}' is text in YAML, which wants a dot and a sign: write {_signed(written)}"
     if isinstance(value, bool):
         return f"{str(value).lower()} does not fit ({problem['msg']}); YAML reads yes, no, on and off so: quote text"
     if kind == "model_type" or value is None:
-        return f"{value!r} does not fit; {'the section is empty' if len(where) == 1 else problem['msg']}"
+        expected = problem["msg"] if len(where) > 1 else "the section is empty" if value is None else "it is a section"
+        return f"{value!r} does not fit; {expected}"
     return f"{value!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -126,6 +126,16 @@ MISTAKES = {
     ),
     "not a number": ("1.0e-3", ".nan", 13, "optimizer.peak_lr: nan does not fit"),
     "nothing": ("steps: 20", "steps:", 12, "optimizer.steps: None does not fit; .*valid integer"),
+    "misspelt and so missing": (
+        "peak_lr",
+        "peak_rl",
+        13,
+        r"optimizer.peak_rl: unknown setting; did you mean peak_lr\?",
+    ),
+    "infinite": ("1.0e-3", ".inf", 13, "optimizer.peak_lr: inf does not fit"),
+    "1e3 for a count": ("steps: 20", "steps: 1e3", 12, "optimizer.steps: '1e3' is text in YAML; .* out: 1000"),
+    "no name": ("runs/x", "runs/x\n  ? [a, b]\n  : 3", 16, "a setting's name is plain text"),
+    "a list for a section": ("run:\n  folder: runs/x\n", "run: [1]\n", 14, r"run: \[1\] does not fit; it is a section"),
     "an empty section": ("run:\n  folder: runs/x\n", "run:\n", 14, "run: None does not fit; the section is empty"),
     "6e-4": ("1.0e-3", "6e-4", 13, "optimizer.peak_lr: '6e-4' is text in YAML, .* write 6.0e-4"),
     "6E4": ("1.0e-3", "6E4", 13, r"optimizer.peak_lr: '6E4' is text in YAML, .* write 6.0e\+4"),
@@ -235,6 +245,21 @@ def test_files_that_are_none(tmp_path):
     for text in ("", "# nothing\n", "just text\n", "- a\n- b\n", "3\n"):
         assert "no sections in it; it needs model, data, window, optimizer, run" in refusal(write(tmp_path, text=text))
     assert "another document" in refusal(write(tmp_path, text=WHOLE + "---\na: 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("\0", "not YAML: unacceptable character"),
+        ("2024-13-45", "month must be in 1..12; quote what is text"),
+        ("!!int many", "'many'; quote what is text"),
+        ("[" * 3000, "nested too deeply"),
+        ("&a {b: *a}", "does not fit"),
+    ],
+    ids=["a zero byte", "no date", "no number", "deep", "a circle"],
+)
+def test_what_yaml_can_not_make_values_of(tmp_path, value, says):
+    assert says in refusal(write(tmp_path, ("runs/x", value)))
 
 
 def test_overrides(tmp_path):

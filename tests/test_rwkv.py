@@ -211,6 +211,16 @@ def test_bfloat16_is_near(golden_paths, name, low_weights):
     assert errors[-1] < 1
 
 
+@pytest.mark.parametrize("version", [5, 6])
+def test_log_decays_keep_their_precision_in_a_bfloat16_model(version):
+    mixing = random_model(version, dtype=torch.bfloat16).blocks[0].time_mix.mixing
+    zeros = torch.zeros(2, 5, 24, dtype=torch.bfloat16)  # nothing that could change the decays of Finch
+    *others, log_decay = mixing(zeros, zeros)
+    assert {x.dtype for x in others} == {torch.bfloat16}
+    assert log_decay.dtype == torch.float32
+    assert torch.equal(log_decay, -mixing.decay.float().exp().flatten().expand(2, 5, 24))
+
+
 def test_a_state_comes_in_and_goes_out():
     model = random_model(6, with_state=True)
     state = model.initial_state(3)
