@@ -16,6 +16,9 @@ PROMPT ?= def
 ARGS ?=
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
+export CONFIG MODEL STORE PROMPT OUTPUT
+
 .PHONY: help install prepare train evaluate generate export test lint
 
 help:  ## lists the targets
@@ -25,21 +28,21 @@ help:  ## lists the targets
 install: $(VENV)/installed  ## sets up .venv with all that the commands need
 
 prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ OUTPUT=data/books
-	@test -n "$(INPUT)" -a -n "$(OUTPUT)" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
-	@$(INFCTX) prepare $(INPUT) --output $(OUTPUT) $(ARGS)
+	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
+	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
 
-train: $(VENV)/installed $(if $(findstring -tiny,$(CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
-	@$(INFCTX) train $(CONFIG) $(ARGS)
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
+	@$(INFCTX) train "$$CONFIG" $(ARGS)
 
 evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out
-	@$(INFCTX) evaluate $(MODEL) $(STORE) $(ARGS)
+	@$(INFCTX) evaluate "$$MODEL" "$$STORE" $(ARGS)
 
 generate: $(VENV)/installed  ## goes on from a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
-	@$(INFCTX) generate $(MODEL) --prompt '$(PROMPT)' $(ARGS)
+	@$(INFCTX) generate "$$MODEL" --prompt "$$PROMPT" $(ARGS)
 
 export: $(VENV)/installed  ## weights for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
-	@test -n "$(OUTPUT)" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
-	@$(INFCTX) export $(MODEL) $(OUTPUT) $(ARGS)
+	@test -n "$${OUTPUT:-}" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
+	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
 
 test: $(VENV)/installed-test  ## runs the tests
 	@$(VENV)/bin/python -m pytest -n 2 $(ARGS)

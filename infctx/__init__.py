@@ -30,6 +30,10 @@ _DEFINED_IN = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'infctx' has no attribute {name!r}")

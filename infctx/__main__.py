@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+import infctx
 from infctx.errors import InputError
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
+LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself."""
     parsed = _parser().parse_args(arguments)
+    if parsed.command is not _train:  # training finishes its step; the others clean up and go
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("infctx").setLevel(logging.INFO)
     warnings.simplefilter("default" if "INFCTX_DEBUG" in os.environ else "ignore")
@@ -25,17 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.command(parsed)
     except InputError as error:
         return _fail(error, EXIT_INPUT)
+    except BrokenPipeError:  # whoever was reading has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", EXIT_INPUT)
     except MemoryError as error:
-        return _fail(f"out of memory: {error}; take fewer segment_tokens or lanes_per_pass", EXIT_INPUT)
+        return _fail(f"out of memory: {error}; {LESS_MEMORY}", EXIT_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":  # its module loads torch, so it is told by name
-            raise
-        return _fail(error, EXIT_FAILED)
+        if type(error).__name__ == "TrainingFailed":  # its module loads torch, so it is told by name
+            return _fail(error, EXIT_FAILED)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            return _fail(f"out of memory: {str(error).splitlines()[0]}; {LESS_MEMORY}", EXIT_INPUT)
+        raise
     return 0
 
 
@@ -46,10 +57,16 @@ def _fail(problem: object, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length."
-    )
+    parser = _Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
+    parser.add_argument("--version", action="version", version=f"infctx {infctx.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, describe in (
         ("prepare", _prepare, _describe_prepare),
@@ -147,7 +164,13 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from infctx.train.generate import generate
 
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if sys.stdout is None or (options.prompt == "-" and sys.stdin is None):
+        raise InputError("generate: standard input and output are closed; open what is to be read and written")
+    given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
+    try:
+        prompt = given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"generate: the prompt is not UTF-8 at byte {error.start}; give it as UTF-8") from None
     pieces = generate(
         _load(options),
         prompt,

@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infctx.errors import InputError
 
-PathSetting = Annotated[Path, Field(strict=False)]
+
+def _named(path: Path) -> Path:
+    if not path.name or "\0" in str(path):
+        raise ValueError(f"{str(path)!r} names no file or folder")
+    return path
+
+
+PathSetting = Annotated[Path, Field(strict=False), AfterValidator(_named)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -48,7 +55,7 @@ class ModelSettings(Section):
     decay_rank: Positive | None = None
     recompute_blocks: bool = False
     """Holds only the input of each block and computes the rest again for the backward pass: less memory, 1/3 slower."""
-    backend: str = "auto"
+    backend: Literal["auto", "compiled", "chunked", "reference"] = "auto"
     """Of the WKV op: auto, compiled (CPU), chunked (any device) or reference (a loop, for judging)."""
 
     @property
@@ -102,7 +109,8 @@ class WindowSettings(Section):
     @model_validator(mode="after")
     def _fits(self) -> WindowSettings:
         if self.segment_tokens % 16:
-            raise ValueError(f"segment_tokens: {self.segment_tokens} is not a multiple of 16; documents start at those")
+            near = max(16, round(self.segment_tokens / 16) * 16)
+            raise ValueError(f"segment_tokens: {self.segment_tokens} is not a multiple of 16; {near} would do")
         if self.window_tokens % self.segment_tokens:
             near = max(1, round(self.window_tokens / self.segment_tokens)) * self.segment_tokens
             raise ValueError(
@@ -156,12 +164,12 @@ class RunSettings(Section):
 
     folder: PathSetting
     """Holds checkpoints, TensorBoard's files, the log of all steps and the exported weights."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Of new weights and of the order of documents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations and matrix products are computed in; weights, states and decays are fp32 either way."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads, null for all cores; part of what makes a resumed run equal, bit for bit."""
     resume: Literal["auto", "never"] = "auto"
     """auto: goes on from the newest whole checkpoint of the folder; never: refuses a folder that has one."""

@@ -23,8 +23,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the temporary name says nothing to the user
         raise
 
 
@@ -52,6 +54,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.rename(old, path)
             raise
         flush_to_disk(path.parent)
+    except OSError as error:  # the temporary name says nothing to the user
+        error.filename = str(error.filename or path).replace(str(folder), str(path))
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -15,8 +15,9 @@ import infctx
 from infctx.config import load_config
 from infctx.data.lanes import Lanes
 from infctx.data.token_store import TokenStore
-from infctx.train.checkpoint import checkpoints
-from infctx.train.loop import train
+from infctx.train.checkpoint import checkpoints, lock_folder
+from infctx.train.failure import TrainingFailed, find_failure
+from infctx.train.loop import open_run, train, train_steps
 from infctx.train.metrics import read_step_log
 from infctx.train.optimizer import make_optimizer, set_learning_rate
 
@@ -168,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
     assert "Traceback" not in errors
     assert "documents of the step: lane 0: " in message
     if place == "weights":
-        assert "first in layer 1" in message
+        assert "first in layer 1, segment 0" in message
         assert "there is no checkpoint yet" in message
     else:
         kept = checkpoints(tmp_path / "run" / "checkpoints")
@@ -189,7 +190,67 @@ def test_resume_never_and_other_lanes_are_refused(tmp_path):
     code, _, errors = infctx_command("train", config, "window.lanes=4", "optimizer.steps=6")
     assert code == 2
     assert "num_lanes" in errors
-    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_configuration_for_another_model_is_refused_and_other_changes_are_said(tmp_path):
+    config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)
+    train(load_config(config))
+    code, _, errors = infctx_command("train", config, "optimizer.steps=5", "model.width=64")
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert "2 layers of width 32, and the configuration asks for" in errors
+    code, _, errors = infctx_command("train", config, "optimizer.steps=5", "window.window_tokens=256")
+    assert code == 0
+    assert "optimizer.steps 3 -> 5" in errors
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert json.loads((newest / "progress.json").read_text())["num_tokens"] == 3 * 256 + 2 * 512
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    config = write_config(tmp_path)
+    lock = lock_folder(tmp_path / "run")
+    code, _, errors = infctx_command("train", config)
+    lock.close()
+    assert code == 2
+    assert "another run is training there" in errors
+
+
+class BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path):
+    run = open_run(load_config(write_config(tmp_path, model__num_layers=4)))
+    run.model.blocks[1].time_mix.value.register_forward_hook(
+        lambda module, inputs, output: BrokenBackward.apply(output)
+    )
+    with pytest.raises(TrainingFailed, match="step 1: the gradient is not finite, first in layer 1;"):
+        train_steps(run)
+
+
+def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follow(tmp_path):
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"train{suffix}").unlink(missing_ok=True)
+    write_store(tmp_path / "train", lengths=[50] * 40)
+    run = open_run(load_config(write_config(tmp_path, model__num_layers=3, window__window_tokens=512)))
+    window, _ = next(run.lanes)
+    poisoned = window.tokens[1, 3].item()
+    window.tokens[0][window.tokens[0] == poisoned] = 1
+    with torch.no_grad():
+        run.model.embedding.weight[poisoned] = math.inf
+    loss = torch.tensor(math.nan)
+    where = find_failure(run.model, loss, window, run.carry, 32)
+    assert where.place == "layer 0, segment 0"
+    assert where.documents == "lane 1: " + ", ".join(map(str, window.documents[1][:8])) + (
+        f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""
+    )
 
 
 def test_tensorboard_has_what_was_promised(tmp_path):

@@ -183,6 +183,48 @@ def test_standard_input(tmp_path):
     assert "1 documents" in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frob"], "invalid choice: 'frob'"),
+        (["prepare", "x.txt", "--output", "out", "--workers", "abc"], "invalid int value: 'abc'"),
+        (["generate"], "the following arguments are required: model"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(arguments, said):
+    code, output, errors = infctx_command(*arguments)
+    assert (code, output) == (2, "")
+    assert said in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_evaluate_and_generate_refuse_what_makes_no_sense(capfd, tmp_path, tiny_weights):
+    store = write_store(tmp_path / "held_out")
+    for option, value in (("--max-tokens", 0), ("--segment-tokens", 0), ("--segment-tokens", -3)):
+        assert "must be >= 1" in refused(capfd, "evaluate", tiny_weights, store, option, value)
+    for option, value in (("--tokens", 0), ("--temperature", -1), ("--top-p", 0), ("--seed", 1 << 64)):
+        assert "generate: " in refused(capfd, "generate", tiny_weights, "--prompt", "hello", option, value)
+    model = infctx.load_model(tiny_weights)
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    infctx.save_weights(model, tmp_path / "nan.pth")
+    assert "the weights are damaged" in refused(capfd, "evaluate", tmp_path / "nan.pth", store)
+
+
+def test_a_prompt_that_is_not_utf8(tiny_weights):
+    code, output, errors = infctx_command("generate", tiny_weights, "--prompt", os.fsdecode(b"a\xffb"))
+    assert (code, output) == (2, "")
+    assert "not UTF-8 at byte 1" in errors
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_weights):
+    command = f"{sys.executable} -m infctx generate {tiny_weights} --prompt abc --tokens 200 | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.decode().count("\n") <= 1
+    assert b"infctx:" not in done.stderr
+
+
 def test_help_lists_every_command_and_loads_no_torch():
     program = "import sys, infctx.__main__ as m\ntry:\n m.main(['--help'])\nfinally:\n print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)

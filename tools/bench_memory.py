@@ -14,12 +14,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import infctx
 from infctx.config import OptimizerSettings
+from infctx.train.metrics import peak_memory
 from infctx.train.optimizer import make_optimizer
 from infctx.train.plan import state_bytes
 
@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[8192, 65536, 524288], help="tokens of each window")
     parser.add_argument("--truncated", action="store_true", help="cuts the gradient at every segment instead")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.one:
         print(json.dumps(one_step(options.one, 1 if options.truncated else None)))
         return
@@ -40,7 +43,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|")
     first = None
     for window in options.windows:
-        row = run_apart(window, options.truncated)
+        row = run_apart(window, options.truncated, options.threads)
         first = first or row
         expected = first["peak"] - first["seams"] + row["seams"]
         print(
@@ -50,9 +53,10 @@ def main() -> None:
         )
 
 
-def run_apart(window_tokens: int, truncated: bool = False) -> dict[str, float]:
+def run_apart(window_tokens: int, truncated: bool = False, threads: int | None = None) -> dict[str, float]:
     """One step in a fresh process: peak resident bytes, bytes of the seams, seconds."""
     command = [sys.executable, __file__, "--one", str(window_tokens)] + ["--truncated"] * truncated
+    command += ["--threads", str(threads)] if threads else []
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -67,15 +71,7 @@ def one_step(window_tokens: int, gradient_segments: int | None) -> dict[str, flo
     optimizer.step()
     seconds = time.perf_counter() - began
     segments = 1 if gradient_segments else -(-window_tokens // SEGMENT_TOKENS)
-    return {"peak": peak_resident_bytes(), "seams": segments * state_bytes(model.sizes), "seconds": seconds}
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident set since the process began; getrusage's also counts the parent before the exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    return {"peak": peak_memory(torch.device("cpu")), "seams": segments * state_bytes(model.sizes), "seconds": seconds}
 
 
 if __name__ == "__main__":

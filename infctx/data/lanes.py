@@ -211,7 +211,7 @@ class Lanes:
             if position.get(name) != value:
                 raise InputError(
                     f"the saved position in {self.store.path} was made with {name} = {position.get(name)}, "
-                    f"this run has {value}: set it back, or start without the position"
+                    f"this run has {value}: set it back, or begin a new run"
                 )
         self._next = _integers([position.get("next")], 1)[0]
         indices = _integers(position.get("indices"), self.num_lanes)

@@ -130,7 +130,15 @@ def _documents_per_held_out(held_out: float) -> int:
     """One document of this many is held out; 0: none."""
     if not 0 <= held_out <= 0.5:
         raise InputError(f"held_out is {held_out}: give a share of the documents from 0 to 0.5, for example 0.05")
-    return round(1 / held_out) if held_out else 0
+    if not held_out:
+        return 0
+    group = round(min(1 / held_out, 1e9))
+    if abs(1 / group - held_out) > 0.1 * held_out:
+        raise InputError(
+            f"held_out is {held_out}: one document of a whole number of them is held out, so give a share such as "
+            f"{1 / group:.3g} or {1 / (group + 1):.3g}"
+        )
+    return group
 
 
 def _num_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[Source]) -> int:

@@ -257,6 +257,8 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
+    if not path.name:
+        raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example data/books/train")
     if path.is_dir() and not _file_of(path, ".idx").exists():
         raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example {path / 'train'}")
     return path

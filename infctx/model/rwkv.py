@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infctx.errors import InputError
+from infctx.model import START_SPACING
 from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
@@ -40,6 +42,7 @@ class RWKV(nn.Module):
         starts: (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
         Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token.
         """
+        self._check(tokens, state, starts)
         initial = None
         if starts is not None and self.initial_wkv is not None:
             initial = self.initial_state(tokens.shape[0])
@@ -56,6 +59,17 @@ class RWKV(nn.Module):
                 x, layer = block(x, layer, starts, first_layer)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
+
+    def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+            raise InputError(f"model: tokens must be int64 (B, T), T >= 1, not {tokens.dtype} {tuple(tokens.shape)}")
+        batch, num_tokens = tokens.shape
+        borders = (batch, -(-num_tokens // START_SPACING))
+        if starts is not None and (starts.shape != borders or starts.dtype != torch.bool):
+            raise InputError(f"model: starts must be bool {borders}, not {starts.dtype} {tuple(starts.shape)}")
+        wanted = (self.sizes.num_layers, batch, self.sizes.width)
+        if state is not None and state.time_shift.shape != wanted:
+            raise InputError(f"model: the state is of (L, B, D) = {tuple(state.time_shift.shape)}, not {wanted}")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V).  For inspection: training applies the head in slices, inside the loss."""

@@ -30,10 +30,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     tensors = _read_safetensors(path) if _is_safetensors(path) else _read_pth(path)
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
-        if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided:
-            raise InputError(f"{path}: tensor {name} is {tensor.dtype}; dense fp32, bf16, fp16 and fp64 are read")
+        if not isinstance(name, str):
+            raise InputError(f"{path}: entry {name!r} is named by a {type(name).__name__}; not a weights file")
+        if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise InputError(f"{path}: tensor {name} is {kind}; dense fp32, bf16, fp16 and fp64 are read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: tensor {name} repeats its values to {tuple(tensor.shape)}; save it contiguous")
     return tensors

@@ -77,6 +77,8 @@ def build_model(
 def read_sizes(path: str | Path) -> Sizes:
     """Version and sizes of a weights file, without loading it."""
     path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT_WEIGHTS
     return _sizes_of(read_shapes(path), path)
 
 

@@ -85,6 +85,11 @@ def _check(
             raise InputError(f"wkv: {name} must be {shape} to go with r {tuple(r.shape)}, not {tuple(tensor.shape)}")
     if starts is not None and starts.dtype != torch.bool:
         raise InputError(f"wkv: starts must be bool, not {starts.dtype}")
+    if r.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"wkv: r is {r.dtype}; bf16, fp32 and fp64 are taken")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != r.dtype:
+            raise InputError(f"wkv: {name} is {tensor.dtype} and r is {r.dtype}; they must be the same")
     precise = torch.float64 if r.dtype == torch.float64 else torch.float32
     for name, tensor in (("w", w), ("state", state), ("initial", initial)):
         if tensor is not None and tensor.dtype != precise:

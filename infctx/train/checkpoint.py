@@ -12,6 +12,7 @@ A checkpoint is a folder `step-000123`, written under a temporary name and renam
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -19,9 +20,10 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,15 +80,39 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A torn one is passed over with one line in the log; if every one is torn, InputError says so, so that no run
     starts anew over the remains of another.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    torn = []
+    for path in reversed(checkpoints(folder)):
         problem = find_damage(path)
         if problem is None:
+            for damaged in torn:
+                log.warning("checkpoint %s; using the one before", damaged)
             return path
-        log.warning("checkpoint %s is torn (%s); using the one before", path, problem)
-    if found:
-        raise InputError(f"{folder}: no whole checkpoint is left ({problem}); remove the torn ones to start anew")
+        torn.append(f"{path} is torn ({problem})")
+    if torn:
+        raise InputError(f"no whole checkpoint is left: {', '.join(torn)}; remove them to start anew")
     return None
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
+    before, now = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), config.model_dump(mode="json")
+    return [
+        f"{section}.{name} {before.get(section, {}).get(name)} -> {value}"
+        for section, settings in now.items()
+        for name, value in settings.items()
+        if before.get(section, {}).get(name) != value
+    ]
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Makes this process the one that trains in a folder, until the returned file is closed; else InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is training there; wait for it or choose another run.folder") from None
+    return lock
 
 
 def remove_leftovers(folder: Path) -> None:

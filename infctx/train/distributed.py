@@ -10,11 +10,13 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from infctx.train.loss import SegmentLoss
+from infctx.train.plan import pick_device
 
 
 def open_fabric(device: str) -> Fabric:
     """Lightning's Fabric on one device: "auto", "cpu" or "cuda".  Precision is ours, explicit at the casts."""
-    return Fabric(accelerator={"cuda": "gpu"}.get(device, device), devices=1, precision="32-true")
+    accelerator = {"cuda": "gpu", "cpu": "cpu"}[pick_device(device).type]
+    return Fabric(accelerator=accelerator, devices=1, precision="32-true")
 
 
 class Engine:
@@ -32,7 +34,10 @@ class Engine:
 
     def clip(self, clip_norm: float | None) -> Tensor:
         """The global norm of the gradient before clipping; scales it down to clip_norm if that is given."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip_norm is None else clip_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if clip_norm is not None and norm.isfinite():  # one that is not finite would be spread over every gradient
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)
+        return norm
 
     def step(self) -> None:
         """One step of the optimizer; the gradients are gone behind it."""

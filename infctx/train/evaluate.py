@@ -44,6 +44,8 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
     max_tokens is shared out so that every document (1,024 at most, evenly spaced) is read up to one common length.
     Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.
     """
+    if segment_tokens < 1 or max_tokens < 1:
+        raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
     documents = _documents(store)
     limit = _common_length([store.length(document) for document in documents], max_tokens)
     tokenizer = tokenizer_for_vocab(model.sizes.vocab_size)
@@ -61,6 +63,8 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
             piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
             hidden, state = model(piece[None, :-1], state)
             losses = token_losses(hidden, model.head.weight, piece[None, 1:])[0].double().cpu()
+            if not losses.isfinite().all():
+                raise InputError(f"{store.path}: document {document} has a loss of nan or inf; the weights are damaged")
             _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
     return buckets
 
@@ -83,6 +87,8 @@ def summarise(buckets: list[Bucket]) -> str:
         return f"{bucket.nats_per_token:.3f} nats a token" if bits is None else f"{bits:.3f} bits a byte"
 
     first, last = buckets[0], buckets[-1]
+    if first is last:
+        return f"held-out {value(first)}"
     return (
         f"held-out {value(total(buckets))}, {value(first)} in the first {first.end} tokens of a document and "
         f"{value(last)} from token {last.begin:,} on"

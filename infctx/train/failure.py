@@ -3,58 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from infctx.data.lanes import Window
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.train.loss import token_losses
+from infctx.train.window import cut_window
 
 
 class TrainingFailed(RuntimeError):
     """The run can not go on; the message is one line for the user."""
 
 
-def explain_failure(model: RWKV, carry: State, loss: Tensor, window: Window, step: int, checkpoint: Path | None) -> str:
-    """One line with the step, the layer, the documents and the checkpoint that stays.
+class Failure(NamedTuple):
+    """Where a number that is not finite was seen first, and the documents of its lane (of all lanes: unknown)."""
 
-    carry: the state behind the window, (L, B, ...): a layer whose state is not finite is where the forward broke.
-    """
-    if not loss.isfinite():
-        what, where = f"the loss is {loss.item()}", _first_layer_of(carry)
-    else:
-        what, where = "the gradient is not finite", _last_layer_of_gradient(model)
-    bad_lanes = [lane for lane in range(carry.batch_size) if not _is_finite(carry.lanes(slice(lane, lane + 1)))]
-    lanes = "; ".join(
-        f"lane {lane}: {_numbers(documents)}"
-        for lane, documents in enumerate(window.documents)
-        if not bad_lanes or lane in bad_lanes
-    )
+    place: str
+    documents: str
+
+
+def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | None) -> str:
+    """One line with the step, the layer, the documents and the checkpoint that stays."""
+    what = "the gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     kept = f"the last checkpoint, {checkpoint}, is untouched" if checkpoint else "there is no checkpoint yet"
     return (
-        f"step {step}: {what}, first in {where}; documents of the step: {lanes}; {kept}. "
+        f"step {step}: {what}, first in {where.place}; documents of the step: {where.documents}; {kept}. "
         "Lower optimizer.peak_lr or look at these documents"
     )
 
 
-def _first_layer_of(carry: State) -> str:
-    for layer, parts in enumerate(carry.layers()):
-        if not all(part.isfinite().all() for part in parts):
-            return f"layer {layer}"
-    return "the head"
+@torch.no_grad()
+def find_failure(model: RWKV, loss: Tensor, window: Window, state: State, segment_tokens: int) -> Failure:
+    """Runs the window again from the state before it, and looks at every layer behind every segment.
 
-
-def _last_layer_of_gradient(model: RWKV) -> str:
-    """Gradients flow from the last layer to the first, so the last that is not finite is where it began."""
+    Where all of that is finite, it is the gradient that broke: it flows from the last layer to the first, so the
+    last layer with a gradient that is not finite is where it began.
+    """
+    device = state.wkv.device
+    parts = (part.to(device) for part in (window.tokens, window.targets, window.starts))
+    for number, segment in enumerate(cut_window(*parts, segment_tokens)):
+        hidden, state = model(segment.tokens, state, segment.starts)
+        finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
+        losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
+        for layer, lanes in enumerate(finite.tolist()):
+            if not all(lanes):
+                return _failure(f"layer {layer}, segment {number}", window, lanes)
+        if not losses.all():
+            return _failure(f"the head, segment {number}", window, losses.tolist())
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     layers = [int(name.split(".")[1]) for name in bad if name.startswith("blocks.")]
-    if any(name.startswith(("head.", "output_norm.")) for name in bad):
-        return "the head"
-    return f"layer {max(layers)}" if layers else "the embedding"
+    in_head = any(name.startswith(("head.", "output_norm.")) for name in bad)
+    place = "the head" if in_head else f"layer {max(layers)}" if layers else "the embedding"
+    return _failure(place, window, [False] * len(window.documents))
 
 
-def _is_finite(state: State) -> bool:
-    return all(bool(part.isfinite().all()) for part in state)
+def _failure(place: str, window: Window, finite_lanes: list[bool]) -> Failure:
+    lanes = (
+        f"lane {lane}: {_numbers(documents)}"
+        for lane, (documents, finite) in enumerate(zip(window.documents, finite_lanes, strict=True))
+        if not finite
+    )
+    return Failure(place, "; ".join(lanes))
 
 
 def _numbers(documents: list[int], most: int = 8) -> str:

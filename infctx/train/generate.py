@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infctx.data.tokenizer import END_OF_DOCUMENT, get_tokenizer, tokenizer_for_vocab
+from infctx.data.tokenizer import END_OF_DOCUMENT, Tokenizer, get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 
 PROMPT_SEGMENT_TOKENS = 1024
 
 
-@torch.no_grad()
 def generate(
     model: RWKV, prompt: str, *, max_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.7, seed: int = 0
 ) -> Iterator[bytes]:
@@ -33,12 +32,25 @@ def generate(
     if name is None:
         raise InputError(f"generate: no tokenizer has {model.sizes.vocab_size} ids; 257 is bytes, 65536 is World")
     tokenizer = get_tokenizer(name)
-    random = torch.Generator().manual_seed(seed)
-    device = model.embedding.weight.device
-    tokens = torch.tensor(tokenizer.encode(prompt).tolist() or [END_OF_DOCUMENT], device=device)[None]
-    state = None
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"generate: seed {seed} must be from 0 to 2^63 - 1")
+    tokens = torch.tensor(tokenizer.encode(prompt).tolist() or [END_OF_DOCUMENT])[None]
+    return _go_on(model, tokenizer, tokens, max_tokens, temperature, top_p, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _go_on(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    random: torch.Generator,
+) -> Iterator[bytes]:
+    device, state = model.embedding.weight.device, None
     for piece in tokens.split(PROMPT_SEGMENT_TOKENS, dim=1):
-        hidden, state = model(piece, state)
+        hidden, state = model(piece.to(device), state)
     for _ in range(max_tokens):
         logits = model.logits(hidden[0, -1]).double().cpu()
         token = draw(logits, temperature, top_p, random)

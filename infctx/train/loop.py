@@ -31,19 +31,22 @@ from infctx.model.state import State, state_dtype
 from infctx.model.weights import build_model, load_model, save_weights
 from infctx.train.checkpoint import (
     Progress,
+    changed_settings,
     checkpoints,
     load_progress,
+    lock_folder,
     newest_checkpoint,
     remove_leftovers,
+    resolve_model,
     save_checkpoint,
 )
 from infctx.train.distributed import Engine, open_fabric
 from infctx.train.evaluate import evaluate_store, format_table, summarise
-from infctx.train.failure import TrainingFailed, explain_failure
+from infctx.train.failure import TrainingFailed, explain_failure, find_failure
 from infctx.train.loss import SegmentLoss
 from infctx.train.metrics import Metrics, read_step_log
 from infctx.train.optimizer import make_optimizer, set_learning_rate
-from infctx.train.plan import refuse_what_lacks
+from infctx.train.plan import model_sizes, refuse_what_lacks
 from infctx.train.window import backward_through_window, cut_window
 
 log = logging.getLogger(__name__)
@@ -68,9 +71,10 @@ def train(config: Config) -> None:
     Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
     """
     refuse_what_lacks(config)
-    run = open_run(config)
-    if train_steps(run):
-        finish(run)
+    with lock_folder(config.run.folder):
+        run = open_run(config)
+        if train_steps(run):
+            finish(run)
 
 
 def train_steps(run: Run) -> bool:
@@ -82,12 +86,14 @@ def train_steps(run: Run) -> bool:
         for step in range(first, steps + 1):
             window, position = next(run.lanes)
             learning_rate = set_learning_rate(engine.optimizer, config.optimizer, step)
+            came_in = run.carry
             loss, run.carry = gradients_of_step(run, window)
             norm = engine.clip(config.optimizer.clip_norm)
             if not (loss.isfinite() and norm.isfinite()):
-                raise TrainingFailed(explain_failure(run.model, run.carry, loss, window, step, run.checkpoint))
+                where = find_failure(run.model, loss, window, came_in, config.window.segment_tokens)
+                raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
             engine.step()
-            run.progress = Progress(step, position, step * config.step_tokens)
+            run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
             metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry)
             if stop or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save(run)
@@ -139,7 +145,6 @@ def open_run(config: Config) -> Run:
     carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
     if checkpoint:
         carry, progress = load_progress(checkpoint, model, optimizer)
-        log.info("going on from %s, behind step %d of %d", checkpoint, progress.step, config.optimizer.steps)
     lanes = Lanes(
         TokenStore(config.data.store),
         num_lanes=config.window.lanes,
@@ -149,6 +154,9 @@ def open_run(config: Config) -> Run:
         shuffle=config.data.shuffle,
         position=progress.position,
     )
+    log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
+    if checkpoint:
+        log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
     return Run(config, model, engine, lanes, carry, progress, checkpoint)
 
 
@@ -156,15 +164,26 @@ def make_model(config: Config, checkpoint: Path | None, device: torch.device) ->
     """The model of the checkpoint, or of `model.weights`, or a new one; fp32 weights, computing in run.precision."""
     settings = config.model
     if checkpoint or settings.weights:
-        model = load_model(checkpoint or settings.weights, device=device, backend=settings.backend)
+        source = checkpoint or resolve_model(settings.weights)
+        model = load_model(source, device=device, backend=settings.backend)
+        wanted = model_sizes(config)
+        if wanted not in (None, model.sizes):
+            raise InputError(
+                f"{source}: holds {describe(model.sizes)}, and the configuration asks for {describe(wanted)}; "
+                "choose another run.folder, or set the model's sizes back"
+            )
     else:
         model = build_model(
             settings.size, device=device, seed=config.run.seed, backend=settings.backend, **settings.sizes
         )
-    log.info("%s, %s", checkpoint or settings.weights or "new weights", describe(model.sizes))
     model.compute_dtype = torch.bfloat16 if config.run.precision == "bf16" else None
     model.recompute_blocks = settings.recompute_blocks
     return model
+
+
+def _changes(checkpoint: Path, config: Config) -> str:
+    changed = changed_settings(checkpoint, config)
+    return f"; changed since: {', '.join(changed)}" if changed else ""
 
 
 def finish(run: Run) -> None:

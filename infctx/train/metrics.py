@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infctx.files import atomic_file
 from infctx.model.state import State
 
 STEP_LOG = "steps.jsonl"
@@ -84,8 +86,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, or the largest resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure also counts the parent before the exec
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def state_sizes(state: State) -> list[float]:
@@ -99,14 +103,14 @@ def _reopen_step_log(path: Path, first_step: int) -> Any:
     if path.exists() and first_step > 1:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] < first_step:
+                entry = json.loads(line)
+                if entry["step"] < first_step and isinstance(entry["loss"], float):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that the kill cut off
-    stream = path.open("w", encoding="utf-8")
-    stream.writelines(kept)
-    stream.flush()
-    return stream
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
 
 
 def _duration(seconds: float) -> str:

@@ -6,10 +6,11 @@ import psutil
 import torch
 
 from infctx.config import Config
+from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
-from infctx.model.sizes import Sizes, make_sizes, published_sizes
+from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.model.weights import read_sizes
-from infctx.train.checkpoint import checkpoints
+from infctx.train.checkpoint import checkpoints, resolve_model
 from infctx.train.loss import SLICE_LOGITS
 
 GB = 1e9
@@ -36,29 +37,32 @@ def refuse_what_lacks(config: Config) -> None:
     lacking = []
     weights = config.model.weights
     needs_weights = weights is not None and not checkpoints(config.run.folder / "checkpoints")
-    if needs_weights and not weights.is_file():
+    if needs_weights and not weights.exists():
         lacking.append(f"model.weights: there is no {weights}; download it or name another file")
     for name in ("store", "held_out"):
         store = getattr(config.data, name)
-        if store is not None and not all(store.with_name(store.name + suffix).is_file() for suffix in (".idx", ".bin")):
-            lacking.append(f"data.{name}: there is no {store}.idx with its .bin; make it with `infctx prepare`")
-    sizes_known = weights is None or weights.is_file() or config.model.size is not None
-    sizes = model_sizes(config) if sizes_known else None
-    lacking += _lacking_device(config, sizes)
+        prefix = None if store is None else store_prefix(store)
+        if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
+            lacking.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
+    lacking += _lacking_device(config, model_sizes(config))
     if lacking:
         raise InputError(f"this machine lacks what the run needs: {'. '.join(lacking)}")
 
 
-def model_sizes(config: Config) -> Sizes:
-    """Sizes of the configured model, from its file if it is there; raises InputError if they contradict."""
+def model_sizes(config: Config) -> Sizes | None:
+    """Sizes of the configured model, from its file if it is there, None if nothing tells them; InputError if they
+    contradict each other."""
     settings = config.model
     named = published_sizes(settings.size) if settings.size else None
-    if settings.weights and settings.weights.is_file():
-        found = read_sizes(settings.weights)
+    if settings.weights and settings.weights.exists():
+        found = read_sizes(resolve_model(settings.weights))
         if named not in (None, found):
-            raise InputError(f"{settings.weights}: holds {found}, and model.size says {settings.size}, {named}")
+            raise InputError(
+                f"{settings.weights}: holds {describe(found)}, and model.size {settings.size} is {describe(named)}; "
+                "name the right one or leave model.size out"
+            )
         return found
-    return named or make_sizes(**settings.sizes)
+    return named or (make_sizes(**settings.sizes) if settings.sizes else None)
 
 
 def pick_device(device: str) -> torch.device:

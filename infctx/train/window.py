@@ -61,7 +61,7 @@ def window_backward(
     Returns the mean loss over the unmasked targets (0 without any) and the detached state after the window.
     Raises InputError for shapes that do not fit.
     """
-    _check(tokens, targets, segment_tokens, gradient_segments, starts)
+    _check(tokens, targets, segment_tokens, gradient_segments, starts, model.sizes.vocab_size)
     if state is None:
         begin = torch.arange(_starts_shape(tokens)[1], device=tokens.device).expand(_starts_shape(tokens)) == 0
         starts = begin if starts is None else starts | begin
@@ -177,13 +177,20 @@ def _starts_shape(tokens: Tensor) -> tuple[int, int]:
 
 
 def _check(
-    tokens: Tensor, targets: Tensor, segment_tokens: int, gradient_segments: int | None, starts: Tensor | None
+    tokens: Tensor,
+    targets: Tensor,
+    segment_tokens: int,
+    gradient_segments: int | None,
+    starts: Tensor | None,
+    vocab_size: int,
 ) -> None:
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape != targets.shape:
         raise InputError(
             f"window_backward: tokens and targets must both be (B, T), T >= 1, not {tuple(tokens.shape)} and "
             f"{tuple(targets.shape)}"
         )
+    if targets.dtype != torch.int64 or ((targets < 0) & (targets != MASKED)).any() or targets.max() >= vocab_size:
+        raise InputError(f"window_backward: targets must be int64, from 0 to {vocab_size - 1} or {MASKED} for masked")
     if segment_tokens < 1 or (gradient_segments is not None and gradient_segments < 1):
         raise InputError(
             f"window_backward: segment_tokens ({segment_tokens}) and gradient_segments ({gradient_segments}) "
