@@ -27,7 +27,7 @@ def make(*arguments, cwd=ROOT):
 def test_the_first_screen_has_the_two_commands_and_one_table():
     first_screen = README[: README.index("## ")]
     assert SHELL[:2] == ["make train", "make test"]
-    assert "tokens in the window | peak memory | tokens/s" in first_screen.replace("  ", " ")
+    assert "tokens in the window | peak memory | tokens/s" in first_screen
     assert "tools/bench_memory.py" in first_screen
 
 
