@@ -29,7 +29,7 @@ def write_config(folder, **changes):
         "model": {"version": 6, "num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257},
         "data": {"store": str(folder / "train"), "held_out": str(folder / "held_out")},
         "window": {"segment_tokens": 32, "window_tokens": 128, "lanes": 2},
-        "optimizer": {"steps": 12, "peak_lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.01},
+        "optimizer": {"steps": 40, "peak_lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.01},
         "run": {"folder": str(folder / "run"), "threads": 1, "save_every_steps": 3, "seed": 3, "device": "cpu"},
     }
     for name, value in changes.items():

@@ -39,16 +39,16 @@ def uninterrupted(tmp_path_factory):
 
 def test_it_learns_and_says_what_happened(uninterrupted):
     losses, weights, output, errors = uninterrupted
-    assert len(losses) == 12
+    assert len(losses) == 40
     assert losses[-1] < losses[0] - 0.1
     assert "held-out loss by position" in output
     last = output.strip().splitlines()[-3:]
-    assert last[0].startswith("trained 12 steps on 3,072 tokens: loss ")
+    assert last[0].startswith("trained 40 steps on 10,240 tokens: loss ")
     assert last[1].startswith("Files: ")
     assert str(weights) in last[1]
     assert last[2].startswith("Next: ")
     assert "/tensorboard --logdir " in last[2]
-    assert "step 12/12  loss " in errors
+    assert "step 40/40  loss " in errors
     assert infctx.load_model(weights).sizes.width == 32
 
 
@@ -86,14 +86,15 @@ def test_kill_at_a_random_moment_then_resume_bit_for_bit(uninterrupted, tmp_path
     kills = 0
     for _ in range(20):
         process = start("train", config)
-        wait_for_steps(tmp_path / "run", at_least=chance.randint(1, 11), process=process)
+        wait_for_steps(tmp_path / "run", at_least=chance.randint(1, 30), process=process)
         time.sleep(chance.uniform(0, 0.05))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         _, errors = process.communicate()
-        if process.returncode == 0:
-            break
+        if process.returncode == 0:  # it was faster than the kill: another try
+            shutil.rmtree(tmp_path / "run")
+            continue
         assert process.returncode == -signal.SIGKILL, errors
         if kills == 2:
             code, _, errors = infctx_command("train", config)
