@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import random_model
 
 import infctx
 from infctx.errors import InputError
@@ -10,17 +11,9 @@ from infctx.model.state import State
 from infctx.train.window import Seams
 
 
-def tiny_model(version, seed=0, **sizes):
+def tiny_model(version):
     """A float64 model in which every parameter matters, with an initial state that is not zero."""
-    sizes = {"num_layers": 2, "width": 24, "vocab_size": 19, "head_size": 8} | sizes
-    ranks = {"mix_rank": 3, "decay_rank": 5} if version == 6 else {}
-    model = infctx.build_model(version=version, **sizes, **ranks, dtype=torch.float64, seed=seed)
-    model.add_initial_state()
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
-    return model
+    return random_model(version, dtype=torch.float64, with_state=True)
 
 
 def random_window(num_tokens, batch=2, vocab_size=19, seed=0, start_rate=0.2):

@@ -32,10 +32,6 @@ class State(NamedTuple):
     def batch_size(self) -> int:
         return self.wkv.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self)
-
     def detach(self) -> State:
         return State(*(part.detach() for part in self))
 

@@ -77,9 +77,6 @@ def _system_errors(path: Path) -> Iterator[None]:
     """A full disk as the OSError that it is: torch and safetensors wrap it in errors of their own."""
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
     except RuntimeError as error:
         cause = error.__context__
         if not isinstance(cause, OSError):

@@ -32,9 +32,7 @@ def load_model(
 
     Raises InputError naming the file and the tensor for anything else.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_WEIGHTS
+    path = _weights_file(path)
     shapes = read_shapes(path)
     sizes = _sizes_of(shapes, path)
     with_state = any(_is_state(name) for name in shapes)
@@ -76,9 +74,7 @@ def build_model(
 
 def read_sizes(path: str | Path) -> Sizes:
     """Version and sizes of a weights file, without loading it."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_WEIGHTS
+    path = _weights_file(path)
     return _sizes_of(read_shapes(path), path)
 
 
@@ -94,6 +90,12 @@ def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None
         if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
             raise InputError(f"{path}: {name} has values beyond the range of {dtype}; choose another dtype")
     write_tensors(tensors, Path(path))
+
+
+def _weights_file(path: str | Path) -> Path:
+    """A checkpoint folder stands for the weights in it."""
+    path = Path(path)
+    return path / CHECKPOINT_WEIGHTS if path.is_dir() else path
 
 
 def stored_tensors(model: RWKV) -> dict[str, Tensor]:

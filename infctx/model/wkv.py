@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.model import START_SPACING
+from infctx.model.state import state_dtype
 from infctx.model.wkv_chunked import wkv_chunked
 from infctx.model.wkv_compiled import wkv_compiled
 from infctx.model.wkv_reference import wkv_reference
@@ -90,7 +91,7 @@ def _check(
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != r.dtype:
             raise InputError(f"wkv: {name} is {tensor.dtype} and r is {r.dtype}; they must be the same")
-    precise = torch.float64 if r.dtype == torch.float64 else torch.float32
+    precise = state_dtype(r.dtype)
     for name, tensor in (("w", w), ("state", state), ("initial", initial)):
         if tensor is not None and tensor.dtype != precise:
             raise InputError(f"wkv: {name} must be {precise} to go with r {r.dtype}, not {tensor.dtype}")

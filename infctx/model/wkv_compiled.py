@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from infctx.model import START_SPACING
+from infctx.model.state import state_dtype
 
 MIN_THREAD_TOKENS = 256
 """Tokens of one head, about 50 us of forward: for less, waking another thread costs more than it gains."""
@@ -37,7 +38,7 @@ def wkv_compiled(
     if starts is None:
         starts = torch.zeros((), dtype=torch.bool).expand(r.shape[0], -(-r.shape[1] // START_SPACING))
     if initial is None:
-        initial = torch.zeros((), dtype=_precise(r)).expand(state.shape)
+        initial = torch.zeros((), dtype=state_dtype(r.dtype)).expand(state.shape)
     inputs = (r, k, v, w, u, state, starts, initial)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Compiled.apply(*inputs)
@@ -62,7 +63,7 @@ class _Compiled(torch.autograd.Function):
 def _forward(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and what the backward needs of the states between (empty unless `keep`)."""
     r, k, v, w, u, state, starts, initial = inputs
-    (B, T, H, N), precise = r.shape, _precise(r)
+    (B, T, H, N), precise = r.shape, state_dtype(r.dtype)
     padded = _kernels().padded_size(N, precise.itemsize)
     y = torch.empty((B, T, H, N), dtype=precise)
     final = torch.zeros((B, H, N, N), dtype=precise)
@@ -75,7 +76,7 @@ def _forward(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tens
 def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of r, k, v, w, u, state, starts (none) and initial."""
     r, k, v, w, u, starts, initial, kept = saved
-    (B, T, H, N), precise = r.shape, _precise(r)
+    (B, T, H, N), precise = r.shape, state_dtype(r.dtype)
     dr, dk, dv, dw = (torch.empty((B, T, H, N), dtype=precise) for _ in range(4))
     du = torch.empty((B, H, N), dtype=precise)
     dstate, dinitial = (torch.zeros((B, H, N, N), dtype=precise) for _ in range(2))
@@ -117,7 +118,3 @@ def _kernels() -> ModuleType:
 def _with_whole_rows(x: Tensor) -> Tensor:
     """The kernels take any strides but the last, which their vector loads need to be 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _precise(r: Tensor) -> torch.dtype:
-    return torch.float64 if r.dtype == torch.float64 else torch.float32

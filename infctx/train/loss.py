@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infctx.model.rwkv import RWKV
-from infctx.model.state import State
+from infctx.model.state import State, state_dtype
 
 MASKED = -100
 """Target of a place that carries no loss."""
@@ -95,7 +95,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head) if needs_head else None
-        loss_sum = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))
         for rows, logits, wanted in _slices(hidden, head, targets):
             loss_sum += F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="sum")
             if not (needs_hidden or needs_head):

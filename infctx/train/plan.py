@@ -106,15 +106,15 @@ def state_bytes(sizes: Sizes) -> int:
 
 
 def _lacking_device(config: Config, sizes: Sizes | None) -> list[str]:
-    wanted = config.run.device
-    device_type = "cpu" if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()) else "cuda"
-    needed = None if sizes is None else device_bytes(config, sizes, device_type)
-    amount = "" if needed is None else f" with {needed / GB:.1f} GB"
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        amount = "" if sizes is None else f" with {device_bytes(config, sizes, 'cuda') / GB:.1f} GB"
         return [f"run.device: cuda, and torch {torch.__version__} finds no GPU here; the run needs one{amount}"]
-    device = pick_device(wanted)
+    if sizes is None:
+        return []
+    device = pick_device(config.run.device)
+    needed = device_bytes(config, sizes, device.type)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed is not None and needed > free:
+    if needed > free:
         remedy = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
         return [f"memory: the run needs {needed / GB:.1f} GB on {device}, {free / GB:.1f} GB are free; {remedy}"]
     return []
