@@ -266,7 +266,7 @@ def large_jsonl(path: Path, megabytes: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("delay", [0, 0.8])  # while it starts, while it encodes
+@pytest.mark.parametrize("delay", [0, 0.1, 0.8])  # while they start, while they encode
 def test_a_killed_worker_is_one_line(tmp_path, delay):
     source = large_jsonl(tmp_path / "a.jsonl", 60)
     killed = []
@@ -274,15 +274,18 @@ def test_a_killed_worker_is_one_line(tmp_path, delay):
     def kill():
         while not killed:
             time.sleep(0.05)
-            for child in multiprocessing.active_children()[:1]:
+            children = multiprocessing.active_children()
+            if len(children) == 2:
                 time.sleep(delay)
-                os.kill(child.pid, signal.SIGKILL)
-                killed.append(child.pid)
+                os.kill(children[0].pid, signal.SIGKILL)
+                killed.append(children[0].pid)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     refused(tmp_path, r"a worker process was killed.*\(--workers 1\)", [str(source)], tokenizer="world", workers=2)
-    thread.join()
+    thread.join(timeout=30)
+    assert killed
+    assert not multiprocessing.active_children()
 
 
 SCRIPT = """
@@ -296,6 +299,7 @@ def tell_workers():
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     source, output, tokenizer, workers, limit = sys.argv[1:]
     if int(workers) > 1:
         threading.Thread(target=tell_workers, daemon=True).start()

@@ -7,18 +7,13 @@ workers.
 """
 
 import json
-import multiprocessing
 import os
 import random
-import signal
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -28,14 +23,15 @@ from tqdm import tqdm
 from infctx.data.text import STDIN, Document, Source, find_sources, read_documents
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
+from infctx.data.workers import WorkerKilled, Workers
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
 
 TRAIN, HELD_OUT, SUMMARY_FILE = "train", "held_out", "store.json"
 UNSPLIT = "unsplit"
 FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx"))}
-# Characters that go to a worker at once, and what a document may have to go to a worker whole: with workers + 2 batches
-# under way, this bounds the memory. A longer document is encoded here, piece by piece.
+# Characters that go to a worker at once, and what a document may have to go to a worker whole: with a batch and its
+# ids for each worker under way, this bounds the memory. A longer document is encoded here, piece by piece.
 BATCH_CHARS = 1 << 20
 LONG_DOCUMENT_CHARS = 4 << 20
 DOCUMENT_OVERHEAD = 256  # what a document costs beside its characters: a batch of tiny documents ends too
@@ -176,29 +172,23 @@ def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, workers: int) 
         for document in documents:
             yield tokenizer.encode_pieces(document.pieces)
         return
-    # A fork of a process with threads (the progress bar's, a BLAS library's) can hang, so workers start afresh.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    pending: deque[Future[list[list[np.ndarray]]]] = deque()
-    try:
-        for work in _batches(documents):
-            if isinstance(work, Document):
-                while pending:
-                    yield from pending.popleft().result()
-                yield tokenizer.encode_pieces(work.pieces)
-            else:
-                with _without_ctrl_c():
-                    pending.append(pool.submit(_encode_batch, tokenizer.name, work))
-                if len(pending) == workers + 2:
-                    yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process was killed, perhaps for want of memory: run again with fewer workers (--workers 1)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with closing(Workers(workers, partial(_encode_batch, tokenizer.name))) as pool:
+        try:
+            for work in _batches(documents):
+                if isinstance(work, Document):
+                    while pool.num_pending:
+                        yield from pool.result()
+                    yield tokenizer.encode_pieces(work.pieces)
+                else:
+                    done = pool.result() if pool.all_busy else ()
+                    pool.submit(work)
+                    yield from done
+            while pool.num_pending:
+                yield from pool.result()
+        except WorkerKilled:
+            raise InputError(
+                "a worker process was killed, perhaps for want of memory: run again with fewer workers (--workers 1)"
+            ) from None
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[Batch | Document]:
@@ -223,31 +213,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[Batch | Document]:
             size += length + DOCUMENT_OVERHEAD
     if batch:
         yield batch
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; a worker started in here never sees it, the main process later."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker would wait for work for ever after its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_batch(tokenizer: str, batch: Batch) -> list[list[np.ndarray]]:
