@@ -27,6 +27,9 @@ class ListStore:
         self.num_tokens = sum(lengths)
         self.num_read = 0
 
+    def number(self, i):
+        return i
+
     def length(self, i):
         return len(self.documents[i])
 

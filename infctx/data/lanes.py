@@ -36,6 +36,8 @@ class Store(Protocol):
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray: ...
 
+    def number(self, i: int) -> int: ...
+
 
 @dataclass
 class Window:
@@ -182,7 +184,7 @@ class Lanes:
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
             starts=torch.from_numpy(starts),
-            documents=[[run.document for run in runs] for runs in lanes],
+            documents=[[self.store.number(run.document) for run in runs] for runs in lanes],
             num_targets=num_targets,
             epoch=self._stream.epoch(self._next - 1),
         )
@@ -192,8 +194,9 @@ class Lanes:
         ids = self.store.tokens(run.document, run.begin, run.begin + run.count + 1)
         if ids.max() >= self.vocab_size:
             place = int(np.argmax(ids >= self.vocab_size))
+            document = self.store.number(run.document)
             raise InputError(
-                f"{self.store.path}.bin: token {run.begin + place} of document {run.document} is {ids[place]}, "
+                f"{self.store.path}.bin: token {run.begin + place} of document {document} is {ids[place]}, "
                 f"the model's vocabulary has {self.vocab_size} ids: prepare the store with the model's tokenizer"
             )
         return ids

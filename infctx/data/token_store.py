@@ -62,6 +62,10 @@ class TokenStore:
         begin, end = self._span(i)
         return end - begin
 
+    def number(self, i: int) -> int:
+        """What document i is called in messages."""
+        return i
+
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
         """Tokens begin..end-1 of document i, int64 (end - begin,). Raises InputError for negative ids in the file."""
         first, last = self._span(i)
