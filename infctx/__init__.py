@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infctx.errors import InputError
     from infctx.model.state import State
+    from infctx.model.state_file import load_state, save_state
     from infctx.model.weights import build_model, load_model, save_weights
     from infctx.model.wkv import wkv
     from infctx.train.window import window_backward
 
-__all__ = ["InputError", "State", "build_model", "load_model", "save_weights", "window_backward", "wkv"]
+__all__ = [
+    "InputError",
+    "State",
+    "build_model",
+    "load_model",
+    "load_state",
+    "save_state",
+    "save_weights",
+    "window_backward",
+    "wkv",
+]
 __version__ = "0.1.0"
 
 _DEFINED_IN = {
@@ -24,6 +35,8 @@ _DEFINED_IN = {
     "State": "infctx.model.state",
     "build_model": "infctx.model.weights",
     "load_model": "infctx.model.weights",
+    "load_state": "infctx.model.state_file",
+    "save_state": "infctx.model.state_file",
     "save_weights": "infctx.model.weights",
     "window_backward": "infctx.train.window",
     "wkv": "infctx.model.wkv",

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny_models import random_model
 
 import infctx
 from infctx.errors import InputError
 from infctx.model.tensor_file import read_shapes, read_tensors, write_tensors
 from infctx.model.weights import stored_tensors
+
+from tiny_models import random_model
 
 SUFFIXES = (".pth", ".safetensors")
 
@@ -110,7 +111,7 @@ def test_an_empty_file(tmp_path, name):
 def test_a_file_that_is_not_there(tmp_path):
     assert "no such file" in refusal(tmp_path / "model.pth")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=r"folder/model.safetensors: no such file"):
+    with pytest.raises(InputError, match=r"folder: holds no model.safetensors, pytorch_model.bin or index of these"):
         infctx.load_model(tmp_path / "folder")
 
 

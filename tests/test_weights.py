@@ -1,16 +1,19 @@
 """Models on disk: official names, order and shapes; read by the rwkv package; anything else refused by name."""
 
+import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_model, random_tokens
+from safetensors.torch import save_file
 
 import infctx
 from infctx.errors import InputError
-from infctx.model.weights import read_sizes, stored_tensors
+from infctx.model.other_names import from_official
+from infctx.model.weights import fingerprint, read_sizes, stored_tensors
+
+from tiny_models import random_model, random_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 ODD = {"width": 40, "head_size": 20, "vocab_size": 37, "ffn_width": 52}
@@ -116,18 +119,6 @@ def test_a_loaded_model_shares_nothing_with_its_file(tmp_path):
         wanted = [parameter.detach().clone() for parameter in model.parameters()]
         path.write_bytes(bytes(len(before)))  # written over in place, as a running copy would
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), wanted, strict=True))
-
-
-@pytest.fixture
-def rwkv_package(monkeypatch):
-    """The judge: RWKV of the rwkv package, for the CPU and without its own compilation."""
-    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RWKV_V7_ON", raising=False)
-    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
-    from rwkv.model import RWKV
-
-    return RWKV
 
 
 @pytest.mark.parametrize("version", [5, 6])
@@ -262,7 +253,7 @@ def test_values_beyond_fp16_are_named(tmp_path):
     model = random_model(6)
     with torch.no_grad():
         model.blocks[1].channel_mix.value.weight[3, 2] = 7e4
-    with pytest.raises(InputError, match=r"model.pth: blocks.1.ffn.value.weight has values beyond .*float16"):
+    with pytest.raises(InputError, match=r"model.pth: blocks.1.ffn.value.weight\[3, 2\] is 70000, beyond the 65504 of"):
         infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
     assert list(tmp_path.iterdir()) == []
     infctx.save_weights(model, tmp_path / "model.pth", torch.bfloat16)
@@ -270,3 +261,60 @@ def test_values_beyond_fp16_are_named(tmp_path):
         model.blocks[1].channel_mix.value.weight[3, 2] = float("inf")
     infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
     assert infctx.load_model(tmp_path / "model.pth").blocks[1].channel_mix.value.weight[3, 2] == float("inf")
+
+
+@pytest.mark.parametrize(("version", "naming"), [(5, "huggingface"), (6, "huggingface"), (6, "fla")])
+@pytest.mark.parametrize("layout", ["model.safetensors", "pytorch_model.bin", "file.pth", "shards"])
+def test_files_and_folders_under_other_names(tmp_path, version, naming, layout):
+    model = random_model(version, num_layers=3)
+    tensors = from_official(stored_tensors(model), naming, "test")
+    path = tmp_path / layout
+    if layout == "shards":
+        names = list(tensors)
+        parts = {"part-1.safetensors": names[: len(names) // 3], "part-2.safetensors": names[len(names) // 3 :]}
+        for file, chosen in parts.items():
+            save_file({name: tensors[name] for name in chosen}, tmp_path / file)
+        index = {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        path = tmp_path
+    elif path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    for place in {path, tmp_path} if layout != "file.pth" else {path}:
+        again = infctx.load_model(place)
+        assert again.sizes == model.sizes == read_sizes(place)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(again.get_parameter(name), parameter), name
+
+
+def test_a_broken_index_of_shards(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("", "[1]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        with pytest.raises(InputError, match="model.safetensors.index.json: not an index of weight files"):
+            infctx.load_model(tmp_path)
+    outside = tmp_path.parent / "outside.safetensors"
+    index.write_text(json.dumps({"weight_map": {"emb.weight": f"../{outside.name}"}}))
+    infctx.model.tensor_file.write_tensors(stored(6), outside)
+    with pytest.raises(InputError, match=f"{tmp_path.name}/outside.safetensors: no such file"):
+        infctx.load_model(tmp_path)
+
+
+def test_the_fingerprint_tells_models_apart(tmp_path):
+    model = random_model(6, with_state=True)
+    infctx.save_weights(model, tmp_path / "low.pth", torch.bfloat16)
+    low = infctx.load_model(tmp_path / "low.pth")
+    kept = fingerprint(low)
+    assert kept == fingerprint(model) == fingerprint(infctx.load_model(tmp_path / "low.pth", torch.bfloat16))
+    low.initial_wkv.data.zero_()
+    assert fingerprint(low) == kept  # a state is no weight
+    for name, parameter in low.named_parameters():
+        if not name.startswith("initial"):
+            before = parameter.data.clone()
+            parameter.data.view(-1)[-1] += 0.5
+            assert fingerprint(low) != kept, name
+            parameter.data.copy_(before)
+    swapped = low.blocks[0].time_mix.key.weight.data
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert fingerprint(low) != kept

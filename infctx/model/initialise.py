@@ -42,8 +42,9 @@ def initialise(model: RWKV, seed: int) -> None:
             (channel_mix.key, 1.0),
         ):
             _orthogonal(matrix.weight, gain, random)
-    if model.initial_wkv is not None:
-        model.initial_wkv.zero_()
+    for part in model.initial_parts():
+        if part is not None:
+            part.zero_()
 
 
 def _initialise_mixes(block: Block, layer: int, sizes: Sizes, random: torch.Generator) -> None:

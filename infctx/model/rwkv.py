@@ -32,7 +32,11 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, backend) for _ in range(sizes.num_layers))
         self.output_norm = LayerNorm(sizes.width)
         self.head = Linear(sizes.width, sizes.vocab_size)
-        self.initial_wkv: nn.Parameter | None = None  # (L, H, N, N) key by value: the learned initial state
+        # The learned initial state, as `State` without B; None: zeros.
+        self.initial_wkv: nn.Parameter | None = None  # (L, H, N, N) key by value
+        self.initial_time_shift: nn.Parameter | None = None  # (L, D)
+        self.initial_channel_shift: nn.Parameter | None = None  # (L, D)
+        self.initial_units: State | None = None  # what these parameters are in units of; None: one
 
     def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """Runs one segment.
@@ -43,14 +47,13 @@ class RWKV(nn.Module):
         Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token.
         """
         self._check(tokens, state, starts)
-        initial = None
-        if starts is not None and self.initial_wkv is not None:
-            initial = self.initial_state(tokens.shape[0])
+        initial = self.initial_state(tokens.shape[0])
         if state is None:
-            state = self.initial_state(tokens.shape[0])
+            state = initial
         embedded = self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
         x = self.embedding_norm(embedded)  # (B, T, D)
-        first = initial.layers() if initial else [None] * len(self.blocks)
+        learned = starts is not None and any(part is not None for part in self.initial_parts())
+        first = initial.layers() if learned else [None] * len(self.blocks)
         layers = []
         for block, layer, first_layer in zip(self.blocks, state.layers(), first, strict=True):
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -79,14 +82,48 @@ class RWKV(nn.Module):
         """What a document starts from: zeros, or the learned state expanded over B (with its gradient)."""
         weight = self.embedding.weight
         zeros = State.zeros(self.sizes, batch_size, state_dtype(weight.dtype), weight.device)
-        if self.initial_wkv is None:
-            return zeros
-        wkv = self.initial_wkv.to(zeros.wkv.dtype)[:, None].expand_as(zeros.wkv)
-        return zeros._replace(wkv=wkv)
+        units = self.initial_units or (1, 1, 1)
+        parts = zip(zeros, self.initial_parts(), units, strict=True)
+        return State(
+            *(z if part is None else (part.to(z.dtype) * unit)[:, None].expand_as(z) for z, part, unit in parts)
+        )
 
-    def add_initial_state(self) -> nn.Parameter:
-        """Gives the model an initial state to learn, zeros at first; returns it: (L, H, N, N), key by value."""
-        if self.initial_wkv is None:
-            zeros = State.zeros(self.sizes, 1, state_dtype(self.embedding.weight.dtype), self.embedding.weight.device)
-            self.initial_wkv = nn.Parameter(zeros.wkv[:, 0])
-        return self.initial_wkv
+    def initial_parts(self) -> State:
+        """The learned parameters of the initial state, in `initial_units`; None for each part that is zeros."""
+        return State(self.initial_wkv, self.initial_time_shift, self.initial_channel_shift)
+
+    def add_initial_state(self, shifts: bool = False) -> State:
+        """Gives the model an initial state to learn, zeros at first, where it has none; returns its parameters.
+
+        shifts: the two shift vectors too.
+        """
+        zeros = State.zeros(self.sizes, 1, state_dtype(self.embedding.weight.dtype), self.embedding.weight.device)
+        wanted = ("wkv", "time_shift", "channel_shift") if shifts else ("wkv",)
+        for name in wanted:
+            if getattr(self, f"initial_{name}") is None:
+                setattr(self, f"initial_{name}", nn.Parameter(getattr(zeros, name)[:, 0].clone()))
+        return self.initial_parts()
+
+    @torch.no_grad()
+    def set_initial_state(self, state: State) -> None:
+        """Makes the state of one document (B = 1), such as `infctx.load_state` gives, what every document starts from.
+
+        Shift vectors that are zeros are no parameters, unless the model has them.  Raises InputError for other sizes.
+        """
+        zeros = State.zeros(self.sizes, 1, state.wkv.dtype, "meta")
+        if [part.shape for part in state] != [zero.shape for zero in zeros]:
+            found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, zeros))
+            raise InputError(f"set_initial_state: the state is {found}; {wanted} would go with the model, and B = 1")
+        parts = self.add_initial_state(shifts=bool(state.time_shift.any() or state.channel_shift.any()))
+        for mine, given, unit in zip(parts, state, self.initial_units or (1, 1, 1), strict=True):
+            if mine is not None:
+                mine.copy_(given[:, 0] / unit)
+
+    def set_initial_units(self, units: State) -> None:
+        """Makes the initial state's parameters count in units, so that one learning rate suits all; the state stays.
+
+        units: wkv (L, H, N or 1, 1), time_shift and channel_shift (L, D or 1); powers of two change no bit.
+        """
+        state = self.initial_state(1)
+        self.initial_units = units
+        self.set_initial_state(state.detach())

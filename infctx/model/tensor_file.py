@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     The format is told by the content, not by the suffix.  Raises InputError naming the file and the entry.
     """
-    tensors = _read_safetensors(path) if _is_safetensors(path) else _read_pth(path)
+    tensors = _read_safetensors(path) if is_safetensors(path) else _read_pth(path)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
@@ -44,13 +45,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of a file, without reading their values where the format allows."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
     with _open_safetensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
 
 
-def _is_safetensors(path: Path) -> bool:
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model: `path` itself, or those of a folder as Hugging Face's libraries name them.
+
+    An index of several files is the JSON object `{"weight_map": {tensor: file}}`; the files lie beside it.
+    """
+    if not path.is_dir():
+        return [path]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                files = [path / Path(name).name for name in names]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f"{index}: not an index of weight files; copy it again") from None
+            if files:
+                return files
+    raise InputError(f"{path}: holds no model.safetensors, pytorch_model.bin or index of these; name a weights file")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is a safetensors file rather than a .pth, by its content."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .pth or .safetensors of RWKV-5.2 or RWKV-6")
     with path.open("rb") as file:
@@ -60,16 +84,50 @@ def _is_safetensors(path: Path) -> bool:
     return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip, which .pth is since torch 1.6
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes contiguous CPU tensors as `.pth` or `.safetensors`, by the suffix; atomic."""
-    if path.suffix not in (".pth", ".safetensors"):
-        raise InputError(f"{path}: weights are written as .pth or .safetensors; choose one of these suffixes")
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text in the header of a safetensors file; nothing for a .pth, which has none."""
+    if not is_safetensors(path):
+        return {}
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+def narrow(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path, remedy: str = "choose another dtype"
+) -> dict[str, Tensor]:
+    """The tensors in `dtype`, None for their own; raises InputError naming the first value that it can not hold."""
+    narrowed = {}
+    for name, tensor in tensors.items():
+        narrowed[name] = tensor.to(dtype or tensor.dtype)
+        beyond = narrowed[name].isinf() & tensor.isfinite()
+        if beyond.any():
+            place = tuple(beyond.nonzero()[0].tolist())
+            raise InputError(
+                f"{path}: {name}[{', '.join(map(str, place))}] is {tensor[place].item():g}, beyond the "
+                f"{torch.finfo(dtype).max:g} of {str(dtype).removeprefix('torch.')}; {remedy}"
+            )
+    return narrowed
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    suffixes: Sequence[str] = (".pth", ".safetensors"),
+) -> None:
+    """Writes contiguous CPU tensors: a .pth is torch's, every other suffix is safetensors; atomic.
+
+    metadata: text for the header of a safetensors file.
+    suffixes: what the path may end with.
+    """
+    if path.suffix not in suffixes:
+        raise InputError(f"{path}: weights are written as {' or '.join(suffixes)}; choose one of these suffixes")
     with atomic_file(path) as temporary, _system_errors(path):
         if path.suffix == ".pth":
             with temporary.open("wb") as file:  # given a path, torch would write that path into the file
                 torch.save(dict(tensors), file)
         else:
-            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 @contextmanager

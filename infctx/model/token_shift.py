@@ -43,18 +43,20 @@ class _Blend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(difference, mixes)
+        ctx.save_for_backward(difference if ctx.needs_input_grad[2] else None, mixes)
         return tuple(torch.addcmul(origin, difference, mix) for mix in mixes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         difference, mixes = ctx.saved_tensors
         d_origin = gradients[0] + gradients[1]
         d_difference = gradients[0] * mixes[0]
-        d_mixes = torch.empty_like(mixes)
+        d_mixes = torch.empty_like(mixes) if difference is not None else None
         for place, (gradient, mix) in enumerate(zip(gradients, mixes, strict=True)):
-            if mixes.shape[1:] == difference.shape:
+            if difference is None:  # frozen
+                pass
+            elif mixes.shape[1:] == difference.shape:
                 torch.mul(gradient, difference, out=d_mixes[place])
             else:
                 d_mixes[place] = (gradient * difference).sum((0, 1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.model.initialise import initialise
+from infctx.model.other_names import naming_of, to_official
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes, make_sizes, published_sizes
 from infctx.model.state import state_dtype
-from infctx.model.tensor_file import read_shapes, read_tensors, write_tensors
+from infctx.model.tensor_file import narrow, read_shapes, read_tensors, weight_files, write_tensors
 
 Shape = tuple[int, ...]
 
@@ -25,24 +27,25 @@ CHECKPOINT_WEIGHTS = "model.safetensors"
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", backend: str = "auto"
 ) -> RWKV:
-    """Reads a model of RWKV-5.2 or RWKV-6 with its official names; version and every size come from the file.
+    """Reads a model of RWKV-5.2 or RWKV-6; version and every size come from the file.
 
-    path: a `.pth` (a dict of tensors; no code in it is run), a `.safetensors`, or a checkpoint folder of infctx.
+    path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
+    Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; a checkpoint folder of infctx, or a folder as Hugging
+    Face's libraries write it, in one file or several.
     `blocks.N.att.time_state` tensors, if there, become the model's initial state.
 
     Raises InputError naming the file and the tensor for anything else.
     """
-    path = _weights_file(path)
-    shapes = read_shapes(path)
+    path, shapes, read = _open(Path(path))
     sizes = _sizes_of(shapes, path)
-    with_state = any(_is_state(name) for name in shapes)
+    with_state = any(is_state_name(name) for name in shapes)
     model = _empty_model(sizes, backend, with_state)
     names = stored_names(sizes)
     _check_shapes(shapes, model, names, path)
-    stored = read_tensors(path)
+    stored = read()
     tensors = {ours: stored[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
     if with_state:
-        value_major = torch.stack([stored[_state_name(layer)] for layer in range(sizes.num_layers)])
+        value_major = torch.stack([stored[state_name(layer)] for layer in range(sizes.num_layers)])
         tensors["initial_wkv"] = value_major.mT.contiguous().to(device=device, dtype=state_dtype(dtype))
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_()
@@ -74,28 +77,38 @@ def build_model(
 
 def read_sizes(path: str | Path) -> Sizes:
     """Version and sizes of a weights file, without loading it."""
-    path = _weights_file(path)
-    return _sizes_of(read_shapes(path), path)
+    path, shapes, _ = _open(Path(path))
+    return _sizes_of(shapes, path)
 
 
 def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes the model under the official names and in their order: `.pth` or `.safetensors` by the suffix, atomic.
 
-    dtype: what the weights are stored in, None for what they are.  A learned initial state is stored with them,
-    value-major, as `blocks.N.att.time_state`.  Raises InputError for another suffix and for values beyond the dtype.
+    dtype: what the weights are stored in, None for what they are.  A learned initial state is stored with them, in
+    fp32, value-major, as `blocks.N.att.time_state`.  Raises InputError for another suffix, for values beyond the dtype
+    and for learned shift vectors, which these files have no place for.
     """
+    if model.initial_time_shift is not None or model.initial_channel_shift is not None:
+        raise InputError(
+            f"{path}: the model has learned shift vectors, and files of weights have no place for them; save its state "
+            "with infctx.save_state in form infctx"
+        )
     tensors = stored_tensors(model)
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(dtype or tensor.dtype)
-        if not torch.isfinite(tensors[name]).all() and torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {name} has values beyond the range of {dtype}; choose another dtype")
-    write_tensors(tensors, Path(path))
+    states = {name: tensor for name, tensor in tensors.items() if is_state_name(name)}
+    write_tensors(narrow(tensors, dtype, path) | states, Path(path))
 
 
-def _weights_file(path: str | Path) -> Path:
-    """A checkpoint folder stands for the weights in it."""
-    path = Path(path)
-    return path / CHECKPOINT_WEIGHTS if path.is_dir() else path
+def fingerprint(model: RWKV) -> str:
+    """Tells models apart, 16 hex digits: of the weights as bf16, whatever they are held in; not of the initial state.
+
+    Sums of the bits at every place, every third, seventh and eleventh: any device works them out, in no memory.
+    """
+    digest = hashlib.sha256()
+    for name in stored_names(model.sizes):
+        bits = model.get_parameter(name).detach().to(torch.bfloat16).flatten().view(torch.int16)
+        sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 3, 7, 11)]
+        digest.update(f"{name} {bits.numel()} {sums}".encode())
+    return digest.hexdigest()[:16]
 
 
 def stored_tensors(model: RWKV) -> dict[str, Tensor]:
@@ -103,8 +116,8 @@ def stored_tensors(model: RWKV) -> dict[str, Tensor]:
     ours = model.state_dict()
     tensors = {name: ours[our].cpu().contiguous() for our, name in stored_names(model.sizes).items()}
     if model.initial_wkv is not None:
-        for layer, wkv in enumerate(model.initial_wkv.detach().cpu()):
-            tensors[_state_name(layer)] = wkv.mT.contiguous()
+        for layer, wkv in enumerate(model.initial_state(1).wkv[:, 0].detach().cpu()):
+            tensors[state_name(layer)] = wkv.mT.contiguous()
     return tensors
 
 
@@ -146,12 +159,27 @@ def _block_names(version: int, first: bool) -> dict[str, str]:
     )
 
 
-def _state_name(layer: int) -> str:
+def state_name(layer: int) -> str:
     return f"blocks.{layer}.att.time_state"
 
 
-def _is_state(name: str) -> bool:
-    return name.endswith(".att.time_state")
+def is_state_name(name: str) -> bool:
+    return re.fullmatch(r"blocks\.\d{1,4}\.att\.time_state", name) is not None
+
+
+def _open(path: Path) -> tuple[Path, dict[str, Shape], Callable[[], dict[str, Tensor]]]:
+    """The file (or folder) to name in messages, the shapes in it under official names, and what reads the tensors."""
+    files = weight_files(path)
+    path = files[0] if len(files) == 1 else path
+    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+
+    def read() -> dict[str, Tensor]:
+        return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+    if naming_of(shapes) == "official":
+        return path, shapes, read
+    tensors = to_official(read(), path)
+    return path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors
 
 
 def _empty_model(sizes: Sizes, backend: str, with_state: bool = False) -> RWKV:
@@ -212,7 +240,7 @@ def _check_shapes(shapes: Mapping[str, Shape], model: RWKV, names: Mapping[str, 
     expected = {names[ours]: tuple(p.shape) for ours, p in model.state_dict().items() if ours in names}
     if model.initial_wkv is not None:
         shape = (sizes.num_heads, sizes.head_size, sizes.head_size)
-        expected |= {_state_name(layer): shape for layer in range(sizes.num_layers)}
+        expected |= {state_name(layer): shape for layer in range(sizes.num_layers)}
     for name, shape in expected.items():
         if name not in shapes:
             raise InputError(f"{path}: tensor {name} is missing; not a whole model of RWKV-{sizes.version}")

@@ -1,0 +1,236 @@
+"""Weights under the names of others in, under the official names out, and back; no value changes.
+
+Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors; flash-linear-attention
+(`RWKV6ForCausalLM`, no Eagle) also stacks and transposes some, and has the low-rank products in an order of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infctx.errors import InputError
+
+NAMINGS = ("official", "huggingface", "fla")
+"""Whose names the tensors of a file can have."""
+
+
+def naming_of(names: Iterable[str]) -> str:
+    """Which of NAMINGS these names are; "official" where nothing tells otherwise."""
+    names = set(names)
+    for naming, telling in (("huggingface", r"rwkv\."), ("fla", r"model\.(embeddings|layers\.[0-9]+\.attn)\.")):
+        if "emb.weight" not in names and any(re.match(telling, name) for name in names):
+            return naming
+    return "official"
+
+
+def to_official(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Official name -> tensor, in the official order, from any naming; official tensors come back as they are.
+
+    path: where they come from, for messages.  Raises InputError with a tensor's own name where it does not belong,
+    is missing, or has a shape that cannot be converted; other odd shapes are left to the reader of the official names.
+    """
+    naming = naming_of(tensors)
+    if naming == "official":
+        return dict(tensors)
+    version = 6 if naming == "fla" else _version(tensors)
+    layers = _layers(tensors, naming)
+    _check_names(tensors, naming, version, layers, path)
+    found: dict[str, Tensor] = {}
+    for name, official, layout in _rows(naming, version, layers):
+        if layout is _SAME:
+            found[official[0]] = tensors[name]
+            continue
+        _check_shape(name, tensors[name], layout, path)
+        parts = layout.to_official(tensors[name]).chunk(len(official))
+        for part_name, part in zip(official, parts, strict=True):  # a view would keep, and store, all of the tensor
+            found[part_name] = part.clone(memory_format=torch.contiguous_format)
+    return {name: found[name] for name, _, _ in _rows("official", version, layers)}
+
+
+def from_official(tensors: Mapping[str, Tensor], naming: str, path: str | Path) -> dict[str, Tensor]:
+    """Their name -> contiguous tensor, in the order of their module's state_dict(), from a model's official tensors.
+
+    path: where they go, for messages.  Raises InputError where tensors do not make a whole model, and for what has
+    no place under these names: a learned initial state, and Eagle under those of fla.
+    """
+    if naming == "official":
+        return dict(tensors)
+    for name in tensors:
+        if name.endswith(".att.time_state"):
+            remedy = "leave the initial state out, or use the official names"
+            raise InputError(f"{path}: tensor {name!r} has no place under the {naming} names; {remedy}")
+    version = _version(tensors)
+    if (naming, version) not in _LAYERS:
+        known = ", ".join(other for other, its_version in _LAYERS if its_version == version)
+        raise InputError(f"{path}: RWKV-{version} has no {naming} names; choose one of {known}")
+    layers = _layers(tensors, "official")
+    _check_names(tensors, "official", version, layers, path)
+    found = {}
+    for name, official, layout in _rows(naming, version, layers):
+        parts = [tensors[part] for part in official]
+        found[name] = layout.to_theirs(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+    return found
+
+
+def _version(names: Iterable[str]) -> int:
+    return 6 if any(".time_maa_" in name for name in names) else 5
+
+
+def _layers(names: Iterable[str], naming: str) -> list[str]:
+    """The layers of these names, in order; as digits, of which a name can have more than Python makes a number of."""
+    layer = re.compile(re.escape(_MODULES[naming][1]) + r"\.(0|[1-9][0-9]*)\.")
+    found = {match[1] for name in names if (match := layer.match(name))}
+    return sorted(found, key=lambda digits: (len(digits), digits))
+
+
+def _rows(naming: str, version: int, layers: list[str]) -> Iterator[_Row]:
+    """Every tensor of a model, in the order of its module's state_dict()."""
+    embedding, blocks, norm, head = _MODULES[naming]
+    yield f"{embedding}.weight", ("emb.weight",), _SAME
+    for layer in layers:
+        for name, official, layout in _LAYERS[naming, version]:
+            if layer == "0" or not official[0].startswith("ln0."):
+                yield f"{blocks}.{layer}.{name}", tuple(f"blocks.{layer}.{part}" for part in official), layout
+    yield f"{norm}.weight", ("ln_out.weight",), _SAME
+    yield f"{norm}.bias", ("ln_out.bias",), _SAME
+    yield f"{head}.weight", ("head.weight",), _SAME
+
+
+def _check_names(names: Collection[str], naming: str, version: int, layers: list[str], path: str | Path) -> None:
+    """Every name is expected, and every expected one is there; a hostile file expects more than is kept here."""
+    known = {name for name, _, _ in _rows(naming, version, layers) if name in names}
+    kind = f"RWKV-{version} under the {naming} names"
+    for name in names:
+        if name not in known:
+            raise InputError(f"{path}: tensor {name!r} does not belong to {kind}; infctx reads RWKV-5.2 and RWKV-6")
+    for name, _, _ in _rows(naming, version, layers):
+        if name not in known:
+            raise InputError(f"{path}: tensor {name} is missing; not a whole model of {kind}")
+
+
+def _check_shape(name: str, tensor: Tensor, layout: _Layout, path: str | Path) -> None:
+    shape, letters = tuple(tensor.shape), layout.shape.split()
+    fits = len(shape) == len(letters) and all(
+        size == int(letter) if letter.isdigit() else size > 0 and size % (5 if letter[0] == "5" else 1) == 0
+        for size, letter in zip(shape, letters, strict=True)
+    )
+    if not fits:
+        expected = f"({', '.join(letters)}) is expected, D being the width, M and R ranks"
+        raise InputError(f"{path}: tensor {name} has shape {shape}; {expected}")
+
+
+class _Layout(NamedTuple):
+    """How one of their tensors lies: its shape, and the way there and back."""
+
+    shape: str
+    to_theirs: Callable[[Tensor], Tensor]
+    to_official: Callable[[Tensor], Tensor]
+
+
+_Row = tuple[str, tuple[str, ...], _Layout]
+"""The name of one of their tensors, the official names of what is stacked in it, mostly one, and its layout."""
+
+# The five low-rank products lie in the order w, k, v, r, g; with flash-linear-attention r comes first.
+_THERE, _BACK = [3, 0, 1, 2, 4], [1, 2, 3, 0, 4]
+
+_SAME = _Layout("", lambda x: x, lambda x: x)
+_VECTOR = _Layout("D", lambda x: x.flatten(), lambda x: x[None, None])  # (1, 1, D)
+_STACKED = _Layout("5 D", lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # (5, 1, D), five times (1, 1, D)
+_TRANSPOSED = _Layout("R D", lambda x: x.mT, lambda x: x.mT)
+_DOWN = _Layout(
+    "5M D",
+    lambda x: x.mT.unflatten(0, (5, -1))[_THERE].flatten(0, 1),  # (D, 5 M) -> (5, M, D) -> (5 M, D)
+    lambda x: x.unflatten(0, (5, -1))[_BACK].flatten(0, 1).mT,
+)
+_UP = _Layout(
+    "D 5M",
+    lambda x: x[_THERE].permute(2, 0, 1).flatten(1),  # (5, M, D) -> (D, 5, M) -> (D, 5 M)
+    lambda x: x.unflatten(1, (5, -1)).permute(1, 2, 0)[_BACK],
+)
+
+
+def _layer(*modules: tuple[str, str, _Layout]) -> list[_Row]:
+    """The tensors of one layer: a norm has a weight and a bias, a matrix a weight, and time_... is a tensor itself."""
+    rows = []
+    for theirs, official, layout in modules:
+        ends = ("",) if "time_" in official else (".weight", ".bias") if "ln" in official else (".weight",)
+        rows += [(theirs + end, tuple(name + end for name in official.split()), layout) for end in ends]
+    return rows
+
+
+def _renamed(names: str, words: Mapping[str, str]) -> list[_Row]:
+    """The tensors of one layer that are ours but for words in their names; official names, in the order of theirs."""
+    return _layer(
+        *((".".join(words.get(word, word) for word in name.split(".")), name, _SAME) for name in names.split())
+    )
+
+
+_HUGGINGFACE = {"ln0": "pre_ln", "att": "attention", "ffn": "feed_forward"} | {
+    f"time_mix_{word[0]}": f"time_mix_{word}" for word in ("key", "value", "receptance", "gate")
+}
+
+_MODULES = {
+    "official": ("emb", "blocks", "ln_out", "head"),
+    "huggingface": ("rwkv.embeddings", "rwkv.blocks", "rwkv.ln_out", "head"),
+    "fla": ("model.embeddings", "model.layers", "model.norm", "lm_head"),
+}
+
+_LAYERS = {
+    ("official", 5): _renamed(
+        "ln1 ln2 ln0 att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g att.time_decay att.time_faaaa "
+        "att.receptance att.key att.value att.output att.gate att.ln_x "
+        "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value",
+        {},
+    ),
+    ("huggingface", 5): _renamed(
+        "ln0 ln1 ln2 att.time_decay att.time_faaaa att.time_mix_g att.time_mix_k att.time_mix_v att.time_mix_r "
+        "att.key att.value att.receptance att.gate att.output att.ln_x "
+        "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value",
+        _HUGGINGFACE,
+    ),
+    ("official", 6): _renamed(
+        "ln1 ln2 ln0 att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
+        "att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2 att.time_faaaa "
+        "att.receptance att.key att.value att.output att.gate att.ln_x "
+        "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value",
+        {},
+    ),
+    ("huggingface", 6): _renamed(
+        "ln0 ln1 ln2 att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
+        "att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2 att.time_faaaa "
+        "att.receptance att.key att.value att.gate att.output att.ln_x "
+        "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value",
+        _HUGGINGFACE,
+    ),
+    ("fla", 6): _layer(
+        ("pre_norm", "ln0", _SAME),
+        ("attn_norm", "ln1", _SAME),
+        ("attn.x_bias", "att.time_maa_r att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_g", _STACKED),
+        ("attn.bonus", "att.time_faaaa", _SAME),
+        ("attn.x_proj.0.mu", "att.time_maa_x", _VECTOR),
+        ("attn.x_proj.0.linear.weight", "att.time_maa_w1", _DOWN),
+        ("attn.x_proj.2.weight", "att.time_maa_w2", _UP),
+        ("attn.r_proj.linear", "att.receptance", _SAME),
+        ("attn.w_proj.linear.lora.0.weight", "att.time_decay_w1", _TRANSPOSED),
+        ("attn.w_proj.linear.lora.2.weight", "att.time_decay_w2", _TRANSPOSED),
+        ("attn.w_proj.linear.lora.2.bias", "att.time_decay", _VECTOR),
+        ("attn.k_proj.linear", "att.key", _SAME),
+        ("attn.v_proj.linear", "att.value", _SAME),
+        ("attn.g_proj.linear", "att.gate", _SAME),
+        ("attn.g_norm", "att.ln_x", _SAME),
+        ("attn.o_proj", "att.output", _SAME),
+        ("ffn_norm", "ln2", _SAME),
+        ("ffn.key.mu", "ffn.time_maa_k", _VECTOR),
+        ("ffn.key.linear", "ffn.key", _SAME),
+        ("ffn.value", "ffn.value", _SAME),
+        ("ffn.receptance.mu", "ffn.time_maa_r", _VECTOR),
+        ("ffn.receptance.linear", "ffn.receptance", _SAME),
+    ),
+}
+"""Naming and version -> the tensors of a layer, in the order of the module's state_dict()."""

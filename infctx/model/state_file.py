@@ -1,0 +1,185 @@
+"""Initial states on disk: every form that programs of the RWKV world read, in and out.
+
+    form    container                  holds
+    pth     .pth                       blocks.N.att.time_state (H, value, key) for each layer and nothing else
+    st      .st or .state              the same names, (H, key, value), fp16, safetensors: Ai00 and web-rwkv
+    merged  .pth or .safetensors       a whole model with the tensors of form pth among its weights
+    infctx  .safetensors               wkv (L, H, key, value), and time_shift, channel_shift (L, D) where they are
+                                       learned: the parts of a `State`, which no other program's file has room for
+
+What a file is is told by its content: the container, and the names in it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from infctx.errors import InputError
+from infctx.model.rwkv import RWKV
+from infctx.model.sizes import describe
+from infctx.model.state import State, state_dtype
+from infctx.model.tensor_file import is_safetensors, narrow, read_shapes, read_tensors, write_tensors
+from infctx.model.weights import is_state_name, state_name, stored_tensors
+
+SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
+"""The forms, and the names that their files have."""
+
+OWN_NAMES = set(State._fields)
+
+
+def load_state(path: str | Path, model: RWKV) -> State:
+    """Reads an initial state of any form for `model`: B = 1, on its device, fp32 (fp64 for an fp64 model).
+
+    `model(tokens, state)` starts one document from it, `model.set_initial_state(state)` every one.  Shift vectors that
+    the file does not have are zeros.  Raises InputError for a state of other sizes and for what is no state.
+    """
+    state = read_state(Path(path))
+    zeros = State.zeros(model.sizes, 1, state.wkv.dtype, "meta")
+    if [part.shape for part in state] != [zero.shape for zero in zeros]:
+        raise InputError(
+            f"{path}: the state is of {describe_state(state)}, the model has {describe_state(zeros)} "
+            f"({describe(model.sizes)}); take a state that was tuned on this model"
+        )
+    weight = model.embedding.weight
+    return state.to(weight.device, state_dtype(weight.dtype))
+
+
+def save_state(
+    state: State,
+    path: str | Path,
+    form: str | None = None,
+    *,
+    model: RWKV | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the state of one document (B = 1) in one of the forms above; atomic.
+
+    form:  "pth", "st", "merged" or "infctx"; None: what the suffix of `path` says (.pth, .st, .safetensors)
+    model: whose weights go into a merged file
+    dtype: of form pth, and of the weights in a merged file, whose state stays fp32; None for what they are
+    metadata: text that goes into a file of form infctx
+    Raises InputError for another suffix, for values beyond the dtype, for a state with shift vectors in a form that
+    has no place for them, and for values that are not finite.
+    """
+    path = Path(path)
+    form = form or _form_of_suffix(path)
+    _check(state, path, form, model)
+    turned = state.wkv[:, 0].detach().cpu().mT.clone(memory_format=torch.contiguous_format)
+    value_major = {state_name(layer): wkv.clone() for layer, wkv in enumerate(turned)}  # each with memory of its own
+    if form == "pth":
+        write_tensors(narrow(value_major, dtype, path), path)
+    elif form == "st":
+        key_major = {name: wkv.mT.contiguous() for name, wkv in value_major.items()}
+        narrowed = narrow(key_major, torch.float16, path, "write form pth, which can be fp32")
+        write_tensors(narrowed, path, suffixes=SUFFIXES[form])
+    elif form == "merged":
+        weights = {name: tensor for name, tensor in stored_tensors(model).items() if not is_state_name(name)}
+        write_tensors(narrow(weights, dtype, path) | value_major, path)
+    else:
+        parts = {name: part[:, 0].detach().cpu().contiguous() for name, part in state._asdict().items()}
+        if not _has_shifts(state):
+            parts = {"wkv": parts["wkv"]}
+        write_tensors(parts, path, metadata)
+
+
+def read_state(path: Path) -> State:
+    """The state in a file of any form, B = 1, with the sizes that it has there, in fp32 (fp64 if it is that)."""
+    shapes = read_shapes(path)
+    if "wkv" in shapes and shapes.keys() <= OWN_NAMES:
+        tensors = read_tensors(path)
+    else:
+        names = _layer_names(shapes, path)
+        stored = read_tensors(path)
+        tensors = {"wkv": torch.stack([stored[name] for name in names])}
+        if shapes.keys() != set(names) or not is_safetensors(path):
+            tensors["wkv"] = tensors["wkv"].mT  # alone in a safetensors they are key by value, elsewhere value by key
+    wkv = tensors["wkv"]
+    if wkv.ndim != 4 or wkv.shape[-1] != wkv.shape[-2] or 0 in wkv.shape:
+        raise InputError(f"{path}: the state has shape {tuple(wkv.shape)}; layers, heads, N, N are expected")
+    layers, heads, size, _ = wkv.shape
+    zeros = torch.zeros(layers, heads * size)
+    state = State(wkv, tensors.get("time_shift", zeros), tensors.get("channel_shift", zeros))
+    for name, part in state._asdict().items():
+        if name != "wkv" and part.shape != zeros.shape:
+            raise InputError(f"{path}: tensor {name} has shape {tuple(part.shape)}; wkv needs {tuple(zeros.shape)}")
+        if not part.isfinite().all():
+            raise InputError(f"{path}: {name} of the state has values that are not finite; the file is damaged")
+    return State(*(part[:, None].to(state_dtype(part.dtype)).contiguous() for part in state))
+
+
+def is_state_file(path: Path) -> bool:
+    """Whether a file holds a state and no weights."""
+    names = read_shapes(path).keys()
+    return bool(names) and ("wkv" in names and names <= OWN_NAMES or all(map(is_state_name, names)))
+
+
+def describe_state(state: State) -> str:
+    """A few words for people: 24 layers with 32 heads of 64."""
+    layers, _, heads, size, _ = state.wkv.shape
+    return f"{layers} layers with {heads} heads of {size}"
+
+
+def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
+    """`blocks.N.att.time_state` of layers 0, 1, ...; raises InputError where the file is something else."""
+    found = [name for name in shapes if is_state_name(name)]
+    is_model = any(name.endswith(("emb.weight", "embeddings.weight")) for name in shapes)
+    if not found:
+        what = "a model without an initial state" if is_model else f"no state ({_some(shapes)})"
+        raise InputError(
+            f"{path}: is {what}; give a file with {state_name(0)}, ..., or one that infctx wrote as a state"
+        )
+    strangers = [name for name in shapes if name not in found]
+    if strangers and not is_model:
+        raise InputError(f"{path}: tensor {strangers[0]} belongs neither to a state nor to a model; remove it")
+    names = [state_name(layer) for layer in range(len(found))]
+    for name in names:
+        if name not in shapes:
+            raise InputError(f"{path}: tensor {name} is missing ({_some(found)}); every layer has one")
+        if shapes[name] != shapes[names[0]] or len(shapes[name]) != 3:
+            raise InputError(
+                f"{path}: tensor {name} has shape {shapes[name]}; all layers have one shape, heads, N, N "
+                f"(here {shapes[names[0]]})"
+            )
+    return names
+
+
+def _check(state: State, path: Path, form: str, model: RWKV | None) -> None:
+    if form not in SUFFIXES:
+        raise InputError(f"{path}: there is no form {form!r} of a state; choose {', '.join(SUFFIXES)}")
+    if path.suffix not in SUFFIXES[form]:
+        raise InputError(f"{path}: a state of form {form} is written as {' or '.join(SUFFIXES[form])}; rename it")
+    if state.batch_size != 1:
+        raise InputError(f"{path}: the state is of {state.batch_size} documents; choose one: state.lanes(slice(0, 1))")
+    if form != "infctx" and _has_shifts(state):
+        raise InputError(
+            f"{path}: the state has shift vectors, and a file of form {form} has no place for them; write form infctx "
+            "(.safetensors), or tune with model.learn: initial_state"
+        )
+    for name, part in state._asdict().items():
+        if not part.isfinite().all():
+            raise InputError(f"{path}: {name} of the state has values that are not finite; not written")
+    if form == "merged" and model is None:
+        raise InputError(f"{path}: a merged file holds a model's weights; give the model")
+    if form == "merged" and state.wkv.shape != State.zeros(model.sizes, 1, torch.float32, "meta").wkv.shape:
+        raise InputError(f"{path}: the state is of {describe_state(state)}, the model is {describe(model.sizes)}")
+
+
+def _form_of_suffix(path: Path) -> str:
+    known = {".pth": "pth", ".st": "st", ".state": "st", ".safetensors": "infctx"}
+    if path.suffix not in known:
+        raise InputError(f"{path}: a state is written as {', '.join(known)}; choose one of these suffixes")
+    return known[path.suffix]
+
+
+def _has_shifts(state: State) -> bool:
+    return bool(state.time_shift.any() or state.channel_shift.any())
+
+
+def _some(names: object) -> str:
+    """A few of the names, cut to a readable length."""
+    shown = [re.sub(r"(?<=.{60}).+", "...", str(name)) for name in sorted(names, key=str)[:2]]
+    return f"found {', '.join(shown)}" if shown else "the file has no tensors"
