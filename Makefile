@@ -9,7 +9,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 INFCTX := $(VENV)/bin/infctx
+TUNE_CONFIG := $(or $(CONFIG),configs/finch-tiny-tune-state.yaml)
 CONFIG ?= configs/finch-tiny.yaml
+STATE ?=
 MODEL ?= runs/finch-tiny
 STORE ?= data/python/held_out
 PROMPT ?= def
@@ -17,9 +19,9 @@ ARGS ?=
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
-export CONFIG MODEL STORE PROMPT OUTPUT
+export CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare train evaluate generate export test lint
+.PHONY: help install prepare train tune evaluate generate export test lint
 
 help:  ## lists the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,13 +36,16 @@ prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ 
 train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
 	@$(INFCTX) train "$$CONFIG" $(ARGS)
 
+tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml
+	@$(INFCTX) tune "$$TUNE_CONFIG" $(ARGS)
+
 evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out
 	@$(INFCTX) evaluate "$$MODEL" "$$STORE" $(ARGS)
 
 generate: $(VENV)/installed  ## goes on from a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
-	@$(INFCTX) generate "$$MODEL" --prompt "$$PROMPT" $(ARGS)
+	@$(INFCTX) generate "$$MODEL" $${STATE:+--state "$$STATE"} --prompt "$$PROMPT" $(ARGS)
 
-export: $(VENV)/installed  ## weights for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
+export: $(VENV)/installed  ## weights or a state for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
 	@test -n "$${OUTPUT:-}" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
 	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
 
@@ -64,6 +69,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
-# The documents of the default run: the Python installation's own long sources.
-data/python/store.json: tools/python_documents.py | $(VENV)/installed
-	@$(VENV)/bin/python tools/python_documents.py | $(INFCTX) prepare - --format jsonl --tokenizer bytes --held-out 0.1 --output data/python --overwrite
+# The documents of the default runs: the Python installation's own long sources, and the C++ headers of torch.
+data/python/store.json data/cpp/store.json: data/%/store.json: tools/example_documents.py | $(VENV)/installed
+	@$(VENV)/bin/python tools/example_documents.py $* | $(INFCTX) prepare - --format jsonl --tokenizer bytes --held-out 0.1 --output data/$* --overwrite
+
+runs/finch-tiny/model.pth: | $(VENV)/installed data/python/store.json
+	@echo 'Training the model first: make train'
+	@$(INFCTX) train configs/finch-tiny.yaml

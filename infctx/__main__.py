@@ -22,7 +22,7 @@ LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.reco
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself."""
     parsed = _parser().parse_args(arguments)
-    if parsed.command is not _train:  # training finishes its step; the others clean up and go
+    if parsed.command not in (_train, _tune):  # training finishes its step; the others clean up and go
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("infctx").setLevel(logging.INFO)
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, describe in (
         ("prepare", _prepare, _describe_prepare),
         ("train", _train, _describe_train),
+        ("tune", _tune, _describe_tune),
         ("evaluate", _evaluate, _describe_evaluate),
         ("generate", _generate, _describe_generate),
         ("export", _export, _describe_export),
@@ -123,6 +124,18 @@ def _train(options: argparse.Namespace) -> None:
     train(load_config(options.config, options.overrides))
 
 
+def _describe_tune(parser: argparse.ArgumentParser) -> None:
+    """Tune the initial state of a model whose weights stay as they are."""
+    _describe_train(parser)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from infctx.config import load_config
+    from infctx.train.loop import train
+
+    train(load_config(options.config, options.overrides, learn="initial_state"))
+
+
 def _describe_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a .pth, a .safetensors, a checkpoint or the folder of a run")
 
@@ -132,12 +145,17 @@ def _describe_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
 
 
+def _describe_state(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--state", type=Path, help="a state file, in any form, that documents start from")
+
+
 def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
     """Loss by position of held-out documents."""
     _describe_model(parser)
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
     parser.add_argument("--max-tokens", type=int, default=262144, help="tokens to evaluate (default %(default)s)")
     parser.add_argument("--segment-tokens", type=int, default=1024, help="tokens at once (default %(default)s)")
+    _describe_state(parser)
     _describe_device(parser)
 
 
@@ -158,6 +176,7 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely token (default 1)")
     parser.add_argument("--top-p", type=float, default=0.7, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    _describe_state(parser)
     _describe_device(parser)
 
 
@@ -189,28 +208,52 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _describe_export(parser: argparse.ArgumentParser) -> None:
-    """Weights for other programs, under the official names."""
-    _describe_model(parser)
-    parser.add_argument("output", type=Path, help="a .pth or .safetensors to write")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="(default %(default)s)")
+    """Weights or tuned states for other programs."""
+    parser.add_argument("model", type=Path, help="a weights or state file, a checkpoint or the folder of a run")
+    parser.add_argument("output", type=Path, help="weights: .pth or .safetensors; a state: .pth, .st or .safetensors")
+    parser.add_argument(
+        "--form",
+        choices=("weights", "pth", "st", "merged", "infctx"),
+        help="weights, or a state: pth (RWKV-Runner, ChatRWKV), st (Ai00), merged (with weights: the rwkv package), "
+        "infctx; default: what MODEL is, a state by the suffix of OUTPUT",
+    )
+    parser.add_argument(
+        "--names",
+        default="official",
+        choices=("official", "huggingface", "fla"),
+        help="of weights (default %(default)s); all three are read",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 for weights, fp32 for a state of form pth"
+    )
+    parser.add_argument("--state", type=Path, help="a state file to merge into MODEL")
     parser.add_argument("--overwrite", action="store_true")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from infctx.train.export import export_weights
+    from infctx.train.export import export
 
-    print(export_weights(options.model, options.output, options.dtype, options.overwrite))
+    print(
+        export(
+            options.model,
+            options.output,
+            form=options.form,
+            names=options.names,
+            dtype=options.dtype,
+            state=options.state,
+            overwrite=options.overwrite,
+        )
+    )
 
 
 def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
     import torch
 
-    from infctx.model.weights import load_model
-    from infctx.train.checkpoint import resolve_model
+    from infctx.train.model_files import open_model
     from infctx.train.plan import pick_device
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    return load_model(resolve_model(options.model), dtype=dtype, device=pick_device(options.device))
+    return open_model(options.model, options.state, dtype, pick_device(options.device))
 
 
 if __name__ == "__main__":

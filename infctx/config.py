@@ -41,7 +41,7 @@ class ModelSettings(Section):
     """Which model: a file of weights, a published size, or sizes."""
 
     weights: PathSetting | None = None
-    """A .pth or .safetensors to start from; version and every size are read from it."""
+    """A .pth or .safetensors, a checkpoint or a run's folder to start from; version and every size are read from it."""
     size: str | None = None
     """A published size such as finch-3b.  With `weights`: what the file must hold.  Alone: new weights."""
     version: Literal[5, 6] | None = None
@@ -53,6 +53,12 @@ class ModelSettings(Section):
     ffn_width: Positive | None = None
     mix_rank: Positive | None = None
     decay_rank: Positive | None = None
+    learn: Literal["weights", "initial_state", "initial_state_and_shifts"] = "weights"
+    """weights: all of them, and the initial state if the file has one; initial_state: the matrices that documents
+    start from, of a model that stays as it is (state tuning); initial_state_and_shifts: the shift vectors with them,
+    which no other program's file has a place for."""
+    initial_state: PathSetting | None = None
+    """A state file to begin from, in any form that `infctx export` writes; null: zeros, or what `weights` holds."""
     recompute_blocks: bool = False
     """Holds only the input of each block and computes the rest again for the backward pass: less memory, 1/3 slower."""
     backend: Literal["auto", "compiled", "chunked", "reference"] = "auto"
@@ -64,6 +70,10 @@ class ModelSettings(Section):
         names = ("version", "num_layers", "width", "vocab_size", "head_size", "ffn_width", "mix_rank", "decay_rank")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    @property
+    def freezes_weights(self) -> bool:
+        return self.learn != "weights"
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
         if self.sizes and (self.weights or self.size):
@@ -72,6 +82,10 @@ class ModelSettings(Section):
             raise ValueError("nothing says which model; give weights, size, or version with num_layers and width")
         if self.sizes and not {"version", "num_layers", "width"} <= self.sizes.keys():
             raise ValueError("sizes by hand need version, num_layers and width")
+        if self.freezes_weights and not self.weights:
+            raise ValueError(f"learn: {self.learn} tunes a finished model; say which with model.weights")
+        if self.initial_state and not self.weights:
+            raise ValueError("initial_state: belongs to a finished model; say which with model.weights")
         return self
 
 
@@ -82,6 +96,9 @@ class DataSettings(Section):
     """Token store to train on, the common part of the names of its .bin and .idx; made by `infctx prepare`."""
     held_out: PathSetting | None = None
     """Token store of held-out documents, for the loss by position at the end."""
+    document_tokens: Positive | None = None
+    """Longer documents are cut into documents of so many tokens, each of which starts from the initial state; null:
+    none are.  An initial state learns where documents start, so tuning one on long documents wants them cut."""
     shuffle: bool = True
     """Draws the documents of each epoch in a new order; false keeps the order of the store."""
 
@@ -133,7 +150,8 @@ class OptimizerSettings(Section):
     steps: Positive
     """Optimizer steps of the whole run; a step takes lanes * window_tokens tokens."""
     peak_lr: Annotated[float, Field(gt=0)]
-    """Learning rate after the warm-up; decays learn at twice that."""
+    """Learning rate after the warm-up; decays learn at twice that.  Where the initial state is all that learns, in
+    units of the root mean square of the states that the model makes, for each key channel: 0.1 suits all models."""
     final_lr: Annotated[float, Field(ge=0)] | None = None
     """Learning rate at the last step, null for a tenth of peak_lr; a constant schedule has none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -195,8 +213,11 @@ class Config(Section):
         return self.window.lanes * self.window.window_tokens
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError in one line."""
+def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | None = None) -> Config:
+    """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError in one line.
+
+    learn: what model.learn is where nothing says it; then "weights" is refused.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -207,12 +228,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     content, lines = _parse(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: no sections in it; it needs {', '.join(Config.model_fields)}")
+    if learn and isinstance(content.get("model"), dict):
+        content["model"].setdefault("learn", learn)
     for override in overrides:
         _apply_override(content, lines, override)
     try:
-        return Config.model_validate(content)
+        config = Config.model_validate(content)
     except ValidationError as error:
         raise InputError(_one_line(error, path, content, lines)) from None
+    if learn and not config.model.freezes_weights:
+        place = lines.get(("model", "learn"), path)
+        raise InputError(f"{place}: model.learn: weights is for `infctx train`; `infctx tune` takes {learn}")
+    return config
 
 
 def dump_config(config: Config) -> str:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from runs import write_config
 
 import infctx
 from infctx.config import OptimizerSettings, load_config
@@ -18,10 +17,12 @@ from infctx.train.checkpoint import (
     load_progress,
     newest_checkpoint,
     remove_leftovers,
-    resolve_model,
     save_checkpoint,
 )
+from infctx.train.model_files import find_model
 from infctx.train.optimizer import make_optimizer
+
+from runs import write_config
 
 
 def trained(seed=0):
@@ -126,14 +127,14 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path, config):
 def test_no_checkpoint_is_no_error_but_no_model_is(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(InputError, match="holds no checkpoint"):
-        resolve_model(tmp_path)
+        find_model(tmp_path)
 
 
 def test_a_model_is_found_in_a_run_a_checkpoint_and_a_file(tmp_path, config):
     path = save(tmp_path / "run" / "checkpoints", config, 1)
-    assert resolve_model(tmp_path / "run") == path
-    assert resolve_model(path) == path
-    assert resolve_model(tmp_path / "other.pth") == tmp_path / "other.pth"
+    assert find_model(tmp_path / "run") == (path, None)
+    assert find_model(path) == (path, None)
+    assert find_model(tmp_path / "other.pth") == (tmp_path / "other.pth", None)
 
 
 def test_the_manifest_names_every_file(tmp_path, config):

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_model
 
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.errors import InputError
 from infctx.train import evaluate as evaluate_module
 from infctx.train.evaluate import Bucket, evaluate_store, format_table, summarise, total
+
+from tiny_models import random_model
 
 ALL = 1 << 30
 

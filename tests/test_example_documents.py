@@ -15,7 +15,7 @@ REPOSITORY = Path(infctx.__file__).parents[1]
 
 
 def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "python_documents.py"), "--min-bytes", "60000"]
+    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "--min-bytes", "60000"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     lines = subprocess.run(tool, capture_output=True, check=True, env=environment).stdout
     assert subprocess.run(tool, capture_output=True, check=True).stdout == lines

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
-from runs import write_config
-from tiny_models import random_model
+import yaml
 
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
+from infctx.model.other_names import naming_of
 from infctx.model.tensor_file import read_tensors
 from infctx.model.weights import stored_tensors
 from infctx.train.checkpoint import Progress, save_checkpoint
-from infctx.train.export import EXPORT_DTYPES, export_weights
+from infctx.train.export import EXPORT_DTYPES, export
 from infctx.train.optimizer import make_optimizer
+from infctx.train.tune import freeze_weights
+
+from runs import write_config
+from tiny_models import random_model
 
 
 @pytest.fixture
@@ -35,33 +39,34 @@ def assert_is(path, model, dtype):
     wanted = stored_tensors(model)
     assert sorted(found) == sorted(wanted)
     for name, tensor in wanted.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name], tensor.to(dtype)), name
+        kept = torch.float32 if name.endswith(".time_state") else dtype
+        assert found[name].dtype == kept
+        assert torch.equal(found[name], tensor.to(kept)), name
 
 
 @pytest.mark.parametrize("dtype", EXPORT_DTYPES)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_run_gives_its_newest_checkpoint(tmp_path, run_folder, suffix, dtype):
     output = tmp_path / f"out{suffix}"
-    said = export_weights(run_folder, output, dtype)
+    said = export(run_folder, output, dtype=dtype)
     assert_is(output, newest_model(), EXPORT_DTYPES[dtype])
     count = len(stored_tensors(newest_model()))
     assert said.startswith(f"{output}: Finch, ")
-    assert said.endswith(f"{count} tensors in {dtype}, from {run_folder}/checkpoints/step-000006")
+    assert said.endswith(f"{count} tensors in {dtype} under official names, from {run_folder}/checkpoints/step-000006")
 
 
 @pytest.mark.parametrize(
     ("source", "seed"), [("run/checkpoints", 6), ("run/checkpoints/step-000003", 3), ("run/checkpoints/step-000006", 6)]
 )
 def test_folders_of_checkpoints(tmp_path, run_folder, source, seed):
-    export_weights(tmp_path / source, tmp_path / "out.pth", "fp32")
+    export(tmp_path / source, tmp_path / "out.pth", dtype="fp32")
     assert_is(tmp_path / "out.pth", random_model(6, seed=seed, with_state=seed == 6), torch.float32)
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path, run_folder, caplog):
     torn = run_folder / "checkpoints" / "step-000006" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
-    export_weights(run_folder, tmp_path / "out.pth", "fp32")
+    export(run_folder, tmp_path / "out.pth", dtype="fp32")
     assert_is(tmp_path / "out.pth", random_model(6, seed=3), torch.float32)
     assert "step-000006 is torn" in caplog.text
 
@@ -71,7 +76,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, run_folder, caplog):
 def test_a_weights_file(tmp_path, version, suffix):
     model = random_model(version)
     infctx.save_weights(model, tmp_path / f"in{suffix}")
-    said = export_weights(tmp_path / f"in{suffix}", tmp_path / "out.pth", "bf16")
+    said = export(tmp_path / f"in{suffix}", tmp_path / "out.pth", dtype="bf16")
     assert_is(tmp_path / "out.pth", model, torch.bfloat16)
     assert {5: "Eagle", 6: "Finch"}[version] in said
 
@@ -80,9 +85,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "in.pth")
     (tmp_path / "out.pth").write_bytes(b"precious")
     with pytest.raises(InputError, match=r"out.pth: exists; choose another name, or --overwrite"):
-        export_weights(tmp_path / "in.pth", tmp_path / "out.pth", "bf16")
+        export(tmp_path / "in.pth", tmp_path / "out.pth", dtype="bf16")
     assert (tmp_path / "out.pth").read_bytes() == b"precious"
-    export_weights(tmp_path / "in.pth", tmp_path / "out.pth", "bf16", overwrite=True)
+    export(tmp_path / "in.pth", tmp_path / "out.pth", dtype="bf16", overwrite=True)
     assert_is(tmp_path / "out.pth", random_model(5), torch.bfloat16)
 
 
@@ -94,12 +99,104 @@ def test_what_can_not_be_exported(tmp_path):
         (tmp_path / "in.pth", tmp_path / "out.bin", "written as .pth or .safetensors"),
     ]:
         with pytest.raises(InputError, match=match) as refused:
-            export_weights(source, output, "bf16")
+            export(source, output, dtype="bf16")
         assert "\n" not in str(refused.value)
         assert not output.exists()
     model = random_model(5)
     with torch.no_grad():
         model.head.weight[0, 0] = 1e6
     infctx.save_weights(model, tmp_path / "large.pth")
-    with pytest.raises(InputError, match=r"head.weight has values beyond the range of torch.float16"):
-        export_weights(tmp_path / "large.pth", tmp_path / "out.pth", "fp16")
+    with pytest.raises(
+        InputError, match=r"head.weight\[0, 0\] is 1e\+06, beyond the 65504 of float16; choose another dtype"
+    ):
+        export(tmp_path / "large.pth", tmp_path / "out.pth", dtype="fp16")
+
+
+def tuned_run(folder, shifts=False):
+    """A run that tuned the state of the weights in base.pth, and its state."""
+    base = random_model(6, seed=6)
+    infctx.save_weights(base, folder / "base.pth")
+    changes = {"model__weights": str(folder / "base.pth"), "model__learn": "initial_state"}
+    path = write_config(folder, **changes)
+    content = yaml.safe_load(path.read_text())
+    content["model"] = {name: content["model"][name] for name in ("weights", "learn")}
+    path.write_text(yaml.safe_dump(content))
+    config = load_config(path)
+    freeze_weights(base, shifts)
+    for number, part in enumerate(base.initial_parts()):
+        if part is not None:
+            part.data.normal_(generator=torch.Generator().manual_seed(number))
+    optimizer = make_optimizer(base, config.optimizer)
+    checkpoint_folder = folder / "run" / "checkpoints"
+    save_checkpoint(checkpoint_folder, base, optimizer, base.initial_state(2), Progress(3, None, 0), config)
+    return base, base.initial_state(1).detach()
+
+
+def test_a_tuned_run_gives_its_state_in_every_form(tmp_path):
+    model, state = tuned_run(tmp_path)
+    run = tmp_path / "run"
+    for name in ("state.pth", "state.st", "state.safetensors"):
+        said = export(run, tmp_path / name)
+        assert said.startswith(
+            f"{tmp_path / name}: a state of 2 layers with 3 heads of 8, from {run}/checkpoints/step-"
+        )
+        found = infctx.load_state(tmp_path / name, model)
+        assert torch.equal(found.wkv, state.wkv.half().float() if name.endswith(".st") else state.wkv)
+    assert read_tensors(tmp_path / "state.pth").keys() == {f"blocks.{n}.att.time_state" for n in range(2)}
+    export(run, tmp_path / "low.pth", dtype="bf16")
+    assert read_tensors(tmp_path / "low.pth")["blocks.0.att.time_state"].dtype == torch.bfloat16
+    for source, options in ((run, {"form": "merged"}), (tmp_path / "base.pth", {"state": tmp_path / "state.pth"})):
+        export(source, tmp_path / "merged.pth", dtype="fp32", overwrite=True, **options)
+        merged = infctx.load_model(tmp_path / "merged.pth")
+        assert torch.equal(merged.initial_wkv, state.wkv[:, 0])
+        assert all(torch.equal(merged.get_parameter(n), p) for n, p in model.named_parameters())
+    export(run, tmp_path / "weights.pth", form="weights", dtype="fp32")
+    assert_is(tmp_path / "weights.pth", random_model(6, seed=6), torch.float32)
+    # States go from form to form, and out of a merged file or a run that trained one.
+    export(tmp_path / "state.pth", tmp_path / "again.st")
+    assert (tmp_path / "again.st").read_bytes() == (tmp_path / "state.st").read_bytes()
+    export(tmp_path / "merged.pth", tmp_path / "out.pth", form="pth")
+    assert (tmp_path / "out.pth").read_bytes() == (tmp_path / "state.pth").read_bytes()
+    export(tmp_path / "merged.pth", tmp_path / "out.st")
+    assert (tmp_path / "out.st").read_bytes() == (tmp_path / "state.st").read_bytes()
+
+
+@pytest.mark.parametrize(("version", "names"), [(5, "huggingface"), (6, "huggingface"), (6, "fla")])
+@pytest.mark.parametrize("dtype", EXPORT_DTYPES)
+def test_other_names_and_back(tmp_path, version, names, dtype):
+    infctx.save_weights(random_model(version), tmp_path / "in.pth", EXPORT_DTYPES[dtype])
+    said = export(tmp_path / "in.pth", tmp_path / "theirs.safetensors", names=names, dtype=dtype)
+    assert f"under {names} names" in said
+    assert ("eps" in said) == (names == "fla")
+    assert naming_of(read_tensors(tmp_path / "theirs.safetensors")) == names
+    export(tmp_path / "theirs.safetensors", tmp_path / "back.pth", dtype=dtype)
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "in.pth").read_bytes()
+
+
+def test_what_does_not_go_together(tmp_path):
+    _, state = tuned_run(tmp_path, shifts=True)
+    run, base, out = tmp_path / "run", tmp_path / "base.pth", tmp_path / "out.pth"
+    infctx.save_state(state._replace(time_shift=0 * state[1], channel_shift=0 * state[1]), tmp_path / "state.pth")
+    infctx.save_weights(random_model(5), tmp_path / "eagle.pth")
+    for source, options, match in [
+        (run, {}, "out.pth: the state has shift vectors, and a file of form pth has no place for them"),
+        (run, {"form": "merged"}, "shift vectors, and a file of form merged"),
+        (base, {"form": "pth"}, "base.pth: is a model without an initial state"),
+        (base, {"form": "merged"}, "base.pth: is a model without an initial state"),
+        (base, {"state": base}, "base.pth: is a model without an initial state"),
+        (base, {"form": "ggml"}, "there is no form 'ggml'"),
+        (base, {"names": "llama"}, "there are no 'llama' names"),
+        (base, {"form": "st"}, "is a model without an initial state"),
+        (run, {"form": "pth", "names": "fla"}, "fla names have no place for a state"),
+        (tmp_path / "state.pth", {"form": "weights"}, "state.pth: is a state without weights"),
+        (tmp_path / "state.pth", {"form": "merged"}, "state.pth: is a state without weights"),
+        (tmp_path / "eagle.pth", {"names": "fla"}, "RWKV-5 has no fla names"),
+        (tmp_path / "eagle.pth", {"state": tmp_path / "other.pth"}, "other.pth: no such file"),
+    ]:
+        with pytest.raises(InputError, match=match) as refused:
+            export(source, out, **options)
+        assert "\n" not in str(refused.value)
+        assert not out.exists()
+    infctx.save_state(random_model(6, with_state=True, num_layers=3).initial_state(1), tmp_path / "other.pth")
+    with pytest.raises(InputError, match="the state is of 3 layers with 3 heads of 8, the model has 2 layers"):
+        export(base, out, state=tmp_path / "other.pth")

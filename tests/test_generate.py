@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import random_model
 
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
 from infctx.train import generate as generate_module
 from infctx.train.generate import draw, generate
+
+from tiny_models import random_model
 
 BYTES = get_tokenizer("bytes")
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_model
 
 import infctx
 from infctx.model.initialise import initialise
 from infctx.model.weights import stored_tensors
+
+from tiny_models import random_model
 
 WIDTH, VOCAB, HEAD_SIZE = 96, 200, 16
 

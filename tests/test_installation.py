@@ -7,9 +7,10 @@ from importlib.metadata import version
 
 import pytest
 from packaging.markers import Marker
-from runs import ROOT
 
 import infctx
+
+from runs import ROOT
 
 PINS = [line.partition(";") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 

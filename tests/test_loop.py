@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from runs import infctx_command, start, write_config, write_store
 
 import infctx
 from infctx.config import load_config
@@ -20,6 +19,8 @@ from infctx.train.failure import TrainingFailed, find_failure
 from infctx.train.loop import open_run, train, train_steps
 from infctx.train.metrics import read_step_log
 from infctx.train.optimizer import make_optimizer, set_learning_rate
+
+from runs import infctx_command, start, write_config, write_store
 
 
 def losses_of(folder):

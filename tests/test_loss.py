@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import random_model, random_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infctx.train import loss as loss_module
 from infctx.train.loss import MASKED, SegmentLoss, cross_entropy_sum, token_losses
+
+from tiny_models import random_model, random_tokens
 
 B, T, D, V = 2, 13, 7, 11
 

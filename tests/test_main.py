@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, infctx_command, write_config, write_store
 
 import infctx
 from infctx.__main__ import main
+
+from runs import ROOT, infctx_command, write_config, write_store
 
 
 def refused(capfd, *arguments):

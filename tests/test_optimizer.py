@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import random_model
 
 from infctx.config import OptimizerSettings
 from infctx.model.weights import stored_names
 from infctx.train.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
+
+from tiny_models import random_model
 
 MATRICES = (".att.receptance.", ".att.key.", ".att.value.", ".att.gate.", ".att.output.", ".ffn.")
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT
 
 import infctx
+
+from runs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)

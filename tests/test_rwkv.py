@@ -8,13 +8,14 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import random_model, random_tokens
 
 import infctx
 from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.model.state import State
 from infctx.model.weights import stored_names
 from infctx.model.wkv import BACKENDS
+
+from tiny_models import random_model, random_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("eagle", "finch")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import random_model
 
 import infctx
 from infctx.errors import InputError
 from infctx.model.state import State
 from infctx.train.window import Seams
+
+from tiny_models import random_model
 
 
 def tiny_model(version):

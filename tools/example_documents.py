@@ -1,12 +1,16 @@
-"""Prints documents that every machine with Python has, as jsonl with the key `text`.
+"""Prints documents that every machine with infctx has, as jsonl with the key `text`.
 
-The first is `pydoc_data/topics.py` (the language reference, about 0.7 MB in one document), the others are the long
-source files of the standard library, tests and site-packages left out:
+    python    the standard library's long source files, tests left out; first of them `pydoc_data/topics.py` (the
+              language reference, about 0.7 MB in one document)
+    cpp       the long C++ headers that come with torch
 
-    python tools/python_documents.py | infctx prepare - --format jsonl --tokenizer bytes --output data/python
+For example:
+
+    python tools/example_documents.py python | infctx prepare - --format jsonl --tokenizer bytes --output data/python
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -14,35 +18,50 @@ import sysconfig
 from pathlib import Path
 
 LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-FIRST = Path("pydoc_data", "topics.py")
+FIRST = "pydoc_data/topics.py"
+MAX_HEADER_BYTES = 200_000  # longer ones are lists that a program wrote
 
 
 def main() -> None:
     """Write the documents to standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("python", "cpp"))
     parser.add_argument(
-        "--min-bytes", type=int, default=20_000, help="leave out source files below this size (default: %(default)s)"
+        "--min-bytes", type=int, default=20_000, help="leave out files below this (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    # A venv has no standard library of its own: sysconfig gives that of the Python it was made with.
-    library = Path(sysconfig.get_path("stdlib"))
+    folder, paths = {"python": python_sources, "cpp": cpp_headers}[arguments.kind](arguments.min_bytes)
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    for path in python_documents(library, arguments.min_bytes):
+    for path in paths:
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             continue
-        print(json.dumps({"text": text, "source": path.relative_to(library).as_posix()}, ensure_ascii=False))
+        print(json.dumps({"text": text, "source": path.relative_to(folder).as_posix()}, ensure_ascii=False))
 
 
-def python_documents(library: Path, min_bytes: int) -> list[Path]:
-    """Source files of at least `min_bytes` in a stable order: the language reference, then by name."""
+def python_sources(min_bytes: int) -> tuple[Path, list[Path]]:
+    """The standard library's folder, and its long sources in a stable order: the language reference, then by name."""
+    # A venv has no standard library of its own: sysconfig gives that of the Python it was made with.
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = _files(folder, ".py", min_bytes)
+    return folder, sorted(paths, key=lambda path: path.relative_to(folder).as_posix() != FIRST)
+
+
+def cpp_headers(min_bytes: int) -> tuple[Path, list[Path]]:
+    """The folder of torch's headers, and the long ones by name."""
+    # Its folder, without importing it.
+    folder = Path(importlib.util.find_spec("torch").origin).parent / "include"
+    return folder, [path for path in _files(folder, ".h", min_bytes) if path.stat().st_size <= MAX_HEADER_BYTES]
+
+
+def _files(folder: Path, suffix: str, min_bytes: int) -> list[Path]:
     found = []
-    for folder, subfolders, names in os.walk(library):
+    for place, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
+        found += [Path(place, name) for name in names if name.endswith(suffix)]
     found = [path for path in found if path.stat().st_size >= min_bytes]
-    return sorted(found, key=lambda path: (path.relative_to(library) != FIRST, path.relative_to(library).as_posix()))
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 if __name__ == "__main__":

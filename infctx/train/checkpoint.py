@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step-000123`, written under a temporary name and renamed when it is whole:
 
-    model.safetensors      weights under their official names
+    model.safetensors      weights under their official names; of a run that tunes a state, in its place:
+    state.safetensors      the initial state alone (the weights stay in the file that model.weights names)
     optimizer.safetensors  moments and step counts of the optimizer, as <parameter>/<name>
-    carry.safetensors      the carried state of all lanes, and the states of the random generators
+    carry.safetensors      the carried state of all lanes, the units of a tuned state, the random generators
     progress.json          step, position in the documents, tokens seen
     config.yaml            every setting of the run
     manifest.json          size and SHA-256 of each file above
@@ -32,9 +33,13 @@ from infctx.errors import InputError
 from infctx.files import atomic_folder, temporary_name
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.model.state_file import save_state
 from infctx.model.tensor_file import write_tensors
-from infctx.model.weights import CHECKPOINT_WEIGHTS, stored_tensors
+from infctx.model.weights import CHECKPOINT_WEIGHTS, fingerprint, stored_tensors
 
+CHECKPOINT_STATE = "state.safetensors"
+TUNED_OVER = "weights"
+"""Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
 MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
@@ -54,9 +59,13 @@ def save_checkpoint(
     """Writes `folder/step-N`, whole or not at all, then removes the oldest beyond `run.keep_checkpoints`."""
     path = folder / f"step-{progress.step:06d}"
     with atomic_folder(path) as temporary:
-        write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
+        if config.model.freezes_weights:
+            state = model.initial_state(1).detach()
+            save_state(state, temporary / CHECKPOINT_STATE, "infctx", metadata={TUNED_OVER: fingerprint(model)})
+        else:
+            write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
         write_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        write_tensors(_carry_tensors(carry), temporary / "carry.safetensors")
+        write_tensors(_carry_tensors(carry, model.initial_units), temporary / "carry.safetensors")
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()), encoding="utf-8")
         (temporary / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         entries = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
@@ -95,13 +104,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def changed_settings(path: Path, config: Config) -> list[str]:
     """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
-    before, now = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), config.model_dump(mode="json")
+    before, now = saved_settings(path), config.model_dump(mode="json")
     return [
         f"{section}.{name} {before.get(section, {}).get(name)} -> {value}"
         for section, settings in now.items()
         for name, value in settings.items()
         if before.get(section, {}).get(name) != value
     ]
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was saved with, as section -> setting -> value."""
+    return yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -137,17 +151,7 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (ValueError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    return None if CHECKPOINT_WEIGHTS in entries else f"{MANIFEST} is empty"
-
-
-def resolve_model(path: Path) -> Path:
-    """A weights file, a checkpoint or a run's folder -> what load_model takes: the newest checkpoint of a run."""
-    if not path.is_dir() or (path / CHECKPOINT_WEIGHTS).is_file():
-        return path
-    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if newest is None:
-        raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")
-    return newest
+    return None if entries.keys() & {CHECKPOINT_WEIGHTS, CHECKPOINT_STATE} else f"{MANIFEST} is empty"
 
 
 def load_progress(path: Path, model: RWKV, optimizer: torch.optim.Optimizer) -> tuple[State, Progress]:
@@ -162,6 +166,8 @@ def load_progress(path: Path, model: RWKV, optimizer: torch.optim.Optimizer) -> 
     torch.set_rng_state(carry["random_cpu"])
     if "random_cuda" in carry and device.type == "cuda":
         torch.cuda.set_rng_state(carry["random_cuda"], device)
+    if "unit_wkv" in carry:
+        model.set_initial_units(State(*(carry[f"unit_{name}"].to(device) for name in State._fields)))
     state = State(*(carry[name].to(device) for name in State._fields))
     return state, Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
@@ -174,8 +180,10 @@ def _optimizer_tensors(model: RWKV, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-def _carry_tensors(carry: State) -> dict[str, Tensor]:
+def _carry_tensors(carry: State, units: State | None) -> dict[str, Tensor]:
     tensors = {name: part.detach().cpu().contiguous() for name, part in carry._asdict().items()}
+    if units is not None:
+        tensors |= {f"unit_{name}": unit.cpu().contiguous() for name, unit in units._asdict().items()}
     tensors["random_cpu"] = torch.get_rng_state()
     if carry.wkv.device.type == "cuda":
         tensors["random_cuda"] = torch.cuda.get_rng_state(carry.wkv.device)

@@ -71,28 +71,47 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
 
 def format_table(buckets: list[Bucket], store: TokenStore) -> str:
     """The buckets as a table for people, with a line for all of them."""
-    lines = [f"held-out loss by position in {store.path}", "        position     tokens   nats/token   bits/byte"]
+    lines = [f"held-out loss by position in {store.path}", f"{_HEAD}   nats/token   bits/byte"]
     for bucket in [*buckets, total(buckets)]:
-        name = "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
         bits = "-" if bucket.bits_per_byte is None else f"{bucket.bits_per_byte:.3f}"
-        lines.append(f"{name:>16} {bucket.num_tokens:>10,} {bucket.nats_per_token:>12.4f} {bits:>11}")
+        lines.append(f"{_place(bucket)} {bucket.nats_per_token:>12.4f} {bits:>11}")
     return "\n".join(lines)
+
+
+def format_comparison(before: list[Bucket], after: list[Bucket], store: TokenStore, names: tuple[str, str]) -> str:
+    """The same documents evaluated twice, side by side, in bits a byte where the bytes are known."""
+    known = total(before).bits_per_byte is not None
+    unit = "bits a byte" if known else "nats a token"
+    lines = [f"held-out loss by position in {store.path}, {unit}", f"{_HEAD} {names[0]:>16} {names[1]:>16}      change"]
+    for pair in zip([*before, total(before)], [*after, total(after)], strict=True):
+        first, second = ((bucket.bits_per_byte or 0.0) if known else bucket.nats_per_token for bucket in pair)
+        lines.append(f"{_place(pair[0])} {first:>16.3f} {second:>16.3f} {second - first:>+11.3f}")
+    return "\n".join(lines)
+
+
+_HEAD = "        position     tokens"
+
+
+def _place(bucket: Bucket) -> str:
+    name = "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
+    return f"{name:>16} {bucket.num_tokens:>10,}"
 
 
 def summarise(buckets: list[Bucket]) -> str:
     """The outcome in one clause: the whole, the first bucket and the last."""
 
-    def value(bucket: Bucket) -> str:
-        bits = bucket.bits_per_byte
-        return f"{bucket.nats_per_token:.3f} nats a token" if bits is None else f"{bits:.3f} bits a byte"
-
     first, last = buckets[0], buckets[-1]
     if first is last:
-        return f"held-out {value(first)}"
+        return f"held-out {_value(first)}"
     return (
-        f"held-out {value(total(buckets))}, {value(first)} in the first {first.end} tokens of a document and "
-        f"{value(last)} from token {last.begin:,} on"
+        f"held-out {_value(total(buckets))}, {_value(first)} in the first {first.end} tokens of a document and "
+        f"{_value(last)} from token {last.begin:,} on"
     )
+
+
+def _value(bucket: Bucket) -> str:
+    bits = bucket.bits_per_byte
+    return f"{bucket.nats_per_token:.3f} nats a token" if bits is None else f"{bits:.3f} bits a byte"
 
 
 def total(buckets: list[Bucket]) -> Bucket:

@@ -17,19 +17,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from infctx.config import Config
 from infctx.data.lanes import Lanes, Window
+from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import describe
 from infctx.model.state import State, state_dtype
-from infctx.model.weights import build_model, load_model, save_weights
+from infctx.model.weights import build_model, save_weights
 from infctx.train.checkpoint import (
+    CHECKPOINT_STATE,
     Progress,
     changed_settings,
     checkpoints,
@@ -37,7 +40,6 @@ from infctx.train.checkpoint import (
     lock_folder,
     newest_checkpoint,
     remove_leftovers,
-    resolve_model,
     save_checkpoint,
 )
 from infctx.train.distributed import Engine, open_fabric
@@ -45,8 +47,10 @@ from infctx.train.evaluate import evaluate_store, format_table, summarise
 from infctx.train.failure import TrainingFailed, explain_failure, find_failure
 from infctx.train.loss import SegmentLoss
 from infctx.train.metrics import Metrics, read_step_log
+from infctx.train.model_files import open_model
 from infctx.train.optimizer import make_optimizer, set_learning_rate
 from infctx.train.plan import model_sizes, refuse_what_lacks
+from infctx.train.tune import finish_tuning, freeze_weights, natural_units
 from infctx.train.window import backward_through_window, cut_window
 
 log = logging.getLogger(__name__)
@@ -145,27 +149,45 @@ def open_run(config: Config) -> Run:
     carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
     if checkpoint:
         carry, progress = load_progress(checkpoint, model, optimizer)
-    lanes = Lanes(
-        TokenStore(config.data.store),
-        num_lanes=config.window.lanes,
-        window_tokens=config.window.window_tokens,
-        seed=config.run.seed,
-        vocab_size=model.sizes.vocab_size,
-        shuffle=config.data.shuffle,
-        position=progress.position,
-    )
+    lanes = open_lanes(config, model.sizes.vocab_size, progress.position)
+    if config.model.freezes_weights and not checkpoint:
+        window, _ = next(open_lanes(config, model.sizes.vocab_size))
+        model.set_initial_units(natural_units(model, window, config.window.segment_tokens))
     log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
     if checkpoint:
         log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
     return Run(config, model, engine, lanes, carry, progress, checkpoint)
 
 
+def open_lanes(config: Config, vocab_size: int, position: dict[str, Any] | None = None) -> Lanes:
+    """The windows of the configured documents, from the one behind `position` on."""
+    store = TokenStore(config.data.store)
+    return Lanes(
+        Pieces(store, config.data.document_tokens) if config.data.document_tokens else store,
+        num_lanes=config.window.lanes,
+        window_tokens=config.window.window_tokens,
+        seed=config.run.seed,
+        vocab_size=vocab_size,
+        shuffle=config.data.shuffle,
+        position=position,
+    )
+
+
 def make_model(config: Config, checkpoint: Path | None, device: torch.device) -> RWKV:
-    """The model of the checkpoint, or of `model.weights`, or a new one; fp32 weights, computing in run.precision."""
+    """The model of the checkpoint, or of `model.weights`, or a new one, computing in run.precision.
+
+    Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
+    """
     settings = config.model
+    low = torch.bfloat16 if config.run.precision == "bf16" else None
     if checkpoint or settings.weights:
-        source = checkpoint or resolve_model(settings.weights)
-        model = load_model(source, device=device, backend=settings.backend)
+        source, state, dtype = settings.weights, settings.initial_state, torch.float32
+        if settings.freezes_weights:
+            state = checkpoint / CHECKPOINT_STATE if checkpoint else state
+            dtype = low or dtype
+        elif checkpoint:
+            source, state = checkpoint, None
+        model = open_model(source, state, dtype, device, settings.backend, same_weights=bool(checkpoint))
         wanted = model_sizes(config)
         if wanted not in (None, model.sizes):
             raise InputError(
@@ -176,8 +198,15 @@ def make_model(config: Config, checkpoint: Path | None, device: torch.device) ->
         model = build_model(
             settings.size, device=device, seed=config.run.seed, backend=settings.backend, **settings.sizes
         )
-    model.compute_dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+    model.compute_dtype = low
     model.recompute_blocks = settings.recompute_blocks
+    if settings.freezes_weights:
+        freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
+    elif model.initial_time_shift is not None:
+        raise InputError(
+            f"{settings.initial_state}: has shift vectors, which files of weights have no place for; begin from a "
+            "state without them"
+        )
     return model
 
 
@@ -187,14 +216,18 @@ def _changes(checkpoint: Path, config: Config) -> str:
 
 
 def finish(run: Run) -> None:
-    """Writes the weights, evaluates them on held-out documents, and says what happened and what to do next."""
+    """Writes what was learned, evaluates it on held-out documents, and says what happened and what to do next."""
     config, folder = run.config, run.config.run.folder
-    weights = folder / "model.pth"
-    save_weights(run.model, weights)
     losses = [entry["loss"] for entry in read_step_log(folder)]
     outcome = f"trained {run.progress.step} steps on {run.progress.num_tokens:,} tokens"
     if losses:
         outcome += f": loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
+    if config.model.freezes_weights:
+        print(f"{outcome}.")
+        finish_tuning(config, run.model, run.checkpoint)
+        return
+    weights = folder / "model.pth"
+    save_weights(run.model, weights)
     if config.data.held_out and config.run.evaluate_tokens:
         store = TokenStore(config.data.held_out)
         buckets = evaluate_store(run.model, store, config.window.segment_tokens, config.run.evaluate_tokens)

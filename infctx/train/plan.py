@@ -10,8 +10,9 @@ from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.model.weights import read_sizes
-from infctx.train.checkpoint import checkpoints, resolve_model
+from infctx.train.checkpoint import checkpoints
 from infctx.train.loss import SLICE_LOGITS
+from infctx.train.model_files import find_model
 
 GB = 1e9
 
@@ -19,16 +20,17 @@ WEIGHT_BYTES = 16
 """A parameter in fp32: the weight, its gradient and two moments of Adam."""
 
 ACTIVATION_BYTES = {
-    # (version, bf16, compiled WKV): tensors that autograd saves in a block, in bytes a token and channel of the width;
-    # counted with torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/test_plan.py)
-    (5, False, True): 113,
-    (5, True, True): 58,
-    (6, False, True): 153,
-    (6, True, True): 82,
-    (5, False, False): 203,
-    (5, True, False): 154,
-    (6, False, False): 238,
-    (6, True, False): 174,
+    # (version, bf16, compiled WKV): tensors that autograd saves in a block, in bytes a token and channel of the width,
+    # when the weights learn and when they are frozen; counted with torch.autograd.graph.saved_tensors_hooks, the
+    # weights' bf16 copies taken off (tests/test_plan.py)
+    (5, False, True): (113, 62),
+    (5, True, True): (58, 33),
+    (6, False, True): (153, 97),
+    (6, True, True): (82, 55),
+    (5, False, False): (203, 131),
+    (5, True, False): (154, 108),
+    (6, False, False): (238, 171),
+    (6, True, False): (174, 134),
 }
 
 
@@ -36,9 +38,12 @@ def refuse_what_lacks(config: Config) -> None:
     """Raises InputError with everything that this machine lacks for the run, in one line."""
     lacking = []
     weights = config.model.weights
-    needs_weights = weights is not None and not checkpoints(config.run.folder / "checkpoints")
-    if needs_weights and not weights.exists():
+    goes_on = checkpoints(config.run.folder / "checkpoints")
+    if weights is not None and not weights.exists() and (config.model.freezes_weights or not goes_on):
         lacking.append(f"model.weights: there is no {weights}; download it or name another file")
+    state = config.model.initial_state
+    if state is not None and not state.exists() and not goes_on:
+        lacking.append(f"model.initial_state: there is no {state}; name another file, or leave it out for zeros")
     for name in ("store", "held_out"):
         store = getattr(config.data, name)
         prefix = None if store is None else store_prefix(store)
@@ -55,7 +60,7 @@ def model_sizes(config: Config) -> Sizes | None:
     settings = config.model
     named = published_sizes(settings.size) if settings.size else None
     if settings.weights and settings.weights.exists():
-        found = read_sizes(resolve_model(settings.weights))
+        found = read_sizes(find_model(settings.weights).weights)
         if named not in (None, found):
             raise InputError(
                 f"{settings.weights}: holds {describe(found)}, and model.size {settings.size} is {describe(named)}; "
@@ -74,15 +79,19 @@ def pick_device(device: str) -> torch.device:
 
 
 def device_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
-    """Memory that training takes on its device, in bytes: weights and optimizer, one segment, and the seams on it."""
+    """Memory that a run takes on its device, in bytes: weights, optimizer, one segment, and the seams on it."""
     window, parameters = config.window, sizes.num_parameters
     low = config.run.precision == "bf16"
     lanes = window.lanes_per_pass or window.lanes
-    total = WEIGHT_BYTES * parameters + lanes * window.segment_tokens * activation_bytes(config, sizes, device_type)
-    if low:  # bf16 copies of the weights, of the block at work or of all blocks
-        total += 2 * parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
-    total += 4 * sizes.vocab_size * sizes.width + 3 * 4 * SLICE_LOGITS  # the head's gradient, and slices of the logits
+    total = lanes * window.segment_tokens * activation_bytes(config, sizes, device_type)
     carried = state_bytes(sizes)
+    if config.model.freezes_weights:
+        total += (2 if low else 4) * parameters + WEIGHT_BYTES * carried // 4
+    else:
+        total += WEIGHT_BYTES * parameters + 4 * sizes.vocab_size * sizes.width  # and the head's gradient
+        if low:  # bf16 copies of the weights, of the block at work or of all blocks
+            total += 2 * parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
+    total += 3 * 4 * SLICE_LOGITS  # slices of the logits
     if device_type == "cpu" or window.seam_store == "device":
         total += lanes * carried * min(window.gradient_segments or window.window_segments, window.window_segments)
     return total + window.lanes * carried
@@ -93,7 +102,7 @@ def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
     low = config.run.precision == "bf16"
     backend = config.model.backend
     compiled = backend == "compiled" or (backend == "auto" and device_type == "cpu")
-    block = ACTIVATION_BYTES[sizes.version, low, compiled] * sizes.width
+    block = ACTIVATION_BYTES[sizes.version, low, compiled][config.model.freezes_weights] * sizes.width
     ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
     if config.model.recompute_blocks:
         return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends

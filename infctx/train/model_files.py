@@ -1,0 +1,74 @@
+"""What people name as a model: a weights file, a checkpoint, the folder of a run, trained or tuned; a model out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from infctx.errors import InputError
+from infctx.model.rwkv import RWKV
+from infctx.model.state_file import is_state_file, load_state
+from infctx.model.tensor_file import read_metadata
+from infctx.model.weights import CHECKPOINT_WEIGHTS, fingerprint, load_model
+from infctx.train.checkpoint import CHECKPOINT_STATE, MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
+
+log = logging.getLogger(__name__)
+
+
+class ModelFiles(NamedTuple):
+    """Weights, as `infctx.load_model` takes them, and the state tuned over them if there is one."""
+
+    weights: Path
+    state: Path | None
+
+
+def open_model(
+    path: Path,
+    state: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    same_weights: bool = False,
+) -> RWKV:
+    """The model that `path` names, starting documents from `state` if that is given, else from what goes with it.
+
+    same_weights: raises InputError if the state was tuned over other weights, instead of saying so in the log.
+    """
+    files = find_model(path)
+    model = load_model(files.weights, dtype, device, backend)
+    state = state or files.state
+    if state is not None:
+        model.set_initial_state(load_state(state, model))
+        if read_metadata(state).get(TUNED_OVER) not in (None, fingerprint(model)):
+            problem = f"{state}: was tuned over other weights than {files.weights} holds"
+            if same_weights:
+                raise InputError(f"{problem}; name those weights, or choose another run.folder")
+            log.warning("%s", problem)
+    return model
+
+
+def find_model(path: Path) -> ModelFiles:
+    """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none."""
+    if not path.is_dir():
+        if path.is_file() and is_state_file(path):
+            raise InputError(f"{path}: is a state, not a model; name the model and give this file with --state")
+        return ModelFiles(path, None)
+    if (path / CHECKPOINT_WEIGHTS).is_file():
+        return ModelFiles(path, None)
+    if (path / CHECKPOINT_STATE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
+        weights = Path(saved_settings(path)["model"]["weights"])
+        if not weights.exists():
+            raise InputError(
+                f"{path}: holds a state tuned over {weights}, and that is not there; run this where it is, or name "
+                f"the model and give {path / CHECKPOINT_STATE} with --state"
+            )
+        return ModelFiles(find_model(weights).weights, path / CHECKPOINT_STATE)
+    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if newest is not None:
+        return find_model(newest)
+    if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
+        return ModelFiles(path, None)
+    raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")

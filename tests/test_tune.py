@@ -1,0 +1,336 @@
+"""State tuning: only the state learns, with the gradient of whole documents; what comes out works elsewhere."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import infctx
+from infctx.config import load_config
+from infctx.errors import InputError
+from infctx.model.tensor_file import read_tensors
+from infctx.train.checkpoint import checkpoints
+from infctx.train.loop import open_run, train, train_steps
+from infctx.train.metrics import read_step_log
+from infctx.train.model_files import open_model
+from infctx.train.tune import freeze_weights, without_state
+
+from runs import infctx_command, write_config, write_store
+from tiny_models import random_model, random_tokens
+
+LEARN = ("initial_state", "initial_state_and_shifts")
+BYTES = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of a small Finch on bytes, in bf16 as the published ones are."""
+    infctx.save_weights(random_model(6, noise=0.05, **BYTES), tmp_path / "base.pth", torch.bfloat16)
+    return tmp_path / "base.pth"
+
+
+def tune_config(folder, weights, learn="initial_state", **changes):
+    settings = {"model__learn": learn, "optimizer__peak_lr": 0.05, "optimizer__weight_decay": 0.0} | changes
+    path = write_config(folder, **settings)
+    return load_config(_with_weights(path, weights))
+
+
+def _with_weights(path, weights):
+    """The configuration that write_config wrote, with a file for its sizes."""
+    import yaml
+
+    content = yaml.safe_load(path.read_text())
+    model = {name: value for name, value in content["model"].items() if name not in ("version", *BYTES)}
+    content["model"] = model | {"weights": str(weights)}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in read_step_log(folder)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("learn", LEARN)
+def test_frozen_means_frozen(tmp_path, weights, learn, precision):
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    write_store(tmp_path / "train", lengths=(33,) * 64)  # many starts
+    config = tune_config(tmp_path, weights, learn, run__precision=precision, optimizer__peak_lr=0.5)
+    run = open_run(config)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    at_first = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    assert train_steps(run)
+    learned = {"initial_wkv"} | ({"initial_time_shift", "initial_channel_shift"} if learn != "initial_state" else set())
+    for name, parameter in run.model.named_parameters():
+        if name in learned:
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, at_first[name])
+        else:
+            assert parameter.dtype == dtype
+            assert torch.equal(parameter, at_first[name])
+            assert parameter.grad is None
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+    losses = losses_of(tmp_path / "run")
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+    # A second process, which knows the files alone.
+    code = (
+        "import sys, json; from safetensors import safe_open; from pathlib import Path; "
+        "files = Path(sys.argv[1]).glob('*.safetensors'); "
+        "print(json.dumps({file.name: sorted(safe_open(file, 'pt').keys()) for file in files}))"
+    )
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    said = subprocess.run([sys.executable, "-c", code, str(newest)], check=True, capture_output=True).stdout
+    files = json.loads(said)
+    assert files["optimizer.safetensors"] == sorted(
+        f"{name}/{key}" for name in learned for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    assert files["state.safetensors"] == sorted(name.removeprefix("initial_") for name in learned)
+    assert "model.safetensors" not in files
+    size = sum(file.stat().st_size for file in newest.iterdir())
+    assert size < 10 * 4 * sum(run.model.get_parameter(name).numel() for name in learned) + 20_000
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, weights, learn):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = tune_config(tmp_path / "whole", weights, learn, run__evaluate_tokens=0)
+    train(whole)
+    cut = tune_config(tmp_path / "cut", weights, learn, run__evaluate_tokens=0)
+    run = open_run(cut)
+    lanes = run.lanes
+
+    class Enough(Exception):
+        pass
+
+    def some(lanes):
+        for _ in range(17):
+            yield next(lanes)
+        raise Enough
+
+    run.lanes = some(lanes)
+    with pytest.raises(Enough):
+        train_steps(run)
+    train(cut)  # from step 15
+    assert losses_of(tmp_path / "cut" / "run") == losses_of(tmp_path / "whole" / "run")
+    states = [read_tensors(tmp_path / name / "run" / "state.safetensors") for name in ("whole", "cut")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_weights_that_changed_are_noticed(tmp_path, weights):
+    config = tune_config(tmp_path, weights, run__evaluate_tokens=0)
+    train(config)
+    infctx.save_weights(random_model(6, noise=0.05, seed=5, **BYTES), weights)
+    with pytest.raises(InputError, match=r"state.safetensors: was tuned over other weights than .*base.pth holds; "):
+        open_run(config)
+    weights.unlink()
+    with pytest.raises(InputError, match="there is no .*base.pth"):
+        train(config)
+    with pytest.raises(InputError, match=r"holds a state tuned over .*base.pth, and that is not there"):
+        open_model(tmp_path / "run")
+
+
+def test_it_begins_from_a_state_file(tmp_path, weights):
+    model = infctx.load_model(weights)
+    freeze_weights(model)
+    torch.nn.init.normal_(model.initial_wkv)
+    infctx.save_state(model.initial_state(1), tmp_path / "begin.st")
+    config = tune_config(tmp_path, weights, model__initial_state=str(tmp_path / "begin.st"))
+    run = open_run(config)
+    assert run.model.initial_units.wkv.min() < run.model.initial_units.wkv.max()
+    assert torch.equal(run.model.initial_state(1).wkv[:, 0], model.initial_wkv.half().float())
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad] == ["initial_wkv"]
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("version", [5, 6])
+def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
+    """Float64: documents one by one, each in one graph from the initial state, with the loop over time as the judge."""
+    model = random_model(version, dtype=torch.float64, backend="chunked", num_layers=3)
+    freeze_weights(model, shifts)
+    model.recompute_blocks = recompute
+    random = torch.Generator().manual_seed(version)
+    for part in model.initial_parts():
+        if part is not None:
+            part.data.normal_(generator=random)
+    lanes = [[75, 1, 60, 20], [176], [16, 16, 130]]  # tokens of the documents in each lane, each at a multiple of 16
+    length, segment = 192, 23  # nine segments
+    tokens = random_tokens(len(lanes), length)
+    targets = torch.full_like(tokens, -100)
+    starts = torch.zeros(len(lanes), length // 16, dtype=torch.bool)
+    documents = []
+    for lane, lengths in enumerate(lanes):
+        place = 0
+        for count in lengths:
+            assert place + count <= length
+            wanted = random_tokens(1, count, seed=place + lane)
+            targets[lane, place : place + count] = wanted
+            starts[lane, place // 16] = True
+            documents.append((tokens[lane : lane + 1, place : place + count], wanted))
+            place += -(-count // 16) * 16
+    loss, _ = infctx.window_backward(model, tokens, targets, segment, starts=starts)
+    learned = [part for part in model.initial_parts() if part is not None]
+    found = [part.grad for part in learned]
+
+    judge = random_model(version, dtype=torch.float64, backend="reference", num_layers=3)
+    freeze_weights(judge, shifts)
+    judge.load_state_dict(model.state_dict())
+    total = 0
+    for inputs, wanted in documents:
+        hidden, _ = judge(inputs)
+        total = total + F.cross_entropy(judge.logits(hidden)[0], wanted[0], reduction="sum")
+    total = total / sum(wanted.numel() for _, wanted in documents)
+    truth = torch.autograd.grad(total, [part for part in judge.initial_parts() if part is not None])
+    assert abs(loss - total) <= 1e-11
+    assert len(found) == len(truth) == (3 if shifts else 1)
+    for mine, its in zip(found, truth, strict=True):
+        assert its.norm() > 1e-3
+        assert (mine - its).norm() <= 1e-11 * its.norm()
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "initial" not in name)
+
+
+class Flops(TorchDispatchMode):
+    """Counts the operations of matrix products; torch's own counter stops at modules without gradients."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if operation.overloadpacket in flop_registry:
+            self.total += flop_registry[operation.overloadpacket](*arguments, **(options or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_no_work_is_done_for_frozen_weights(version):
+    """Matrix products of a step: learning all weights takes two in the backward for each in the forward, tuning one."""
+    sizes = {"num_layers": 4, "width": 64, "head_size": 32, "vocab_size": 64, "backend": "compiled"}
+    tokens = random_tokens(1, 256, vocab_size=64)
+    flops = {}
+    for learn in ("weights", "state", "nothing"):
+        model = random_model(version, **sizes)
+        if learn != "weights":
+            freeze_weights(model)
+        with Flops() as counter, torch.set_grad_enabled(learn != "nothing"):
+            if learn == "nothing":
+                model.logits(model(tokens)[0])
+            else:
+                infctx.window_backward(model, tokens, tokens, 256)
+        flops[learn] = counter.total
+    forward = flops["nothing"]
+    assert flops["weights"] == pytest.approx(3 * forward, rel=0.02)
+    assert flops["state"] == pytest.approx(2 * forward, rel=0.02)
+
+
+def test_frozen_weights_hold_no_inputs():
+    """What autograd holds for the backward of a segment: less than when all weights learn."""
+    held = {}
+    for learn in ("weights", "state"):
+        model = random_model(6, num_layers=4, width=64, head_size=32, vocab_size=64)
+        freeze_weights(model) if learn == "state" else None
+        storages = {}
+
+        def keep(tensor, storages=storages, mine={p.data_ptr() for p in model.parameters()}):  # noqa: B006, B008
+            if tensor.data_ptr() not in mine:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden, _ = model(random_tokens(1, 256, vocab_size=64), model.initial_state(1))
+        held[learn] = sum(storages.values())
+        del hidden
+    assert held["state"] < 0.8 * held["weights"]
+
+
+def test_without_state():
+    model = random_model(6, with_state=True)
+    parts = model.initial_parts()
+    with without_state(model):
+        assert not any(part.any() for part in model.initial_state(2))
+    assert model.initial_parts() == parts
+    assert "initial_wkv" in dict(model.named_parameters())
+
+
+def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
+    """`infctx tune` as a user sees it, with what it wrote used again."""
+    config = _with_weights(write_config(tmp_path, optimizer__steps=12, optimizer__peak_lr=0.05), weights)
+    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=2000")
+    assert code == 0, errors
+    assert "without state   with the state      change" in output
+    assert "--- without the state\n" in output and "--- with the state\n" in output
+    for name in ("state.safetensors", "state.st", "state.pth"):
+        assert str(tmp_path / "run" / name) in output
+    model = infctx.load_model(weights)
+    state = infctx.load_state(tmp_path / "run" / "state.pth", model)
+    assert state.wkv.any()
+    tuned = open_model(tmp_path / "run")
+    assert torch.equal(tuned.initial_wkv, state.wkv[:, 0])
+
+    said = []
+    for arguments in (
+        (tmp_path / "run",),
+        (weights, "--state", tmp_path / "run" / "state.pth"),
+        (weights, "--state", tmp_path / "run" / "state.safetensors"),
+        (weights,),
+    ):
+        options = {"encoding": "latin-1"}  # bytes of any kind
+        code, output, errors = infctx_command("generate", *arguments, "--prompt", "ab", "--tokens", 40, **options)
+        assert code == 0, errors
+        said.append(output)
+    assert said[0] == said[1] == said[2] != said[3]
+    for options, match in (((), "bits/byte"), (("--state", tmp_path / "run" / "state.st"), "bits/byte")):
+        code, output, errors = infctx_command("evaluate", weights, tmp_path / "held_out", *options)
+        assert code == 0, errors
+        assert match in output
+        said.append(output)
+    assert said[-1] != said[-2]
+
+
+def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
+    config = _with_weights(write_config(tmp_path, optimizer__steps=5, model__learn="initial_state_and_shifts"), weights)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier run")
+    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=0")
+    assert code == 0, errors
+    assert "state.pth: the state has shift vectors, and a file of form pth has no place for them" in errors
+    assert [path.name for path in (tmp_path / "run").glob("state.*")] == ["state.safetensors"]
+    assert set(read_tensors(tmp_path / "run" / "state.safetensors")) == {"wkv", "time_shift", "channel_shift"}
+
+
+def test_mistakes_are_one_line(tmp_path, weights):
+    config = _with_weights(write_config(tmp_path), weights)
+    plain = random_model(6, **(BYTES | {"num_layers": 3}))
+    plain.add_initial_state()
+    infctx.save_state(plain.initial_state(1), tmp_path / "other.pth")
+    for override, said in (
+        (
+            "model.learn=weights",
+            "command line: model.learn: weights is for `infctx train`; `infctx tune` takes",
+        ),
+        ("model.learn=shifts", "model.learn: 'shifts' does not fit"),
+        (f"model.weights={tmp_path / 'gone.pth'}", "there is no"),
+        (f"model.initial_state={tmp_path / 'gone.pth'}", "model.initial_state: there is no"),
+        (
+            f"model.initial_state={tmp_path / 'other.pth'}",
+            "the state is of 3 layers with 2 heads of 16, the model",
+        ),
+        (f"model.initial_state={weights}", "base.pth: is a model without an initial state"),
+        (f"model.weights={tmp_path / 'other.pth'}", "other.pth: is a state, not a model"),
+    ):
+        code, output, errors = infctx_command("tune", config, override)
+        assert (code, output) == (2, ""), override
+        assert said in errors
+        assert len([line for line in errors.splitlines() if line.startswith("infctx: ")]) == 1
+        assert "Traceback" not in errors
+    code, _, errors = infctx_command("tune", write_config(tmp_path))
+    assert code == 2
+    assert "model.learn: initial_state tunes a finished model; say which with model.weights" in errors
