@@ -15,7 +15,7 @@ REPOSITORY = Path(infctx.__file__).parents[1]
 
 
 def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "--min-bytes", "60000"]
+    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "python", "--min-bytes", "60000"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     lines = subprocess.run(tool, capture_output=True, check=True, env=environment).stdout
     assert subprocess.run(tool, capture_output=True, check=True).stdout == lines
@@ -36,3 +36,14 @@ def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
     store = TokenStore(tmp_path / "out" / "train")
     assert summary.splits["train"].bytes == store.num_tokens - store.num_documents
     assert np.all(store.tokens(0, 0, 1000) < 257)
+
+
+def test_the_headers_of_torch():
+    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "cpp"]
+    documents = [json.loads(line) for line in subprocess.run(tool, capture_output=True, check=True).stdout.splitlines()]
+    sources = [document["source"] for document in documents]
+    assert sources == sorted(sources)
+    assert len(sources) > 100
+    assert all(source.endswith(".h") for source in sources)
+    assert all(20_000 <= len(document["text"].encode()) <= 200_000 for document in documents)
+    assert sum("#include" in document["text"] for document in documents) > len(documents) / 2

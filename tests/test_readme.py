@@ -10,7 +10,7 @@ import torch
 
 import infctx
 
-from runs import ROOT
+from runs import ROOT, write_store
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -69,13 +69,35 @@ def test_make_prepare_and_the_big_configuration(tmp_path):
     assert "this machine lacks what the run needs: model.weights: there is no models/rwkv6-3b.pth" in done.stderr
 
 
+def test_make_tune(demonstration, tmp_path):
+    """`make tune` as the README has it, with the model of the demonstration and fewer steps."""
+    folder, _ = demonstration
+    settings = f"model.weights={folder} run.folder={tmp_path / 'run'} optimizer.steps=6 run.evaluate_tokens=4000"
+    done = make("tune", "--assume-old=runs/finch-tiny/model.pth", f"ARGS={settings}")
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6  loss " in done.stderr
+    assert "held-out loss by position in data/cpp/held_out, bits a byte" in done.stdout
+    assert "--- with the state\n" in done.stdout
+    assert {"state.pth", "state.st", "state.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    done = make("tune", "CONFIG=configs/finch-3b-tune-state.yaml")
+    assert done.returncode == 2
+    assert "this machine lacks what the run needs: model.weights: there is no models/rwkv6-3b.pth" in done.stderr
+
+
 def test_every_command_of_the_table(demonstration, tmp_path):
     folder, _ = demonstration
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("One.\n")
     (tmp_path / "books" / "b.txt").write_text("Two.\n")
     (tmp_path / "notes.jsonl.zst").write_bytes(__import__("zstandard").compress(b'{"text": "Three."}\n'))
+    (tmp_path / "tune").mkdir()
+    tuned = tmp_path / "tune"
+    store = write_store(tmp_path / "cpp")
     changed = {
+        "runs/finch-tiny-tune-state": str(tuned),
+        "state.st": str(tmp_path / "state.st"),
+        "RUN": str(tuned),
+        "merged.pth": str(tmp_path / "merged.pth"),
         "books/": str(tmp_path / "books"),
         "notes.jsonl.zst": str(tmp_path / "notes.jsonl.zst"),
         "data/books": str(tmp_path / "store"),
@@ -83,19 +105,24 @@ def test_every_command_of_the_table(demonstration, tmp_path):
         "finch-tiny.pth": str(tmp_path / "finch-tiny.pth"),
         "optimizer.steps=50": "optimizer.steps=6",
     }
-    assert len(TABLE) == 5
-    for command in TABLE:
+    assert len(TABLE) == 8
+    for command in sorted(TABLE, key=lambda command: "RUN" in command):
         words = [changed.get(word, word) for word in shlex.split(command)][1:]
-        more = {"train": [f"run.folder={folder}", "run.evaluate_tokens=0"], "evaluate": ["--max-tokens", "5000"]}
+        more = {
+            "train": [f"run.folder={folder}", "run.evaluate_tokens=0"],
+            "tune": [f"run.folder={tuned}", "run.evaluate_tokens=0", "optimizer.steps=6"],
+            "evaluate": ["--max-tokens", "5000"],
+        }
+        more["tune"] += [f"model.weights={folder}", f"data.store={store}", "data.held_out=null"]
         words += more.get(words[0], [])
         done = subprocess.run([sys.executable, "-m", "infctx", *words], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0, (command, done.stderr.decode())
 
 
 def test_links_lead_somewhere():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), (document, target)
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), (document, target)
 
 
 def test_the_python_example(tmp_path):
@@ -103,6 +130,8 @@ def test_the_python_example(tmp_path):
     infctx.save_weights(infctx.build_model(version=6, num_layers=2, width=128, vocab_size=257), tmp_path / "model.pth")
     for name, here in (("rwkv6-1b6.pth", "model.pth"), ("out.pth", "out.pth")):
         example = example.replace(name, str(tmp_path / here))
+    infctx.save_state(infctx.load_model(tmp_path / "model.pth").initial_state(1), tmp_path / "state.pth")
+    example = example.replace('"state.', f'"{tmp_path}/state.')
     names = {"tokens": torch.randint(257, (2, 40)), "targets": torch.randint(257, (2, 40)), "batch_size": 3}
     names |= {name: torch.randn(1, 5, 2, 16) for name in "rkv"}
     names |= {"w": -torch.rand(1, 5, 2, 16), "u": torch.randn(2, 16)}
