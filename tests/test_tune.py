@@ -13,13 +13,15 @@ from torch.utils.flop_counter import flop_registry
 
 import infctx
 from infctx.config import load_config
+from infctx.data.lanes import Window
 from infctx.errors import InputError
 from infctx.model.tensor_file import read_tensors
 from infctx.train.checkpoint import checkpoints
+from infctx.train.failure import find_failure
 from infctx.train.loop import open_run, train, train_steps
 from infctx.train.metrics import read_step_log
 from infctx.train.model_files import open_model
-from infctx.train.tune import freeze_weights, without_state
+from infctx.train.tune import freeze_weights, natural_units, without_state
 
 from runs import infctx_command, write_config, write_store
 from tiny_models import random_model, random_tokens
@@ -304,6 +306,56 @@ def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
     assert "state.pth: the state has shift vectors, and a file of form pth has no place for them" in errors
     assert [path.name for path in (tmp_path / "run").glob("state.*")] == ["state.safetensors"]
     assert set(read_tensors(tmp_path / "run" / "state.safetensors")) == {"wkv", "time_shift", "channel_shift"}
+
+
+def test_units_are_the_size_of_the_models_own_states(weights):
+    model = infctx.load_model(weights)
+    tokens = random_tokens(3, 64, vocab_size=257)
+    starts = torch.zeros(3, 4, dtype=torch.bool)
+    starts[:, 0] = starts[1, 2] = True
+    units = natural_units(model, Window(tokens, tokens, starts, [], 1, 0), 32)
+    assert [unit.shape for unit in units] == [(2, 2, 16, 1), (2, 1), (2, 1)]
+    first = model(tokens[:, :32])[1]
+    second = model(tokens[:, 32:], first, starts[:, 2:])[1]
+    both = torch.stack([first.wkv, second.wkv])  # (2, L, B, H, N, N)
+    wanted = both.double().square().mean((0, 2, 5)).sqrt()[..., None]
+    ratio = units.wkv / wanted
+    assert ratio.min() > 0.7 and ratio.max() < 1.42
+    assert all(torch.equal(unit.log2(), unit.log2().round()) for unit in units)  # powers of two
+    freeze_weights(model, shifts=True)
+    for part in model.initial_parts():
+        torch.nn.init.normal_(part)
+    before, gradients = model.initial_state(1), {}
+    for name in ("one", "units"):
+        model.zero_grad()
+        infctx.window_backward(model, tokens, tokens, 32, starts=starts)
+        gradients[name] = [part.grad.clone() for part in model.initial_parts()]
+        if name == "one":
+            model.set_initial_units(units)
+            assert all(torch.equal(*pair) for pair in zip(model.initial_state(1), before, strict=True))
+            assert not torch.equal(model.initial_wkv, before.wkv[:, 0])
+    for one, other, unit in zip(gradients["one"], gradients["units"], units, strict=True):
+        assert torch.allclose(one * unit, other, rtol=1e-6, atol=0)
+
+
+def test_folders_of_runs_that_learn_something_else(tmp_path, weights):
+    config = tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3)
+    train(config)
+    for learn, said in (("weights", "is of a run with another model.learn"), ("initial_state", None)):
+        again = load_config(tmp_path / "config.yaml", [f"model.learn={learn}"])
+        if said:
+            with pytest.raises(InputError, match=said):
+                train(again)
+        else:
+            train(again)
+
+
+def test_a_broken_gradient_names_the_initial_state(tmp_path, weights):
+    run = open_run(tune_config(tmp_path, weights))
+    window, _ = next(run.lanes)
+    run.model.initial_wkv.grad = torch.full_like(run.model.initial_wkv, float("nan"))
+    where = find_failure(run.model, torch.tensor(1.0), window, run.carry, 32)
+    assert where.place == "the initial state"
 
 
 def test_mistakes_are_one_line(tmp_path, weights):

@@ -57,7 +57,8 @@ def find_failure(model: RWKV, loss: Tensor, window: Window, state: State, segmen
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     layers = [int(name.split(".")[1]) for name in bad if name.startswith("blocks.")]
     in_head = any(name.startswith(("head.", "output_norm.")) for name in bad)
-    place = "the head" if in_head else f"layer {max(layers)}" if layers else "the embedding"
+    learned = "the initial state" if all(name.startswith("initial_") for name in bad) else "the embedding"
+    place = "the head" if in_head else f"layer {max(layers)}" if layers else learned
     return _failure(place, window, [False] * len(window.documents))
 
 

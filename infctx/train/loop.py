@@ -179,6 +179,8 @@ def make_model(config: Config, checkpoint: Path | None, device: torch.device) ->
     Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
     """
     settings = config.model
+    if checkpoint and (checkpoint / CHECKPOINT_STATE).is_file() != settings.freezes_weights:
+        raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
     low = torch.bfloat16 if config.run.precision == "bf16" else None
     if checkpoint or settings.weights:
         source, state, dtype = settings.weights, settings.initial_state, torch.float32

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from infctx.config import Config
 from infctx.data.lanes import Window
@@ -63,7 +64,13 @@ def natural_units(model: RWKV, window: Window, segment_tokens: int) -> State:
         sums = state.wkv.square().mean((1, 4))[..., None], *(part.square().mean((1, 2))[:, None] for part in state[1:])
         squares.append(State(*sums))
     means = (torch.stack(parts).mean(0) for parts in zip(*squares, strict=True))
-    return State(*(torch.exp2(mean.clamp_min(1e-12).log2().div(2).round()) for mean in means))
+    return State(*(_power_of_two(mean.clamp_min(1e-12).sqrt()) for mean in means))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The nearest power of two by ratio, exact: x = mantissa * 2^n with 0.5 <= mantissa < 1."""
+    x = x * 0.5**0.5
+    return x / torch.frexp(x).mantissa
 
 
 def finish_tuning(config: Config, model: RWKV, checkpoint: Path | None) -> None:
