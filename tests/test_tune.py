@@ -386,3 +386,17 @@ def test_mistakes_are_one_line(tmp_path, weights):
     code, _, errors = infctx_command("tune", write_config(tmp_path))
     assert code == 2
     assert "model.learn: initial_state tunes a finished model; say which with model.weights" in errors
+
+
+def test_tensorboard_shows_the_state_grow(tmp_path, weights):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tune_config(tmp_path, weights, optimizer__steps=4, run__evaluate_tokens=0)
+    train(config)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for layer in range(2):
+        sizes = [event.value for event in events.Scalars(f"initial_state_rms/layer_{layer}")]
+        assert len(sizes) == 4 and 0 < sizes[0] < sizes[-1]
+    tuned = open_model(tmp_path / "run").learned_state()
+    assert sizes[-1] == pytest.approx(tuned.wkv[1].square().mean().sqrt().item())

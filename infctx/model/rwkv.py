@@ -92,6 +92,10 @@ class RWKV(nn.Module):
         """The learned parameters of the initial state, in `initial_units`; None for each part that is zeros."""
         return State(self.initial_wkv, self.initial_time_shift, self.initial_channel_shift)
 
+    def learned_state(self) -> State | None:
+        """The initial state of one document (B = 1), detached, if the model has one to learn."""
+        return None if self.initial_wkv is None else self.initial_state(1).detach()
+
     def add_initial_state(self, shifts: bool = False) -> State:
         """Gives the model an initial state to learn, zeros at first, where it has none; returns its parameters.
 

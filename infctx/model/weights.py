@@ -115,8 +115,9 @@ def stored_tensors(model: RWKV) -> dict[str, Tensor]:
     """Official name -> tensor, on the CPU, contiguous, in the official order."""
     ours = model.state_dict()
     tensors = {name: ours[our].cpu().contiguous() for our, name in stored_names(model.sizes).items()}
-    if model.initial_wkv is not None:
-        for layer, wkv in enumerate(model.initial_state(1).wkv[:, 0].detach().cpu()):
+    state = model.learned_state()
+    if state is not None:
+        for layer, wkv in enumerate(state.wkv[:, 0].cpu()):
             tensors[state_name(layer)] = wkv.mT.contiguous()
     return tensors
 

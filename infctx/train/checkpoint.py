@@ -60,8 +60,8 @@ def save_checkpoint(
     path = folder / f"step-{progress.step:06d}"
     with atomic_folder(path) as temporary:
         if config.model.freezes_weights:
-            state = model.initial_state(1).detach()
-            save_state(state, temporary / CHECKPOINT_STATE, "infctx", metadata={TUNED_OVER: fingerprint(model)})
+            metadata = {TUNED_OVER: fingerprint(model)}
+            save_state(model.learned_state(), temporary / CHECKPOINT_STATE, "infctx", metadata=metadata)
         else:
             write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
         write_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")

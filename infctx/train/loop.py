@@ -98,7 +98,7 @@ def train_steps(run: Run) -> bool:
                 raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
             engine.step()
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
-            metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry)
+            metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry, run.model.learned_state())
             if stop or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save(run)
             if stop and step < steps:

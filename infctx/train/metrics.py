@@ -43,8 +43,17 @@ class Metrics:
         self.writer.close()
         self.step_log.close()
 
-    def report(self, step: int, loss: float, learning_rate: float, gradient_norm: float, carry: State) -> None:
-        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, state sizes."""
+    def report(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float,
+        carry: State,
+        initial: State | None = None,
+    ) -> None:
+        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, and the sizes of
+        the carried state and of the initial state, if one learns."""
         now = time.perf_counter()
         tokens_per_second = self.step_tokens / (now - self.before)
         self.before = now
@@ -60,8 +69,9 @@ class Metrics:
         self.step_log.flush()
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
-        for layer, size in enumerate(state_sizes(carry)):
-            self.writer.add_scalar(f"carried_state_rms/layer_{layer}", size, step)
+        for name, state in (("carried", carry), ("initial", initial)):
+            for layer, size in enumerate(state_sizes(state) if state else ()):
+                self.writer.add_scalar(f"{name}_state_rms/layer_{layer}", size, step)
         left = (now - self.began) / (step - self.first_step + 1) * (self.steps - step)
         line = (
             f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "

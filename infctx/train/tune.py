@@ -94,7 +94,7 @@ def finish_tuning(config: Config, model: RWKV, checkpoint: Path | None) -> None:
 
 def write_states(model: RWKV, folder: Path) -> list[Path]:
     """state.safetensors, .st and .pth in a run's folder, those that can hold the state; says why not."""
-    state, written = model.initial_state(1).detach(), []
+    state, written = model.learned_state(), []
     for name in ("state.safetensors", "state.st", "state.pth"):
         path = folder / name
         try:
