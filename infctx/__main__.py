@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import signal
@@ -16,11 +18,22 @@ import infctx
 from infctx.errors import InputError
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
+REMEDIES = {
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a file stands where a folder is wanted; choose another place",
+    errno.EEXIST: "a file stands where a folder is wanted; choose another place",
+    errno.ENOENT: "choose a place that is there",
+    errno.EACCES: "choose a place that you may use",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOSPC: "make room, or choose another place",
+}
 LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample in a script that the terminal does not have is no failure
     parsed = _parser().parse_args(arguments)
     if parsed.command not in (_train, _tune):  # training finishes its step; the others clean up and go
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -36,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", EXIT_INPUT)
+        remedy = REMEDIES.get(error.errno)
+        return _fail(f"{place}{error.strerror or error}{f'; {remedy}' if remedy else ''}", EXIT_INPUT)
     except MemoryError as error:
         return _fail(f"out of memory: {error}; {LESS_MEMORY}", EXIT_INPUT)
     except KeyboardInterrupt:
@@ -114,7 +128,9 @@ def _prepare(options: argparse.Namespace) -> None:
 def _describe_train(parser: argparse.ArgumentParser) -> None:
     """Train as a configuration says, or go on where it stopped."""
     parser.add_argument("config", type=Path, help="a YAML file such as configs/finch-tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="such as optimizer.steps=50")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.setting=value", help="such as optimizer.steps=50"
+    )
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,15 +1,19 @@
 """Export: from whatever holds a model to a file under the official names."""
 
+import json
+import os
+
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.model.other_names import naming_of
-from infctx.model.tensor_file import read_tensors
-from infctx.model.weights import stored_tensors
+from infctx.model.tensor_file import read_metadata, read_tensors
+from infctx.model.weights import fingerprint, stored_tensors
 from infctx.train.checkpoint import Progress, save_checkpoint
 from infctx.train.export import EXPORT_DTYPES, export
 from infctx.train.optimizer import make_optimizer
@@ -185,6 +189,10 @@ def test_what_does_not_go_together(tmp_path):
         (base, {"form": "merged"}, "base.pth: is a model without an initial state"),
         (base, {"state": base}, "base.pth: is a model without an initial state"),
         (base, {"form": "ggml"}, "there is no form 'ggml'"),
+        (base, {"form": "weights", "state": tmp_path / "state.pth"}, "state.pth is for --form merged, not weights"),
+        (tmp_path / "state.pth", {"form": "pth", "state": base}, "base.pth is for --form merged, not pth"),
+        (run, {"form": "st", "dtype": "bf16"}, "a state of form st is fp16; leave --dtype out"),
+        (run, {"form": "infctx", "dtype": "bf16"}, "a state of form infctx is fp32; leave --dtype out"),
         (base, {"names": "llama"}, "there are no 'llama' names"),
         (base, {"form": "st"}, "is a model without an initial state"),
         (run, {"form": "pth", "names": "fla"}, "fla names have no place for a state"),
@@ -200,3 +208,55 @@ def test_what_does_not_go_together(tmp_path):
     infctx.save_state(random_model(6, with_state=True, num_layers=3).initial_state(1), tmp_path / "other.pth")
     with pytest.raises(InputError, match="the state is of 3 layers with 3 heads of 8, the model has 2 layers"):
         export(base, out, state=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("layout", ["run", "shards", "merged.pth"])
+def test_a_state_that_lies_among_the_weights(tmp_path, run_folder, layout):
+    model = newest_model()
+    source = {"run": run_folder, "shards": tmp_path / "shards", "merged.pth": tmp_path / "merged.pth"}[layout]
+    if layout == "merged.pth":
+        infctx.save_weights(model, source)
+    if layout == "shards":
+        source.mkdir()
+        names = list(tensors := stored_tensors(model))
+        for number, chosen in enumerate((names[:9], names[9:])):
+            save_file({name: tensors[name] for name in chosen}, source / f"{number}.safetensors")
+        index = {name: f"{int(place >= 9)}.safetensors" for place, name in enumerate(names)}
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    export(source, tmp_path / "out.st")
+    export(source, tmp_path / "out.pth", form="pth")
+    export(source, tmp_path / "all.pth", form="merged", dtype="fp32")
+    assert torch.equal(infctx.load_state(tmp_path / "out.pth", model).wkv[:, 0], model.initial_wkv)
+    assert torch.equal(infctx.load_state(tmp_path / "out.st", model).wkv[:, 0], model.initial_wkv.half().float())
+    assert_is(tmp_path / "all.pth", model, torch.float32)
+    said = export(source, tmp_path / "theirs.safetensors", names="huggingface")
+    assert "its initial state is left out" in said
+    infctx.save_weights(random_model(6), tmp_path / "plain.pth")
+    with pytest.raises(InputError, match="plain.pth: is a model without an initial state"):
+        export(tmp_path / "plain.pth", tmp_path / "no.st")
+
+
+def test_a_state_goes_out_without_its_weights_and_keeps_what_it_was_tuned_over(tmp_path, caplog):
+    model, state = tuned_run(tmp_path)
+    base = (tmp_path / "base.pth").rename(tmp_path / "moved.pth")
+    for name in ("out.pth", "out.st", "out.safetensors"):
+        export(tmp_path / "run", tmp_path / name)
+    assert read_metadata(tmp_path / "out.safetensors") == {"weights": fingerprint(model)}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
+    assert (tmp_path / "out.safetensors").read_bytes() == (checkpoint / "state.safetensors").read_bytes()
+    export(base, tmp_path / "merged.pth", state=tmp_path / "out.safetensors")
+    assert not caplog.records
+    infctx.save_weights(random_model(6, seed=9), tmp_path / "base.pth")  # where the run's weights were
+    export(tmp_path / "run", tmp_path / "wrong.pth", form="merged")
+    assert "was tuned over other weights than" in caplog.text
+
+
+def test_files_are_for_everybody(tmp_path):
+    tuned_run(tmp_path)
+    before = os.umask(0o022)
+    try:
+        for name in ("out.pth", "out.st", "out.safetensors"):
+            export(tmp_path / "run", tmp_path / name)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import infctx
+from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.train.tune import freeze_weights, natural_units
 
@@ -90,7 +91,8 @@ def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     freeze_weights(model)
     starts = torch.arange(SEGMENTS + 1).expand(BATCH, -1) == 0
-    model.set_initial_units(natural_units(model, Window(tokens, tokens, starts, [], 1, 0), SEGMENT_TOKENS))
+    settings = WindowSettings(segment_tokens=SEGMENT_TOKENS, window_tokens=SEGMENT_TOKENS * (SEGMENTS + 1))
+    model.set_initial_units(natural_units(model, Window(tokens, tokens, starts, [], 1, 0), settings))
     optimizer = torch.optim.AdamW([model.initial_wkv], lr=0.3, weight_decay=0)
     for _ in range(60):
         tokens, targets = unmarked_batch(random, value)

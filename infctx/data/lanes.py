@@ -29,6 +29,7 @@ class Store(Protocol):
     """What lanes need of a token store."""
 
     path: Any
+    document_tokens: int | None
     num_documents: int
     num_tokens: int
 
@@ -124,6 +125,7 @@ class Lanes:
         # What a position must agree on: with anything else, "the next window" has no meaning.
         self._identity = {
             "num_lanes": num_lanes,
+            "document_tokens": store.document_tokens,
             "num_documents": store.num_documents,
             "num_tokens": store.num_tokens,
             "seed": seed,

@@ -24,7 +24,7 @@ class Pieces:
         if piece_tokens < 1:
             raise InputError(f"{store.path}: pieces of {piece_tokens} tokens: at least 1 is needed")
         self.path, self.num_tokens = store.path, store.num_tokens
-        self._store, self._piece_tokens = store, piece_tokens
+        self._store, self.document_tokens = store, piece_tokens
         self._ends = array("q")  # pieces of documents 0..i
         count = 0
         for document in range(store.num_documents):
@@ -35,7 +35,7 @@ class Pieces:
     def length(self, i: int) -> int:
         """Tokens of piece i, its last target included."""
         document, begin = self._place(i)
-        return min(self._piece_tokens + 1, self._store.length(document) - begin)
+        return min(self.document_tokens + 1, self._store.length(document) - begin)
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
         """Tokens begin..end-1 of piece i."""
@@ -50,4 +50,4 @@ class Pieces:
         """The document of piece i, and its first token there."""
         document = bisect_right(self._ends, i)
         before = self._ends[document - 1] if document else 0
-        return document, (i - before) * self._piece_tokens
+        return document, (i - before) * self.document_tokens

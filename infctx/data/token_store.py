@@ -45,6 +45,8 @@ class TokenStore:
         num_tokens: tokens of all documents, ends of documents included.
     """
 
+    document_tokens = None  # documents are whole, see infctx.data.pieces
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = store_prefix(path)
         self.idx_path, self.bin_path = _file_of(self.path, ".idx"), _file_of(self.path, ".bin")

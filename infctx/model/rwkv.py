@@ -11,7 +11,7 @@ from infctx.model import START_SPACING
 from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
-from infctx.model.state import State, stack_layers, state_dtype
+from infctx.model.state import State, refuse_other_sizes, stack_layers, state_dtype
 
 
 class RWKV(nn.Module):
@@ -37,6 +37,7 @@ class RWKV(nn.Module):
         self.initial_time_shift: nn.Parameter | None = None  # (L, D)
         self.initial_channel_shift: nn.Parameter | None = None  # (L, D)
         self.initial_units: State | None = None  # what these parameters are in units of; None: one
+        self.weights_fingerprint: str | None = None  # of frozen weights, `infctx.model.weights.fingerprint`
 
     def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
         """Runs one segment.
@@ -114,10 +115,7 @@ class RWKV(nn.Module):
 
         Shift vectors that are zeros are no parameters, unless the model has them.  Raises InputError for other sizes.
         """
-        zeros = State.zeros(self.sizes, 1, state.wkv.dtype, "meta")
-        if [part.shape for part in state] != [zero.shape for zero in zeros]:
-            found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, zeros))
-            raise InputError(f"set_initial_state: the state is {found}; {wanted} would go with the model, and B = 1")
+        refuse_other_sizes(state, self.sizes, "set_initial_state")
         parts = self.add_initial_state(shifts=bool(state.time_shift.any() or state.channel_shift.any()))
         for mine, given, unit in zip(parts, state, self.initial_units or (1, 1, 1), strict=True):
             if mine is not None:

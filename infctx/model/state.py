@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.model.sizes import Sizes
+from infctx.errors import InputError
+from infctx.model.sizes import Sizes, describe
 
 
 class State(NamedTuple):
@@ -62,6 +63,24 @@ class State(NamedTuple):
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(wkv, time_shift, channel_shift) of each layer; unbind, whose backward is one stack."""
         return list(zip(*(part.unbind(0) for part in self), strict=True))
+
+
+def describe_state(state: State) -> str:
+    """A few words for people: 24 layers with 32 heads of 64."""
+    layers, _, heads, size, _ = state.wkv.shape
+    return f"{layers} layers with {heads} heads of {size}"
+
+
+def refuse_other_sizes(state: State, sizes: Sizes, place: object) -> None:
+    """Raises InputError, one line that begins with `place`, where a state (B = 1) is not of these sizes."""
+    wanted = State.zeros(sizes, 1, state.wkv.dtype, "meta")
+    if state.batch_size != 1:
+        raise InputError(f"{place}: the state is of {state.batch_size} documents; choose one: state.lanes(slice(0, 1))")
+    if [part.shape for part in state] != [part.shape for part in wanted]:
+        raise InputError(
+            f"{place}: the state is of {describe_state(state)}, the model has {describe_state(wanted)} "
+            f"({describe(sizes)}); take a state that was tuned on this model"
+        )
 
 
 def stack_layers(layers: list[tuple[Tensor, Tensor, Tensor]]) -> State:

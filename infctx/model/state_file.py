@@ -19,13 +19,15 @@ import torch
 
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
-from infctx.model.sizes import describe
-from infctx.model.state import State, state_dtype
-from infctx.model.tensor_file import is_safetensors, narrow, read_shapes, read_tensors, write_tensors
+from infctx.model.state import State, refuse_other_sizes, state_dtype
+from infctx.model.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
 from infctx.model.weights import is_state_name, state_name, stored_tensors
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
 """The forms, and the names that their files have."""
+
+STATE_FILE = "state.safetensors"
+"""The name of a state of form infctx in the folder of a run or a checkpoint."""
 
 OWN_NAMES = set(State._fields)
 
@@ -37,12 +39,7 @@ def load_state(path: str | Path, model: RWKV) -> State:
     the file does not have are zeros.  Raises InputError for a state of other sizes and for what is no state.
     """
     state = read_state(Path(path))
-    zeros = State.zeros(model.sizes, 1, state.wkv.dtype, "meta")
-    if [part.shape for part in state] != [zero.shape for zero in zeros]:
-        raise InputError(
-            f"{path}: the state is of {describe_state(state)}, the model has {describe_state(zeros)} "
-            f"({describe(model.sizes)}); take a state that was tuned on this model"
-        )
+    refuse_other_sizes(state, model.sizes, path)
     weight = model.embedding.weight
     return state.to(weight.device, state_dtype(weight.dtype))
 
@@ -67,8 +64,8 @@ def save_state(
     """
     path = Path(path)
     form = form or _form_of_suffix(path)
-    _check(state, path, form, model)
-    turned = state.wkv[:, 0].detach().cpu().mT.clone(memory_format=torch.contiguous_format)
+    _check(state, path, form, model, dtype)
+    turned = state.wkv[:, 0].detach().cpu().float().mT.clone(memory_format=torch.contiguous_format)
     value_major = {state_name(layer): wkv.clone() for layer, wkv in enumerate(turned)}  # each with memory of its own
     if form == "pth":
         write_tensors(narrow(value_major, dtype, path), path)
@@ -87,7 +84,13 @@ def save_state(
 
 
 def read_state(path: Path) -> State:
-    """The state in a file of any form, B = 1, with the sizes that it has there, in fp32 (fp64 if it is that)."""
+    """The state in a file of any form, B = 1, with the sizes that it has there, in fp32 (fp64 if it is that).
+
+    A folder, of a run or a checkpoint, stands for the STATE_FILE in it.
+    """
+    path = path / STATE_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a state: {', '.join(map(' or '.join, SUFFIXES.values()))}")
     shapes = read_shapes(path)
     if "wkv" in shapes and shapes.keys() <= OWN_NAMES:
         tensors = read_tensors(path)
@@ -117,12 +120,6 @@ def is_state_file(path: Path) -> bool:
     return bool(names) and ("wkv" in names and names <= OWN_NAMES or all(map(is_state_name, names)))
 
 
-def describe_state(state: State) -> str:
-    """A few words for people: 24 layers with 32 heads of 64."""
-    layers, _, heads, size, _ = state.wkv.shape
-    return f"{layers} layers with {heads} heads of {size}"
-
-
 def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
     """`blocks.N.att.time_state` of layers 0, 1, ...; raises InputError where the file is something else."""
     found = [name for name in shapes if is_state_name(name)]
@@ -141,35 +138,38 @@ def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
             raise InputError(f"{path}: tensor {name} is missing ({_some(found)}); every layer has one")
         if shapes[name] != shapes[names[0]] or len(shapes[name]) != 3:
             raise InputError(
-                f"{path}: tensor {name} has shape {shapes[name]}; all layers have one shape, heads, N, N "
-                f"(here {shapes[names[0]]})"
+                f"{path}: tensor {name} has shape {shapes[name]}; every layer has three dimensions, heads, N, N, and "
+                f"the shape of the first, {shapes[names[0]]}"
             )
     return names
 
 
-def _check(state: State, path: Path, form: str, model: RWKV | None) -> None:
+def _check(state: State, path: Path, form: str, model: RWKV | None, dtype: torch.dtype | None) -> None:
     if form not in SUFFIXES:
         raise InputError(f"{path}: there is no form {form!r} of a state; choose {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES[form]:
         raise InputError(f"{path}: a state of form {form} is written as {' or '.join(SUFFIXES[form])}; rename it")
-    if state.batch_size != 1:
-        raise InputError(f"{path}: the state is of {state.batch_size} documents; choose one: state.lanes(slice(0, 1))")
+    if model is None:
+        if form == "merged":
+            raise InputError(f"{path}: a merged file holds a model's weights; give the model")
+        if state.batch_size != 1:
+            raise InputError(f"{path}: the state is of {state.batch_size} documents; choose one with state.lanes")
+    else:
+        refuse_other_sizes(state, model.sizes, path)
+    if dtype not in (None, *STORED_DTYPES):
+        raise InputError(f"{path}: a state can not be written as {dtype}; choose fp32, bf16 or fp16")
     if form != "infctx" and _has_shifts(state):
         raise InputError(
             f"{path}: the state has shift vectors, and a file of form {form} has no place for them; write form infctx "
-            "(.safetensors), or tune with model.learn: initial_state"
+            "(.safetensors), or tune without them (model.learn: initial_state)"
         )
     for name, part in state._asdict().items():
         if not part.isfinite().all():
             raise InputError(f"{path}: {name} of the state has values that are not finite; not written")
-    if form == "merged" and model is None:
-        raise InputError(f"{path}: a merged file holds a model's weights; give the model")
-    if form == "merged" and state.wkv.shape != State.zeros(model.sizes, 1, torch.float32, "meta").wkv.shape:
-        raise InputError(f"{path}: the state is of {describe_state(state)}, the model is {describe(model.sizes)}")
 
 
 def _form_of_suffix(path: Path) -> str:
-    known = {".pth": "pth", ".st": "st", ".state": "st", ".safetensors": "infctx"}
+    known = {suffix: form for form in ("pth", "st", "infctx") for suffix in SUFFIXES[form]}
     if path.suffix not in known:
         raise InputError(f"{path}: a state is written as {', '.join(known)}; choose one of these suffixes")
     return known[path.suffix]

@@ -117,7 +117,7 @@ def write_tensors(
 ) -> None:
     """Writes contiguous CPU tensors: a .pth is torch's, every other suffix is safetensors; atomic.
 
-    metadata: text for the header of a safetensors file.
+    metadata: text for the header of a safetensors file, in the place of {"format": "pt"}.
     suffixes: what the path may end with.
     """
     if path.suffix not in suffixes:
@@ -127,7 +127,11 @@ def write_tensors(
             with temporary.open("wb") as file:  # given a path, torch would write that path into the file
                 torch.save(dict(tensors), file)
         else:
-            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+            # One key at most, or the order in the file, and so its bytes, would be up to chance.
+            safetensors.torch.save_file(dict(tensors), temporary, metadata=metadata or {"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors leaves 0600, and a server under another user can not read it
 
 
 @contextmanager

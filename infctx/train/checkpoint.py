@@ -33,11 +33,10 @@ from infctx.errors import InputError
 from infctx.files import atomic_folder, temporary_name
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.model.state_file import save_state
+from infctx.model.state_file import STATE_FILE, save_state
 from infctx.model.tensor_file import write_tensors
-from infctx.model.weights import CHECKPOINT_WEIGHTS, fingerprint, stored_tensors
+from infctx.model.weights import CHECKPOINT_WEIGHTS, stored_tensors
 
-CHECKPOINT_STATE = "state.safetensors"
 TUNED_OVER = "weights"
 """Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
 MANIFEST = "manifest.json"
@@ -60,14 +59,14 @@ def save_checkpoint(
     path = folder / f"step-{progress.step:06d}"
     with atomic_folder(path) as temporary:
         if config.model.freezes_weights:
-            metadata = {TUNED_OVER: fingerprint(model)}
-            save_state(model.learned_state(), temporary / CHECKPOINT_STATE, "infctx", metadata=metadata)
+            metadata = {TUNED_OVER: model.weights_fingerprint}
+            save_state(model.learned_state(), temporary / STATE_FILE, "infctx", metadata=metadata)
         else:
             write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
         write_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         write_tensors(_carry_tensors(carry, model.initial_units), temporary / "carry.safetensors")
         (temporary / "progress.json").write_text(json.dumps(progress._asdict()), encoding="utf-8")
-        (temporary / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (temporary / "config.yaml").write_text(dump_config(_found_from_anywhere(config)), encoding="utf-8")
         entries = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     for old in checkpoints(folder)[: -config.run.keep_checkpoints]:
@@ -104,13 +103,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def changed_settings(path: Path, config: Config) -> list[str]:
     """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
-    before, now = saved_settings(path), config.model_dump(mode="json")
+    before, now = saved_settings(path), _found_from_anywhere(config).model_dump(mode="json")
     return [
         f"{section}.{name} {before.get(section, {}).get(name)} -> {value}"
         for section, settings in now.items()
         for name, value in settings.items()
         if before.get(section, {}).get(name) != value
     ]
+
+
+def _found_from_anywhere(config: Config) -> Config:
+    """With the whole path of the weights that a state is tuned over: a tuned run is a model wherever one stands."""
+    if not config.model.freezes_weights:
+        return config
+    model = config.model.model_copy(update={"weights": config.model.weights.absolute()})
+    return config.model_copy(update={"model": model})
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (ValueError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    return None if entries.keys() & {CHECKPOINT_WEIGHTS, CHECKPOINT_STATE} else f"{MANIFEST} is empty"
+    return None if entries.keys() & {CHECKPOINT_WEIGHTS, STATE_FILE} else f"{MANIFEST} is empty"
 
 
 def load_progress(path: Path, model: RWKV, optimizer: torch.optim.Optimizer) -> tuple[State, Progress]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +47,10 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
     """
     if segment_tokens < 1 or max_tokens < 1:
         raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
-    documents = _documents(store)
-    limit = _common_length([store.length(document) for document in documents], max_tokens)
     tokenizer = tokenizer_for_vocab(model.sizes.vocab_size)
     byte_lengths = torch.from_numpy(get_tokenizer(tokenizer).byte_lengths) if tokenizer else None
     buckets: list[Bucket] = []
-    for document in documents:
-        tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
-        if tokens.max() >= model.sizes.vocab_size:
-            raise InputError(
-                f"{store.path}: document {document} has token {tokens.max()} of {model.sizes.vocab_size}; "
-                "prepare the documents with the model's tokenizer"
-            )
+    for document, tokens in _documents(store, model.sizes.vocab_size, max_tokens):
         state = None
         for begin in range(0, len(tokens) - 1, segment_tokens):
             piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
@@ -67,6 +60,12 @@ def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_toke
                 raise InputError(f"{store.path}: document {document} has a loss of nan or inf; the weights are damaged")
             _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
     return buckets
+
+
+def refuse_tokens_beyond(store: TokenStore, vocab_size: int, max_tokens: int) -> None:
+    """Raises InputError if an evaluation over max_tokens would meet a token that the model does not have."""
+    for _ in _documents(store, vocab_size, max_tokens):
+        pass
 
 
 def format_table(buckets: list[Bucket], store: TokenStore) -> str:
@@ -133,14 +132,22 @@ def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: tor
         bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part].sum())
 
 
-def _documents(store: TokenStore) -> list[int]:
-    """At most 1,024 documents, evenly spaced over the store, of those with a target."""
+def _documents(store: TokenStore, vocab_size: int, max_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number and tokens of at most 1,024 documents, evenly spaced over the store, of those with a target, cut."""
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
     chosen = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
     documents = [document for document in chosen if store.length(document) >= 2]
     if not documents:
         raise InputError(f"{store.path}: no document of two tokens or more to evaluate")
-    return documents
+    limit = _common_length([store.length(document) for document in documents], max_tokens)
+    for document in documents:
+        tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
+        if tokens.max() >= vocab_size:
+            raise InputError(
+                f"{store.path}: document {document} has token {tokens.max()} of {vocab_size}; "
+                "prepare the documents with the model's tokenizer"
+            )
+        yield document, tokens
 
 
 def _common_length(lengths: list[int], max_tokens: int) -> int:

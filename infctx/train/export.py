@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from infctx.errors import InputError
 from infctx.model.other_names import NAMINGS, from_official
-from infctx.model.rwkv import RWKV
 from infctx.model.sizes import describe
-from infctx.model.state_file import SUFFIXES, describe_state, is_state_file, load_state, read_state, save_state
-from infctx.model.tensor_file import narrow, read_tensors, write_tensors
-from infctx.model.weights import is_state_name, load_model, save_weights, stored_tensors
-from infctx.train.model_files import ModelFiles, find_model
+from infctx.model.state import describe_state
+from infctx.model.state_file import SUFFIXES, is_state_file, read_state, save_state
+from infctx.model.tensor_file import narrow, read_metadata, read_tensors, write_tensors
+from infctx.model.weights import load_model, save_weights, stored_tensors
+from infctx.train.model_files import find_model, find_state, open_model
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -36,57 +39,83 @@ def export(
     dtype: of the weights (None: bf16, what the published files are) or of a state of form pth (None: fp32)
     state: a state file for form merged, in the place of the state that goes with `source`
     """
+    form = form or _form(source, output, names, state)
+    _refuse(source, output, form, names, dtype, state, overwrite)
+    if form == "weights":
+        return _export_weights(source, output, EXPORT_DTYPES[dtype or "bf16"], names)
+    if form == "merged":
+        return _export_merged(source, output, EXPORT_DTYPES[dtype or "bf16"], state)
+    found = find_state(source)
+    if found is None:  # it may lie among the weights
+        found = find_model(source).weights
+        found_state = load_model(found).learned_state()
+        if found_state is None:
+            raise InputError(f"{found}: is a model without an initial state; tune one with `infctx tune`")
+        metadata = None
+    else:
+        found_state, metadata = read_state(found), read_metadata(found)
+    save_state(found_state, output, form, dtype=EXPORT_DTYPES[dtype] if dtype else None, metadata=metadata)
+    return f"{output}: a state of {describe_state(found_state)}, from {found}"
+
+
+def _form(source: Path, output: Path, names: str, state: Path | None) -> str:
+    """What is meant where nothing says it."""
+    if state is not None:
+        return "merged"
+    is_state = output.suffix in SUFFIXES["st"] or (names == "official" and find_state(source) is not None)
+    if not is_state:
+        return "weights"
+    return next((form for form in ("pth", "st", "infctx") if output.suffix in SUFFIXES[form]), "pth")
+
+
+def _refuse(
+    source: Path, output: Path, form: str, names: str, dtype: str | None, state: Path | None, overwrite: bool
+) -> None:
+    """Raises InputError for what does not go together, before anything is read."""
+    alone = source.is_file() and is_state_file(source)
     if output.exists() and not overwrite:
         raise InputError(f"{output}: exists; choose another name, or --overwrite")
     if names not in NAMINGS:
         raise InputError(f"export: there are no {names!r} names; choose {', '.join(NAMINGS)}")
-    if form not in (None, "weights", *SUFFIXES):
+    if form not in ("weights", *SUFFIXES):
         raise InputError(f"export: there is no form {form!r}; choose weights, {', '.join(SUFFIXES)}")
-    alone = source.is_file() and is_state_file(source)
-    files = ModelFiles(source, source) if alone else find_model(source)
-    files = files._replace(state=state or files.state)
-    if form is None and output.suffix not in SUFFIXES["st"]:
-        form = "merged" if state else "weights" if files.state is None or names != "official" else None
+    if names != "official" and form != "weights":
+        raise InputError(f"export: {names} names have no place for a state; export the weights: --form weights")
     if alone and form in ("weights", "merged"):
         raise InputError(f"{source}: is a state without weights; name the model, and give this file with --state")
-    if form == "weights":
-        return _export_weights(files.weights, output, EXPORT_DTYPES[dtype or "bf16"], names)
-    if names != "official":
-        raise InputError(f"export: {names} names have no place for a state; export the weights: --form weights")
-    return _export_state(files, output, form, dtype)
+    if state is not None and form != "merged":
+        raise InputError(f"export: --state {state} is for --form merged, not {form}; name it as MODEL to turn it alone")
+    if dtype is not None and form in ("st", "infctx"):
+        written = {"st": "fp16", "infctx": "fp32"}[form]
+        raise InputError(f"export: a state of form {form} is {written}; leave --dtype out")
 
 
-def _export_weights(weights: Path, output: Path, dtype: torch.dtype, names: str) -> str:
+def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str) -> str:
+    weights = find_model(source).weights
     model = load_model(weights)
+    left_out = ""
     if names == "official":
         save_weights(model, output, dtype)
     else:
-        tensors = narrow(_without_state(model), dtype, output)
-        write_tensors(from_official(tensors, names, output), output)
-    # Its configuration has one eps for all norms, and the official code 64e-5 for the heads'.
+        if model.learned_state() is not None:
+            left_out = "; its initial state is left out"
+            model.initial_wkv = None
+        write_tensors(from_official(narrow(stored_tensors(model), dtype, output), names, output), output)
+    # fla's configuration has one eps for all norms, and the official code 64e-5 for the heads'.
     more = "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn" if names == "fla" else ""
     return (
         f"{output}: {describe(model.sizes)}, {len(read_tensors(output))} tensors in {_name(dtype)} under {names} "
-        f"names, from {weights}{more}"
+        f"names, from {weights}{left_out}{more}"
     )
 
 
-def _without_state(model: RWKV) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in stored_tensors(model).items() if not is_state_name(name)}
-
-
-def _export_state(files: ModelFiles, output: Path, form: str | None, dtype: str | None) -> str:
-    if files.state is None:
-        # The state may lie in the weights themselves: a merged file, or a run that trained one.
-        files = files._replace(state=files.weights)
-    if form == "merged":
-        model = load_model(files.weights)
-        state = load_state(files.state, model)
-        save_state(state, output, form, model=model, dtype=EXPORT_DTYPES[dtype or "bf16"])
-        return f"{output}: {describe(model.sizes)} in {dtype or 'bf16'} with the state of {files.state}"
-    state = read_state(files.state)
-    save_state(state, output, form, dtype=EXPORT_DTYPES[dtype] if dtype else None)
-    return f"{output}: a state of {describe_state(state)}, from {files.state}"
+def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path | None) -> str:
+    model = open_model(source, state)
+    learned = model.learned_state()
+    if learned is None:
+        raise InputError(f"{source}: is a model without an initial state; give one with --state")
+    save_state(learned, output, "merged", model=model, dtype=dtype)
+    return f"{output}: {describe(model.sizes)} in {_name(dtype)} with the state of {state or source}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -30,9 +30,9 @@ from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import describe
 from infctx.model.state import State, state_dtype
+from infctx.model.state_file import STATE_FILE
 from infctx.model.weights import build_model, save_weights
 from infctx.train.checkpoint import (
-    CHECKPOINT_STATE,
     Progress,
     changed_settings,
     checkpoints,
@@ -43,7 +43,7 @@ from infctx.train.checkpoint import (
     save_checkpoint,
 )
 from infctx.train.distributed import Engine, open_fabric
-from infctx.train.evaluate import evaluate_store, format_table, summarise
+from infctx.train.evaluate import evaluate_store, format_table, refuse_tokens_beyond, summarise
 from infctx.train.failure import TrainingFailed, explain_failure, find_failure
 from infctx.train.loss import SegmentLoss
 from infctx.train.metrics import Metrics, read_step_log
@@ -152,7 +152,9 @@ def open_run(config: Config) -> Run:
     lanes = open_lanes(config, model.sizes.vocab_size, progress.position)
     if config.model.freezes_weights and not checkpoint:
         window, _ = next(open_lanes(config, model.sizes.vocab_size))
-        model.set_initial_units(natural_units(model, window, config.window.segment_tokens))
+        model.set_initial_units(natural_units(model, window, config.window))
+    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
+        refuse_tokens_beyond(TokenStore(config.data.held_out), model.sizes.vocab_size, config.run.evaluate_tokens)
     log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
     if checkpoint:
         log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
@@ -179,13 +181,13 @@ def make_model(config: Config, checkpoint: Path | None, device: torch.device) ->
     Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
     """
     settings = config.model
-    if checkpoint and (checkpoint / CHECKPOINT_STATE).is_file() != settings.freezes_weights:
+    if checkpoint and (checkpoint / STATE_FILE).is_file() != settings.freezes_weights:
         raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
     low = torch.bfloat16 if config.run.precision == "bf16" else None
     if checkpoint or settings.weights:
         source, state, dtype = settings.weights, settings.initial_state, torch.float32
         if settings.freezes_weights:
-            state = checkpoint / CHECKPOINT_STATE if checkpoint else state
+            state = checkpoint / STATE_FILE if checkpoint else state
             dtype = low or dtype
         elif checkpoint:
             source, state = checkpoint, None
@@ -202,13 +204,13 @@ def make_model(config: Config, checkpoint: Path | None, device: torch.device) ->
         )
     model.compute_dtype = low
     model.recompute_blocks = settings.recompute_blocks
+    if model.initial_time_shift is not None and settings.learn != "initial_state_and_shifts":
+        raise InputError(
+            f"{checkpoint or settings.initial_state or settings.weights}: the state has shift vectors, and model.learn "
+            f"{settings.learn} has no place for them; begin from a state without them, or learn them too"
+        )
     if settings.freezes_weights:
         freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
-    elif model.initial_time_shift is not None:
-        raise InputError(
-            f"{settings.initial_state}: has shift vectors, which files of weights have no place for; begin from a "
-            "state without them"
-        )
     return model
 
 

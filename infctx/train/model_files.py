@@ -10,10 +10,10 @@ import torch
 
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
-from infctx.model.state_file import is_state_file, load_state
+from infctx.model.state_file import STATE_FILE, is_state_file, load_state
 from infctx.model.tensor_file import read_metadata
 from infctx.model.weights import CHECKPOINT_WEIGHTS, fingerprint, load_model
-from infctx.train.checkpoint import CHECKPOINT_STATE, MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
+from infctx.train.checkpoint import MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def open_model(
     state = state or files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
-        if read_metadata(state).get(TUNED_OVER) not in (None, fingerprint(model)):
+        file = state / STATE_FILE if state.is_dir() else state
+        if read_metadata(file).get(TUNED_OVER) not in (None, fingerprint(model)):
             problem = f"{state}: was tuned over other weights than {files.weights} holds"
             if same_weights:
                 raise InputError(f"{problem}; name those weights, or choose another run.folder")
@@ -54,21 +55,36 @@ def find_model(path: Path) -> ModelFiles:
     """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none."""
     if not path.is_dir():
         if path.is_file() and is_state_file(path):
-            raise InputError(f"{path}: is a state, not a model; name the model and give this file with --state")
+            raise InputError(
+                f"{path}: is a state, not a model; name the model, and this file as its state (--state, or "
+                "model.initial_state in a configuration)"
+            )
         return ModelFiles(path, None)
     if (path / CHECKPOINT_WEIGHTS).is_file():
         return ModelFiles(path, None)
-    if (path / CHECKPOINT_STATE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
+    if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
         weights = Path(saved_settings(path)["model"]["weights"])
         if not weights.exists():
             raise InputError(
                 f"{path}: holds a state tuned over {weights}, and that is not there; run this where it is, or name "
-                f"the model and give {path / CHECKPOINT_STATE} with --state"
+                f"the model and give {path / STATE_FILE} with --state"
             )
-        return ModelFiles(find_model(weights).weights, path / CHECKPOINT_STATE)
+        return ModelFiles(find_model(weights).weights, path / STATE_FILE)
     newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
     if newest is not None:
         return find_model(newest)
     if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
         return ModelFiles(path, None)
     raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")
+
+
+def find_state(path: Path) -> Path | None:
+    """The state file that `path` is, or that a tuned run or checkpoint holds; its weights need not be there."""
+    if path.is_file():
+        return path if is_state_file(path) else None
+    if not path.is_dir() or (path / CHECKPOINT_WEIGHTS).is_file():
+        return None
+    if (path / MANIFEST).is_file():
+        return path / STATE_FILE
+    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    return None if newest is None else find_state(newest)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infctx.config import Config
+from infctx.config import Config, WindowSettings
 from infctx.data.lanes import Window
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
@@ -40,13 +40,14 @@ def freeze_weights(model: RWKV, shifts: bool = False) -> None:
     """Leaves the initial state as all that learns, zeros at first where the model has none; shifts: with its shift
     vectors.  For frozen weights no gradient is computed, and the inputs of their products are not held."""
     model.requires_grad_(False)
+    model.weights_fingerprint = fingerprint(model)
     parts = model.add_initial_state(shifts)
     for part in parts if shifts else parts[:1]:
         part.requires_grad_()
 
 
 @torch.no_grad()
-def natural_units(model: RWKV, window: Window, segment_tokens: int) -> State:
+def natural_units(model: RWKV, window: Window, settings: WindowSettings) -> State:
     """The size of the states that the model itself makes of a window: what one unit of its initial state is.
 
     The root mean square over the seams, lanes and value channels for each key channel of `wkv`, over all channels for
@@ -55,14 +56,17 @@ def natural_units(model: RWKV, window: Window, segment_tokens: int) -> State:
     learning rate, whatever its gradient.  In these units one learning rate suits all.
     """
     weight = model.embedding.weight
-    state = State.zeros(model.sizes, len(window.tokens), state_dtype(weight.dtype), weight.device)
-    parts = (part.to(weight.device) for part in (window.tokens, window.targets, window.starts))
-    segments = cut_window(*parts, segment_tokens)
     squares = []
-    for segment in segments:
-        _, state = model(segment.tokens, state, segment.starts)
-        sums = state.wkv.square().mean((1, 4))[..., None], *(part.square().mean((1, 2))[:, None] for part in state[1:])
-        squares.append(State(*sums))
+    at_once = settings.lanes_per_pass or len(window.tokens)
+    for lanes in range(0, len(window.tokens), at_once):
+        parts = (
+            part[lanes : lanes + at_once].to(weight.device) for part in (window.tokens, window.targets, window.starts)
+        )
+        state = State.zeros(model.sizes, at_once, state_dtype(weight.dtype), weight.device)
+        for segment in cut_window(*parts, settings.segment_tokens):
+            _, state = model(segment.tokens, state, segment.starts)
+            wkv = state.wkv.square().mean((1, 4))[..., None]  # (L, H, N, 1)
+            squares.append((wkv, *(part.square().mean((1, 2))[:, None] for part in state[1:])))
     means = (torch.stack(parts).mean(0) for parts in zip(*squares, strict=True))
     return State(*(_power_of_two(mean.clamp_min(1e-12).sqrt()) for mean in means))
 
@@ -75,6 +79,7 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 def finish_tuning(config: Config, model: RWKV, checkpoint: Path | None) -> None:
     """Writes the state, and prints what it gains on held-out documents, a sample, and what to do next."""
+    files = write_states(model, config.run.folder)
     if config.data.held_out and config.run.evaluate_tokens:
         store = TokenStore(config.data.held_out)
         tokens = config.run.evaluate_tokens
@@ -83,12 +88,12 @@ def finish_tuning(config: Config, model: RWKV, checkpoint: Path | None) -> None:
         after = evaluate_store(model, store, config.window.segment_tokens, tokens)
         print(format_comparison(before, after, store, ("without state", "with the state")))
         _show_samples(model, store)
-    files = write_states(model, config.run.folder)
     print(f"Files: {', '.join(map(str, files))}, checkpoint {checkpoint}.")
     command = f"{os.path.relpath(Path(sys.executable).parent)}/infctx"
+    more = f", {command} export {config.run.folder} merged.pth --form merged for programs that take one file"
     print(
-        f"Next: {command} generate {config.model.weights} --state {files[-1]} --prompt '...' to read what it writes, "
-        f"{command} export {config.run.folder} merged.pth --form merged for programs that take one file."
+        f"Next: {command} generate {config.model.weights} --state {files[-1]} --prompt '...' to read what it writes"
+        f"{'' if model.initial_time_shift is not None else more}."
     )
 
 
@@ -98,11 +103,11 @@ def write_states(model: RWKV, folder: Path) -> list[Path]:
     for name in ("state.safetensors", "state.st", "state.pth"):
         path = folder / name
         try:
-            save_state(state, path, metadata={TUNED_OVER: fingerprint(model)})
+            save_state(state, path, metadata={TUNED_OVER: model.weights_fingerprint})
             written.append(path)
         except InputError as error:
             path.unlink(missing_ok=True)  # of an earlier run: it would be taken for this state
-            log.warning("%s", error)
+            log.warning("not written: %s", error)
     return written
 
 

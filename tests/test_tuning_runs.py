@@ -1,0 +1,327 @@
+"""Runs that tune a state: only the state learns, and what comes out works elsewhere."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import infctx
+from infctx.config import load_config
+from infctx.errors import InputError
+from infctx.model.state_file import read_state
+from infctx.model.tensor_file import read_tensors
+from infctx.train import tune
+from infctx.train.checkpoint import checkpoints
+from infctx.train.failure import find_failure
+from infctx.train.loop import open_run, train, train_steps
+from infctx.train.metrics import read_step_log
+from infctx.train.model_files import open_model
+from infctx.train.tune import freeze_weights
+
+from runs import infctx_command, write_config, write_store
+from tiny_models import random_model
+
+LEARN = ("initial_state", "initial_state_and_shifts")
+BYTES = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of a small Finch on bytes, in bf16 as the published ones are."""
+    infctx.save_weights(random_model(6, noise=0.05, **BYTES), tmp_path / "base.pth", torch.bfloat16)
+    return tmp_path / "base.pth"
+
+
+def tune_config(folder, weights, learn="initial_state", **changes):
+    settings = {"model__learn": learn, "optimizer__peak_lr": 0.05, "optimizer__weight_decay": 0.0} | changes
+    path = write_config(folder, **settings)
+    return load_config(_with_weights(path, weights))
+
+
+def _with_weights(path, weights):
+    """The configuration that write_config wrote, with a file for its sizes."""
+    import yaml
+
+    content = yaml.safe_load(path.read_text())
+    model = {name: value for name, value in content["model"].items() if name not in ("version", *BYTES)}
+    content["model"] = model | {"weights": str(weights)}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in read_step_log(folder)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("learn", LEARN)
+def test_frozen_means_frozen(tmp_path, weights, learn, precision):
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    write_store(tmp_path / "train", lengths=(33,) * 64)  # many starts
+    config = tune_config(tmp_path, weights, learn, run__precision=precision, optimizer__peak_lr=0.5)
+    run = open_run(config)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    at_first = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    assert train_steps(run)
+    learned = {"initial_wkv"} | ({"initial_time_shift", "initial_channel_shift"} if learn != "initial_state" else set())
+    for name, parameter in run.model.named_parameters():
+        if name in learned:
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, at_first[name])
+        else:
+            assert parameter.dtype == dtype
+            assert torch.equal(parameter, at_first[name])
+            assert parameter.grad is None
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+    losses = losses_of(tmp_path / "run")
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+    # A second process, which knows the files alone.
+    code = (
+        "import sys, json; from safetensors import safe_open; from pathlib import Path; "
+        "files = Path(sys.argv[1]).glob('*.safetensors'); "
+        "print(json.dumps({file.name: sorted(safe_open(file, 'pt').keys()) for file in files}))"
+    )
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    said = subprocess.run([sys.executable, "-c", code, str(newest)], check=True, capture_output=True).stdout
+    files = json.loads(said)
+    assert files["optimizer.safetensors"] == sorted(
+        f"{name}/{key}" for name in learned for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    assert files["state.safetensors"] == sorted(name.removeprefix("initial_") for name in learned)
+    assert "model.safetensors" not in files
+    size = sum(file.stat().st_size for file in newest.iterdir())
+    assert size < 10 * 4 * sum(run.model.get_parameter(name).numel() for name in learned) + 20_000
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, weights, learn):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = tune_config(tmp_path / "whole", weights, learn, run__evaluate_tokens=0)
+    train(whole)
+    cut = tune_config(tmp_path / "cut", weights, learn, run__evaluate_tokens=0)
+    run = open_run(cut)
+    lanes = run.lanes
+
+    class Enough(Exception):
+        pass
+
+    def some(lanes):
+        for _ in range(17):
+            yield next(lanes)
+        raise Enough
+
+    run.lanes = some(lanes)
+    with pytest.raises(Enough):
+        train_steps(run)
+    train(cut)  # from step 15
+    assert losses_of(tmp_path / "cut" / "run") == losses_of(tmp_path / "whole" / "run")
+    states = [read_tensors(tmp_path / name / "run" / "state.safetensors") for name in ("whole", "cut")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_weights_that_changed_are_noticed(tmp_path, weights):
+    config = tune_config(tmp_path, weights, run__evaluate_tokens=0)
+    train(config)
+    infctx.save_weights(random_model(6, noise=0.05, seed=5, **BYTES), weights)
+    with pytest.raises(InputError, match=r"state.safetensors: was tuned over other weights than .*base.pth holds; "):
+        open_run(config)
+    weights.unlink()
+    with pytest.raises(InputError, match="there is no .*base.pth"):
+        train(config)
+    with pytest.raises(InputError, match=r"holds a state tuned over .*base.pth, and that is not there"):
+        open_model(tmp_path / "run")
+
+
+def test_it_begins_from_a_state_file(tmp_path, weights):
+    model = infctx.load_model(weights)
+    freeze_weights(model)
+    torch.nn.init.normal_(model.initial_wkv)
+    infctx.save_state(model.initial_state(1), tmp_path / "begin.st")
+    config = tune_config(tmp_path, weights, model__initial_state=str(tmp_path / "begin.st"))
+    run = open_run(config)
+    assert run.model.initial_units.wkv.min() < run.model.initial_units.wkv.max()
+    assert torch.equal(run.model.initial_state(1).wkv[:, 0], model.initial_wkv.half().float())
+    assert [name for name, p in run.model.named_parameters() if p.requires_grad] == ["initial_wkv"]
+
+
+def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
+    """`infctx tune` as a user sees it, with what it wrote used again."""
+    config = _with_weights(write_config(tmp_path, optimizer__steps=12, optimizer__peak_lr=0.05), weights)
+    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=2000")
+    assert code == 0, errors
+    assert "without state   with the state      change" in output
+    assert "--- without the state\n" in output and "--- with the state\n" in output
+    for name in ("state.safetensors", "state.st", "state.pth"):
+        assert str(tmp_path / "run" / name) in output
+    model = infctx.load_model(weights)
+    state = infctx.load_state(tmp_path / "run" / "state.pth", model)
+    assert state.wkv.any()
+    tuned = open_model(tmp_path / "run")
+    assert torch.equal(tuned.initial_wkv, state.wkv[:, 0])
+
+    said = []
+    for arguments in (
+        (tmp_path / "run",),
+        (weights, "--state", tmp_path / "run" / "state.pth"),
+        (weights, "--state", tmp_path / "run" / "state.safetensors"),
+        (weights,),
+    ):
+        options = {"encoding": "latin-1"}  # bytes of any kind
+        code, output, errors = infctx_command("generate", *arguments, "--prompt", "ab", "--tokens", 40, **options)
+        assert code == 0, errors
+        said.append(output)
+    assert said[0] == said[1] == said[2] != said[3]
+    for options, match in (((), "bits/byte"), (("--state", tmp_path / "run" / "state.st"), "bits/byte")):
+        code, output, errors = infctx_command("evaluate", weights, tmp_path / "held_out", *options)
+        assert code == 0, errors
+        assert match in output
+        said.append(output)
+    assert said[-1] != said[-2]
+
+
+def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
+    config = _with_weights(write_config(tmp_path, optimizer__steps=5, model__learn="initial_state_and_shifts"), weights)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier run")
+    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=0")
+    assert code == 0, errors
+    assert "state.pth: the state has shift vectors, and a file of form pth has no place for them" in errors
+    assert [path.name for path in (tmp_path / "run").glob("state.*")] == ["state.safetensors"]
+    assert set(read_tensors(tmp_path / "run" / "state.safetensors")) == {"wkv", "time_shift", "channel_shift"}
+
+
+def test_folders_of_runs_that_learn_something_else(tmp_path, weights):
+    config = tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3)
+    train(config)
+    for learn, said in (("weights", "is of a run with another model.learn"), ("initial_state", None)):
+        again = load_config(tmp_path / "config.yaml", [f"model.learn={learn}"])
+        if said:
+            with pytest.raises(InputError, match=said):
+                train(again)
+        else:
+            train(again)
+
+
+def test_a_broken_gradient_names_the_initial_state(tmp_path, weights):
+    run = open_run(tune_config(tmp_path, weights))
+    window, _ = next(run.lanes)
+    run.model.initial_wkv.grad = torch.full_like(run.model.initial_wkv, float("nan"))
+    where = find_failure(run.model, torch.tensor(1.0), window, run.carry, 32)
+    assert where.place == "the initial state"
+
+
+def test_shifts_and_what_learns_must_agree(tmp_path, weights):
+    """Said before the first step, not when all is done."""
+    model = infctx.load_model(weights)
+    freeze_weights(model, shifts=True)
+    for part in model.initial_parts():
+        torch.nn.init.normal_(part)
+    infctx.save_state(model.learned_state(), tmp_path / "begin.safetensors")
+    begin = f"model.initial_state={tmp_path / 'begin.safetensors'}"
+    tune_config(tmp_path, weights, LEARN[1], run__evaluate_tokens=0, optimizer__steps=3)
+    path = tmp_path / "config.yaml"
+    for learn in ("initial_state", "weights"):
+        with pytest.raises(InputError, match=f"the state has shift vectors, and model.learn {learn} has no place"):
+            open_run(load_config(path, [begin, f"model.learn={learn}"]))
+    run = open_run(load_config(path, [begin]))
+    assert all(torch.equal(*pair) for pair in zip(run.model.learned_state(), model.learned_state(), strict=True))
+    train(load_config(path))
+    with pytest.raises(InputError, match="step-000003: the state has shift vectors, and model.learn initial_state has"):
+        open_run(load_config(path, ["model.learn=initial_state", "optimizer.steps=9"]))
+
+
+def test_a_tuned_run_is_a_model_wherever_one_stands(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tune_config(tmp_path, weights.name, run__evaluate_tokens=0, optimizer__steps=3, run__folder="run"))
+    monkeypatch.chdir("/")
+    tuned = open_model(tmp_path / "run")
+    assert torch.equal(tuned.learned_state().wkv, read_state(tmp_path / "run").wkv)
+    assert read_state(tmp_path / "run" / "checkpoints" / "step-000003").wkv.any()
+    monkeypatch.chdir(tmp_path)
+    run = open_run(load_config(tmp_path / "config.yaml", ["optimizer.steps=9"]))
+    assert run.progress.step == 3
+
+
+def test_what_was_learned_is_written_before_anything_is_said(tmp_path, weights, monkeypatch):
+    config = tune_config(tmp_path, weights, optimizer__steps=3)
+
+    def fail(*_arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(tune, "evaluate_store", fail)
+    with pytest.raises(BrokenPipeError):
+        train(config)
+    assert {path.name for path in (tmp_path / "run").glob("state.*")} == {"state.pth", "state.st", "state.safetensors"}
+
+
+def test_a_terminal_that_has_no_such_letters(tmp_path, weights):
+    config = _with_weights(write_config(tmp_path, optimizer__steps=3), weights)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=500", env=environment)
+    assert code == 0, errors
+    assert "--- with the state" in output
+
+
+def test_held_out_documents_are_checked_before_the_first_step(tmp_path, weights):
+    write_store(tmp_path / "held_out", vocab_size=400)
+    config = tune_config(tmp_path, weights)
+    with pytest.raises(InputError, match=r"held_out: document \d has token \d+ of 257; prepare the documents with"):
+        open_run(config)
+
+
+def test_a_change_of_the_cut_is_named(tmp_path, weights):
+    train(tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3))
+    with pytest.raises(InputError, match="was made with document_tokens = None, this run has 64: set it back"):
+        open_run(load_config(tmp_path / "config.yaml", ["data.document_tokens=64"]))
+
+
+def test_mistakes_are_one_line(tmp_path, weights):
+    config = _with_weights(write_config(tmp_path), weights)
+    plain = random_model(6, **(BYTES | {"num_layers": 3}))
+    plain.add_initial_state()
+    infctx.save_state(plain.initial_state(1), tmp_path / "other.pth")
+    for override, said in (
+        (
+            "model.learn=weights",
+            "command line: model.learn: weights is for `infctx train`; `infctx tune` takes",
+        ),
+        ("model.learn=shifts", "model.learn: 'shifts' does not fit"),
+        (f"model.weights={tmp_path / 'gone.pth'}", "there is no"),
+        (f"model.initial_state={tmp_path / 'gone.pth'}", "model.initial_state: there is no"),
+        (
+            f"model.initial_state={tmp_path / 'other.pth'}",
+            "the state is of 3 layers with 2 heads of 16, the model",
+        ),
+        (f"model.initial_state={weights}", "base.pth: is a model without an initial state"),
+        (f"model.weights={tmp_path / 'other.pth'}", "other.pth: is a state, not a model"),
+        (f"model.initial_state={tmp_path}", "state.safetensors: no such file; give a state"),
+    ):
+        code, output, errors = infctx_command("tune", config, override)
+        assert (code, output) == (2, ""), override
+        assert said in errors
+        assert len([line for line in errors.splitlines() if line.startswith("infctx: ")]) == 1
+        assert "Traceback" not in errors
+    code, _, errors = infctx_command("tune", write_config(tmp_path))
+    assert code == 2
+    assert "model.learn: initial_state tunes a finished model; say which with model.weights" in errors
+
+
+def test_tensorboard_shows_the_state_grow(tmp_path, weights):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tune_config(tmp_path, weights, optimizer__steps=4, run__evaluate_tokens=0)
+    train(config)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for layer in range(2):
+        sizes = [event.value for event in events.Scalars(f"initial_state_rms/layer_{layer}")]
+        assert len(sizes) == 4 and 0 < sizes[0] < sizes[-1]
+    tuned = open_model(tmp_path / "run").learned_state()
+    assert sizes[-1] == pytest.approx(tuned.wkv[1].square().mean().sqrt().item())
