@@ -1,0 +1,1 @@
+"""The CUDA kernels of the WKV op, and what builds and launches them; importing this touches no compiler and no GPU."""

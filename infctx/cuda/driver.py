@@ -1,0 +1,362 @@
+"""Kernels of a .cu file in, launches on torch's streams out: machine code goes to the CUDA driver through ctypes.
+
+    kernels = load_kernels("wkv_forward.cu", r.device, ("-DHEAD_SIZE=64",))
+    kernels.launch("wkv_forward", (heads, lanes), 128, shared_bytes, [r, k, v, y, num_tokens, scale])
+
+Everything that could allocate, wait or compile happens in `load_kernels`, before the first launch: a launch can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from infctx.cuda.compile import Compiled, KernelsUnavailable, cubin
+
+SOURCE_FOLDER = Path(__file__).parent
+# The kernels are made of bf16 tensor-core and cp.async instructions, which older devices do not have.
+OLDEST_CAPABILITY = (8, 0)
+# Numbers of the driver's interface, from cuda.h.
+SUCCESS = 0
+ERROR_INVALID_VALUE = 1
+ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES = 8
+
+Argument = Tensor | int | float | None
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver refused a call, or reports what went wrong on the device before it; `name` is its CUresult."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass
+class Kernel:
+    """A kernel on one device, ready to launch."""
+
+    name: str
+    device: int
+    driver: Driver
+    # Of the driver, as integers: the kernel, its form in the device's context, and that context.
+    handle: int
+    function: int
+    context: int
+    # Dynamic shared memory that a launch may ask for; goes up with demand, up to what the device has.
+    dynamic_shared_bytes: int
+    # Of each parameter; None with drivers older than CUDA 12.4, which do not tell.
+    parameter_bytes: tuple[int, ...] | None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+
+class Kernels(dict[str, Kernel]):
+    """The kernels of one source on one device, by name; `compiled` tells what each of them uses."""
+
+    def __init__(self, compiled: Compiled, kernels: dict[str, Kernel]) -> None:
+        super().__init__(kernels)
+        self.compiled = compiled
+
+    def launch(
+        self,
+        name: str,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        shared_bytes: int = 0,
+        arguments: Sequence[Argument] = (),
+    ) -> None:
+        """Starts the kernel of that name: see `launch`."""
+        launch(self[name], grid, block, shared_bytes, arguments)
+
+
+def load_kernels(
+    file_name: str, device: torch.device | int, options: Sequence[str] = (), folder: Path = SOURCE_FOLDER
+) -> Kernels:
+    """The kernels of a .cu file on a device: compiled or read from the cache at the first call, then kept.
+
+    file_name: of the source in `folder`; it can include the .cuh files there
+    device:    a CUDA device; without an index, the current one
+    options:   for NVRTC, such as "-DHEAD_SIZE=64"
+
+    Not to be called while a CUDA graph is captured, unless it was called with the same arguments before.  Raises
+    KernelsUnavailable, one line with the reason and the remedy, if there is no usable device, driver or compiler.
+    """
+    index = device if isinstance(device, int) else device.index
+    if index is None:
+        _check_torch()
+        index = torch.cuda.current_device()
+    return _load(file_name, index, tuple(options), folder)
+
+
+@functools.cache
+def _load(file_name: str, device: int, options: tuple[str, ...], folder: Path) -> Kernels:
+    _check_torch()
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_CAPABILITY:
+        raise KernelsUnavailable(
+            "CUDA kernels need a GPU of compute capability 8.0 or newer (Ampere); "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+        )
+    driver = load_driver()
+    headers = {path.name: path.read_text() for path in folder.glob("*.cuh")}
+    compiled = cubin((folder / file_name).read_text(), file_name, f"sm_{major}{minor}", options, headers)
+    return driver.load(compiled, device)
+
+
+def _check_torch() -> None:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise KernelsUnavailable(
+            "CUDA kernels need an NVIDIA GPU, its driver and a CUDA build of torch; "
+            f"torch {torch.__version__} finds no such device here"
+        )
+
+
+def launch(
+    kernel: Kernel,
+    grid: int | Sequence[int],
+    block: int | Sequence[int],
+    shared_bytes: int = 0,
+    arguments: Sequence[Argument] = (),
+) -> None:
+    """Starts a kernel on torch's current stream of its device and returns at once.
+
+    grid, block:  blocks in the grid and threads in a block: x, (x, y) or (x, y, z)
+    shared_bytes: of dynamic shared memory per block; above the 48 KB that every kernel has, it is asked for here
+    arguments:    tensors on the kernel's device as pointers, None as a null pointer, ints as int64, floats as float32
+
+    From any thread.  As with any call of CUDA, what goes wrong on the device may show only at a later call.  Raises
+    TypeError or ValueError for arguments that do not fit, DriverError for what the driver refuses or reports.
+    """
+    driver = kernel.driver
+    parameters = _pack(kernel, arguments)
+    sizes = (*_three(grid), *_three(block), shared_bytes)
+    # ctypes would cut what does not fit into 32 bits; what fits, the driver checks.
+    if min(sizes) < 0 or max(sizes) >= 2**31:
+        raise ValueError(f"{kernel.name}: grid {grid}, block {block} or {shared_bytes} shared bytes is out of range")
+    if shared_bytes > kernel.dynamic_shared_bytes:
+        _raise_shared_bytes(kernel, shared_bytes)
+    stream = torch.cuda.current_stream(kernel.device).cuda_stream
+    # A thread that has not yet used this device has another context or none: autograd's own threads may start so.
+    # torch.cuda.device would not help, as it does nothing for a device that torch takes for the current one.
+    previous = driver.current_context()
+    if previous != kernel.context:
+        driver.call("cuCtxSetCurrent", kernel.context, about=kernel.name)
+    try:
+        result = driver.library.cuLaunchKernel(kernel.function, *sizes, stream, parameters, None)
+    finally:
+        if previous != kernel.context:
+            driver.call("cuCtxSetCurrent", previous, about=kernel.name)
+    if result != SUCCESS:
+        about = f"{kernel.name}, grid {grid}, block {block}, {shared_bytes} bytes of dynamic shared memory"
+        driver.fail("cuLaunchKernel", result, about)
+
+
+class _ArgumentArrays(threading.local):
+    """Room for the arguments of a launch, by their number; each thread has its own, as backward runs in autograd's."""
+
+    def __init__(self) -> None:
+        self.by_count: dict[int, tuple[ctypes.Array, ctypes.Array]] = {}
+
+    def of(self, count: int) -> tuple[ctypes.Array, ctypes.Array]:
+        """Values of 8 bytes each, and the pointers to them that cuLaunchKernel takes."""
+        if count not in self.by_count:
+            values = (ctypes.c_uint64 * count)()
+            first = ctypes.addressof(values)
+            self.by_count[count] = values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        return self.by_count[count]
+
+
+_argument_arrays = _ArgumentArrays()
+
+
+def _three(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    assert 1 <= len(sizes) <= 3, f"a grid or block of {len(sizes)} dimensions"
+    return sizes + (1,) * (3 - len(sizes))
+
+
+def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
+    """Puts the arguments where cuLaunchKernel reads them, which is during the call: it copies them."""
+    formats, values, sizes = ["<"], [], []
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            if argument.get_device() != kernel.device:
+                raise ValueError(
+                    f"{kernel.name}: argument {position} is on {argument.device}, the kernel on cuda:{kernel.device}"
+                )
+            formats.append("Q")
+            values.append(argument.data_ptr())
+            sizes.append(8)
+        elif argument is None or isinstance(argument, int):
+            formats.append("q")
+            values.append(argument or 0)
+            sizes.append(8)
+        elif isinstance(argument, float):
+            formats.append("f4x")
+            values.append(argument)
+            sizes.append(4)
+        else:
+            raise TypeError(f"{kernel.name}: argument {position} is neither a tensor nor a number: {argument!r}")
+    if kernel.parameter_bytes is not None and tuple(sizes) != kernel.parameter_bytes:
+        # The driver would read past the values, or read half of one, and say nothing.
+        raise ValueError(f"{kernel.name}: arguments of {sizes} bytes for parameters of {list(kernel.parameter_bytes)}")
+    buffer, pointers = _argument_arrays.of(len(values))
+    struct.pack_into("".join(formats), buffer, 0, *values)
+    return pointers
+
+
+def _raise_shared_bytes(kernel: Kernel, shared_bytes: int) -> None:
+    # The lock keeps a thread that needs less from taking back what another one has just been granted.
+    with kernel.lock:
+        if shared_bytes > kernel.dynamic_shared_bytes:
+            kernel.driver.call(
+                "cuKernelSetAttribute",
+                ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES,
+                shared_bytes,
+                kernel.handle,
+                kernel.driver.device(kernel.device),
+                about=f"{kernel.name}, {shared_bytes} bytes of dynamic shared memory",
+            )
+            kernel.dynamic_shared_bytes = shared_bytes
+
+
+class Driver:
+    """The CUDA driver's library, by ctypes: calls that raise, and loading of machine code.
+
+    path: of the library; the loader's search finds libcuda.so.1 wherever a driver is installed
+    """
+
+    def __init__(self, path: str = "libcuda.so.1") -> None:
+        try:
+            self.library = ctypes.CDLL(path)
+        except OSError as error:
+            raise KernelsUnavailable(
+                f"CUDA kernels need NVIDIA's driver, and its library cannot be loaded ({error}); install the driver, "
+                "or start the container with its GPUs"
+            ) from None
+        pointer, number, unsigned, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p
+        signatures = {
+            "cuInit": [unsigned],
+            "cuDriverGetVersion": [pointer],
+            "cuGetErrorName": [number, pointer],
+            "cuGetErrorString": [number, pointer],
+            "cuDeviceGet": [pointer, number],
+            "cuDevicePrimaryCtxRetain": [pointer, number],
+            "cuCtxGetCurrent": [pointer],
+            "cuCtxSetCurrent": [pointer],
+            "cuLibraryLoadData": [pointer, text, pointer, pointer, unsigned, pointer, pointer, unsigned],
+            "cuLibraryGetKernel": [pointer, pointer, text],
+            "cuKernelGetFunction": [pointer, pointer],
+            "cuKernelGetAttribute": [pointer, number, pointer, number],
+            "cuKernelSetAttribute": [number, number, pointer, number],
+            "cuLaunchKernel": [pointer, *[unsigned] * 7, pointer, pointer, pointer],
+        }
+        try:
+            for name, types in signatures.items():
+                getattr(self.library, name).argtypes = types
+        except AttributeError:
+            raise KernelsUnavailable(
+                f"CUDA kernels need a driver of CUDA 12.0 (525.60) or newer; this one has no {name}"
+            ) from None
+        self.call("cuInit", 0)
+
+    def load(self, compiled: Compiled, device: int) -> Kernels:
+        """Puts machine code onto a device, in torch's context there; raises KernelsUnavailable if it does not fit.
+
+        The code stays until the process ends.
+        """
+        # The primary context is the one that torch uses.  It is never released, as torch never releases it.
+        context = self.fetch("cuDevicePrimaryCtxRetain", self.device(device), about=f"cuda:{device}")
+        previous = self.current_context()
+        self.call("cuCtxSetCurrent", context)
+        try:
+            library = self._load_library(compiled)
+            return Kernels(
+                compiled,
+                {name: self._load_kernel(library, name, device, context) for name in compiled.resources},
+            )
+        finally:
+            self.call("cuCtxSetCurrent", previous)
+
+    def _load_library(self, compiled: Compiled) -> int:
+        no_options = (None, None, 0, None, None, 0)
+        try:
+            return self.fetch("cuLibraryLoadData", compiled.cubin, *no_options, about=compiled.name)
+        except DriverError as error:
+            version = self.fetch("cuDriverGetVersion", kind=ctypes.c_int)
+            raise KernelsUnavailable(
+                f"{error}; the driver is of CUDA {version // 1000}.{version % 1000 // 10}, and the code was made for "
+                f"{compiled.arch} by {compiled.compiler}: update the driver, or install an NVRTC that is no newer"
+            ) from None
+
+    def _load_kernel(self, library: int, name: str, device: int, context: int) -> Kernel:
+        handle = self.fetch("cuLibraryGetKernel", library, name.encode(), about=name)
+        # With lazy loading, this is what brings the code onto the device: in the first launch it could come in the
+        # middle of a capture.
+        function = self.fetch("cuKernelGetFunction", handle, about=name)
+        # What is left of 48 KB after the static shared memory, until more is asked for.
+        limit = self.fetch(
+            "cuKernelGetAttribute",
+            ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES,
+            handle,
+            self.device(device),
+            about=name,
+            kind=ctypes.c_int,
+        )
+        return Kernel(name, device, self, handle, function, context, limit, self._parameter_bytes(handle))
+
+    def _parameter_bytes(self, handle: int) -> tuple[int, ...] | None:
+        if not hasattr(self.library, "cuKernelGetParamInfo"):
+            return None
+        offset, size, sizes = ctypes.c_size_t(), ctypes.c_size_t(), []
+        query = self.library.cuKernelGetParamInfo
+        query.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+        while (result := query(handle, len(sizes), ctypes.byref(offset), ctypes.byref(size))) == SUCCESS:
+            sizes.append(size.value)
+        # Drivers older than CUDA 13 have no count: the first position that is not there ends the list.
+        return tuple(sizes) if result == ERROR_INVALID_VALUE else None
+
+    def device(self, index: int) -> int:
+        """The driver's handle of a device; both number the visible ones."""
+        return self.fetch("cuDeviceGet", index, about=f"cuda:{index}", kind=ctypes.c_int)
+
+    def current_context(self) -> int | None:
+        """The context that is current in this thread; None if there is none."""
+        return self.fetch("cuCtxGetCurrent")
+
+    def call(self, function: str, *arguments: object, about: str = "") -> None:
+        """Calls the driver; raises DriverError with the result's name and description."""
+        result = getattr(self.library, function)(*arguments)
+        if result != SUCCESS:
+            self.fail(function, result, about)
+
+    def fetch(self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p) -> int | None:
+        """Calls the driver for what it stores in its first argument, which is not among `arguments`."""
+        place = kind()
+        self.call(function, ctypes.byref(place), *arguments, about=about)
+        return place.value
+
+    def fail(self, function: str, result: int, about: str) -> NoReturn:
+        """Raises DriverError for a result of the driver."""
+        name, description = ctypes.c_char_p(), ctypes.c_char_p()
+        self.library.cuGetErrorName(result, ctypes.byref(name))
+        self.library.cuGetErrorString(result, ctypes.byref(description))
+        known = (name.value or b"CUresult").decode()
+        words = (description.value or b"unknown to this driver").decode()
+        raise DriverError(f"{function}{f' ({about})' * bool(about)}: {known} ({result}): {words}", known)
+
+
+@functools.cache
+def load_driver() -> Driver:
+    """The driver of this machine; raises KernelsUnavailable if there is none."""
+    return Driver()

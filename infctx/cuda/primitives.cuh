@@ -1,0 +1,381 @@
+// What the kernels are written with: sized integers, bf16, accesses of 16 bytes, tensor cores, asynchronous copies,
+// shuffles.
+//
+// No header is included, CUDA's neither: mixes of header and compiler versions are a recurring failure.  The same file
+// is compiled by NVRTC 12 and 13 for sm_80 to sm_120, where each primitive is one or two PTX instructions, and by g++
+// with INFCTX_EMULATOR after tests/emulator/emulator.h, where each is a call into the emulator.  There are no atomics:
+// the same input is to give the same bits.  Blocks have one dimension, a multiple of 32 threads; every warp primitive
+// is called by all 32 lanes together.
+//
+// Fragment layouts (PTX ISA, "Matrix multiply-accumulate operation using mma instruction"): g = lane / 4 is a lane's
+// group, t = lane % 4 its place in the group.
+
+#pragma once
+
+#ifdef INFCTX_EMULATOR
+// The emulator names the line of the call in its messages: last parameters that nobody gives.
+#define INFCTX_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define INFCTX_AND_PLACE , INFCTX_PLACE
+// Dynamic shared memory under a name of unsigned chars, aligned to 16 bytes and no more.
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared()
+#else
+#define INFCTX_PLACE
+#define INFCTX_AND_PLACE
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#define INFCTX_DEVICE __device__ __forceinline__
+
+typedef signed char int8;
+typedef unsigned char uint8;
+typedef short int16;
+typedef unsigned short uint16;
+typedef int int32;
+typedef unsigned int uint32;
+typedef long long int64;
+typedef unsigned long long uint64;
+
+static_assert(sizeof(int16) == 2 && sizeof(int32) == 4 && sizeof(int64) == 8, "integers have the sizes in their names");
+
+// ---- threads ----
+
+INFCTX_DEVICE int32 lane_index() { return static_cast<int32>(threadIdx.x % 32); }
+
+INFCTX_DEVICE int32 warp_index() { return static_cast<int32>(threadIdx.x / 32); }
+
+// All threads of the block arrive before one goes on, and see what the others wrote.
+INFCTX_DEVICE void sync_block(INFCTX_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::sync_block({file, line});
+#else
+    asm volatile("bar.sync 0;" ::: "memory");
+#endif
+}
+
+// The same for the lanes of a warp: between lanes too, what one wrote to memory is seen by another only after this.
+INFCTX_DEVICE void sync_warp(INFCTX_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::sync_warp({file, line});
+#else
+    asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+#endif
+}
+
+// ---- numbers ----
+
+INFCTX_DEVICE uint32 float_bits(float x) {
+#ifdef INFCTX_EMULATOR
+    return emulator::float_bits(x);
+#else
+    return __float_as_uint(x);
+#endif
+}
+
+INFCTX_DEVICE float bits_float(uint32 bits) {
+#ifdef INFCTX_EMULATOR
+    return emulator::bits_float(bits);
+#else
+    return __uint_as_float(bits);
+#endif
+}
+
+// The upper half of a float: 8 bits of exponent, 7 of mantissa.
+struct bf16 {
+    uint16 bits;
+};
+
+static_assert(sizeof(bf16) == 2, "bf16 lies in memory as torch.bfloat16 does");
+
+// Exact.
+INFCTX_DEVICE float to_float(bf16 x) { return bits_float(static_cast<uint32>(x.bits) << 16); }
+
+// Two floats in one register as the fragments want them: the one that comes first in memory in the lower half.  Rounded
+// to nearest, ties to even; subnormals are kept; every NaN becomes 0x7fff.
+INFCTX_DEVICE uint32 pack_bf16(float first, float second) {
+#ifdef INFCTX_EMULATOR
+    return emulator::float_to_bf16(first) | static_cast<uint32>(emulator::float_to_bf16(second)) << 16;
+#else
+    uint32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));  // PTX names the upper half first
+    return packed;
+#endif
+}
+
+// Rounded in the same way, and by the same instruction: that for one float (F2F) is one of the slow ones.
+INFCTX_DEVICE bf16 to_bf16(float x) { return bf16{static_cast<uint16>(pack_bf16(x, 0.0f))}; }
+
+INFCTX_DEVICE float first_of(uint32 packed) { return bits_float(packed << 16); }
+
+INFCTX_DEVICE float second_of(uint32 packed) { return bits_float(packed & 0xffff0000u); }
+
+// A register for mma_tf32: 8 bits of exponent, 10 of mantissa, ties away from zero.  What the 13 lowest bits hold is
+// not specified; `tf32_value` is without them, for x = large + small as a sum of two tf32.
+INFCTX_DEVICE uint32 to_tf32(float x) {
+#ifdef INFCTX_EMULATOR
+    return emulator::float_to_tf32(x);
+#else
+    uint32 result;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+    return result;
+#endif
+}
+
+INFCTX_DEVICE float tf32_value(uint32 x) { return bits_float(x & 0xffffe000u); }
+
+// 2^x to a relative 2^-22; subnormal x and results are zero.  Not called exp2, which compilers have in other forms.
+INFCTX_DEVICE float exp2_approximate(float x) {
+#ifdef INFCTX_EMULATOR
+    return emulator::exp2_flushed(x);
+#else
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+}
+
+// ---- memory, several elements at once ----
+
+// 4, 8 or 16 bytes that move in one instruction, where the address is a multiple of as many.
+template <int bytes>
+struct alignas(bytes) Packet {
+    uint32 x[bytes / 4];
+};
+
+template <int bytes>
+INFCTX_DEVICE bool is_aligned(const void* address) {
+    return reinterpret_cast<uint64>(address) % bytes == 0;
+}
+
+template <int bytes>
+INFCTX_DEVICE Packet<bytes> load_packet(const void* address INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::require_aligned(address, bytes, "load_packet", {file, line});
+#endif
+    return *static_cast<const Packet<bytes>*>(address);
+}
+
+template <int bytes>
+INFCTX_DEVICE void store_packet(void* address, const Packet<bytes>& packet INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::require_aligned(address, bytes, "store_packet", {file, line});
+#endif
+    *static_cast<Packet<bytes>*>(address) = packet;
+}
+
+#ifndef INFCTX_EMULATOR
+// The address inside the shared window, which the instructions below want instead of a generic one.
+INFCTX_DEVICE uint32 shared_address(const void* shared) {
+    uint32 address;
+    asm("{ .reg .u64 inside; cvta.to.shared.u64 inside, %1; cvt.u32.u64 %0, inside; }" : "=r"(address) : "l"(shared));
+    return address;
+}
+#endif
+
+// 16 bytes from global to shared memory, both aligned to 16, while the thread goes on.  Where `valid` is false zeros
+// arrive and `global` is not read.  They are there after cp_async_wait for this thread, after a barrier for others.
+INFCTX_DEVICE void cp_async_16(void* shared, const void* global, bool valid INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::copy_async_16(shared, global, valid, {file, line});
+#else
+    asm volatile(
+        "{ .reg .u64 source; cvta.to.global.u64 source, %1; cp.async.cg.shared.global [%0], [source], 16, %2; }"
+        :
+        : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
+#endif
+}
+
+// Ends a group: this thread's copies since the last one.  A group may be empty.
+INFCTX_DEVICE void cp_async_commit() {
+#ifdef INFCTX_EMULATOR
+    emulator::copy_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most the `groups_left` youngest of this thread's groups are under way.
+template <int groups_left>
+INFCTX_DEVICE void cp_async_wait() {
+#ifdef INFCTX_EMULATOR
+    emulator::copy_async_wait(groups_left);
+#else
+    asm volatile("cp.async.wait_group %0;" : : "n"(groups_left) : "memory");
+#endif
+}
+
+// ---- from lane to lane ----
+
+// The value of lane `lane ^ mask`, for masks below 32.
+INFCTX_DEVICE uint32 shuffle_xor(uint32 value, int32 mask INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    return emulator::shuffle_xor(value, mask, {file, line});
+#else
+    asm volatile("shfl.sync.bfly.b32 %0, %0, %1, 0x1f, 0xffffffff;" : "+r"(value) : "r"(mask));
+    return value;
+#endif
+}
+
+// The value of lane `lane - distance`; the first `distance` lanes keep their own.
+INFCTX_DEVICE uint32 shuffle_up(uint32 value, int32 distance INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    return emulator::shuffle_up(value, distance, {file, line});
+#else
+    asm volatile("shfl.sync.up.b32 %0, %0, %1, 0, 0xffffffff;" : "+r"(value) : "r"(distance));
+    return value;
+#endif
+}
+
+// The value of lane `lane + distance`; the last `distance` lanes keep their own.
+INFCTX_DEVICE uint32 shuffle_down(uint32 value, int32 distance INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    return emulator::shuffle_down(value, distance, {file, line});
+#else
+    asm volatile("shfl.sync.down.b32 %0, %0, %1, 0x1f, 0xffffffff;" : "+r"(value) : "r"(distance));
+    return value;
+#endif
+}
+
+// The value of lane `source`, which each lane names for itself.
+INFCTX_DEVICE uint32 shuffle_from(uint32 value, int32 source INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    return emulator::shuffle_from(value, source, {file, line});
+#else
+    asm volatile("shfl.sync.idx.b32 %0, %0, %1, 0x1f, 0xffffffff;" : "+r"(value) : "r"(source));
+    return value;
+#endif
+}
+
+#ifdef INFCTX_EMULATOR
+#define INFCTX_PASS_PLACE , file, line
+#else
+#define INFCTX_PASS_PLACE
+#endif
+
+// The same four for int32 and float.
+#define INFCTX_SHUFFLE(name)                                                                      \
+    INFCTX_DEVICE int32 name(int32 value, int32 parameter INFCTX_AND_PLACE) {                     \
+        return static_cast<int32>(name(static_cast<uint32>(value), parameter INFCTX_PASS_PLACE)); \
+    }                                                                                             \
+    INFCTX_DEVICE float name(float value, int32 parameter INFCTX_AND_PLACE) {                     \
+        return bits_float(name(float_bits(value), parameter INFCTX_PASS_PLACE));                  \
+    }
+INFCTX_SHUFFLE(shuffle_xor)
+INFCTX_SHUFFLE(shuffle_up)
+INFCTX_SHUFFLE(shuffle_down)
+INFCTX_SHUFFLE(shuffle_from)
+#undef INFCTX_SHUFFLE
+#undef INFCTX_PASS_PLACE
+
+// ---- tensor cores ----
+
+// The left operand, 16 rows: mma_bf16 has 16 columns, two neighbours a register (lower half first), mma_tf32 has 8.
+//              x[0]                    x[1]                    x[2]                    x[3]
+//   bf16   (g, 2t), (g, 2t+1)     row g + 8, same         row g, columns + 8      row g + 8, columns + 8
+//   tf32   (g, t)                 (g + 8, t)              (g, t + 4)              (g + 8, t + 4)
+struct LeftFragment {
+    uint32 x[4];
+};
+
+// The right operand, 8 columns: mma_bf16 has 16 rows, two neighbours of one column a register, mma_tf32 has 8.
+//              x[0]                    x[1]
+//   bf16   (2t, g), (2t+1, g)     rows + 8, same
+//   tf32   (t, g)                 (t + 4, g)
+struct RightFragment {
+    uint32 x[2];
+};
+
+// The sum, 16 x 8 floats in both cases: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+struct SumFragment {
+    float x[4];
+};
+
+// sum += left right, 16 x 16 by 16 x 8: products of bf16 are exact, added in fp32.
+INFCTX_DEVICE void mma_bf16(SumFragment& sum, const LeftFragment& left, const RightFragment& right INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::mma_bf16(sum.x, left.x, right.x, {file, line});
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.x[0]), "+f"(sum.x[1]), "+f"(sum.x[2]), "+f"(sum.x[3])
+        : "r"(left.x[0]), "r"(left.x[1]), "r"(left.x[2]), "r"(left.x[3]), "r"(right.x[0]), "r"(right.x[1]));
+#endif
+}
+
+// sum += left right, 16 x 8 by 8 x 8: operands from to_tf32.
+INFCTX_DEVICE void mma_tf32(SumFragment& sum, const LeftFragment& left, const RightFragment& right INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::mma_tf32(sum.x, left.x, right.x, {file, line});
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.x[0]), "+f"(sum.x[1]), "+f"(sum.x[2]), "+f"(sum.x[3])
+        : "r"(left.x[0]), "r"(left.x[1]), "r"(left.x[2]), "r"(left.x[3]), "r"(right.x[0]), "r"(right.x[1]));
+#endif
+}
+
+// 1, 2 or 4 matrices of 8 x 8 elements of two bytes from shared memory, by the length of `x`.  Lane 8m + i gives the
+// address of row i of matrix m: 16 bytes, aligned to 16; with fewer than 4 matrices the last lanes' are ignored.  x[m]
+// becomes (g, 2t), (g, 2t + 1) of matrix m.  So a row-major 16 x 16 tile is a LeftFragment with lane l at row l % 16,
+// column l / 16 * 8; a 16 x 8 tile stored column by column is a RightFragment with lane l at column l % 8, row
+// l / 8 % 2 * 8.
+// Volatile without a memory clobber: barriers have one and volatile statements keep their order, which is all it takes.
+INFCTX_DEVICE void ldmatrix(uint32 (&x)[1], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix(x, 1, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(x[0]) : "r"(shared_address(row)));
+#endif
+}
+
+INFCTX_DEVICE void ldmatrix(uint32 (&x)[2], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix(x, 2, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(shared_address(row)));
+#endif
+}
+
+INFCTX_DEVICE void ldmatrix(uint32 (&x)[4], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix(x, 4, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row)));
+#endif
+}
+
+// The same with each matrix transposed: x[m] becomes (2t, g), (2t + 1, g) of matrix m.  So a row-major 16 x 8 tile is
+// a RightFragment with lane l at row l % 16, and 16 x 16 are two of them with lane l at row l % 16, column l / 16 * 8.
+INFCTX_DEVICE void ldmatrix_transposed(uint32 (&x)[1], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix_transposed(x, 1, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(x[0]) : "r"(shared_address(row)));
+#endif
+}
+
+INFCTX_DEVICE void ldmatrix_transposed(uint32 (&x)[2], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix_transposed(x, 2, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(shared_address(row)));
+#endif
+}
+
+INFCTX_DEVICE void ldmatrix_transposed(uint32 (&x)[4], const void* row INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::ldmatrix_transposed(x, 4, row, {file, line});
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row)));
+#endif
+}
