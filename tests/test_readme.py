@@ -79,6 +79,10 @@ def test_make_tune(demonstration, tmp_path):
     assert "held-out loss by position in data/cpp/held_out, bits a byte" in done.stdout
     assert "--- with the state\n" in done.stdout
     assert {"state.pth", "state.st", "state.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    state = f"STATE={tmp_path / 'run' / 'state.pth'}"
+    done = make("generate", f"MODEL={folder}", state, "PROMPT=User: ", "ARGS=--tokens 5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("User: ")
     done = make("tune", "CONFIG=configs/finch-3b-tune-state.yaml")
     assert done.returncode == 2
     assert "this machine lacks what the run needs: model.weights: there is no models/rwkv6-3b.pth" in done.stderr
@@ -137,6 +141,20 @@ def test_the_python_example(tmp_path):
     names |= {"w": -torch.rand(1, 5, 2, 16), "u": torch.randn(2, 16)}
     exec(example.replace("w, u, state)", "w, u, torch.zeros(1, 2, 16, 16))"), names)
     assert infctx.load_model(tmp_path / "out.pth").sizes.width == 128
+
+
+def test_the_python_example_of_state_tuning(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "state-tuning.md").read_text(), re.S)
+    model = infctx.build_model(version=6, num_layers=2, width=128, vocab_size=257)
+    infctx.save_weights(model, tmp_path / "rwkv6-3b.pth")
+    torch.nn.init.normal_(model.add_initial_state().wkv)
+    infctx.save_state(model.initial_state(1), tmp_path / "state.pth")
+    for name in ("rwkv6-3b.pth", "state.pth", "state.st"):
+        example = example.replace(f'"{name}"', repr(str(tmp_path / name)))
+    names = {"tokens": torch.randint(257, (1, 20))}
+    exec(example, names)
+    assert torch.equal(names["model"].initial_wkv, model.initial_wkv)
+    assert (tmp_path / "state.st").is_file()
 
 
 def test_make_help_lists_every_target():

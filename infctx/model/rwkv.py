@@ -48,13 +48,13 @@ class RWKV(nn.Module):
         Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token.
         """
         self._check(tokens, state, starts)
-        initial = self.initial_state(tokens.shape[0])
+        starts_learned = starts is not None and any(part is not None for part in self.initial_parts())
+        initial = self.initial_state(tokens.shape[0]) if starts_learned or state is None else None
         if state is None:
             state = initial
         embedded = self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
         x = self.embedding_norm(embedded)  # (B, T, D)
-        learned = starts is not None and any(part is not None for part in self.initial_parts())
-        first = initial.layers() if learned else [None] * len(self.blocks)
+        first = initial.layers() if starts_learned else [None] * len(self.blocks)
         layers = []
         for block, layer, first_layer in zip(self.blocks, state.layers(), first, strict=True):
             if self.recompute_blocks and torch.is_grad_enabled():
