@@ -9,8 +9,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 INFCTX := $(VENV)/bin/infctx
+TRAIN_CONFIG := $(or $(CONFIG),configs/finch-tiny.yaml)
 TUNE_CONFIG := $(or $(CONFIG),configs/finch-tiny-tune-state.yaml)
-CONFIG ?= configs/finch-tiny.yaml
 STATE ?=
 MODEL ?= runs/finch-tiny
 STORE ?= data/python/held_out
@@ -19,7 +19,7 @@ ARGS ?=
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
-export CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
+export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
 .PHONY: help install prepare train tune evaluate generate export test lint
 
@@ -33,8 +33,8 @@ prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ 
 	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
 	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
 
-train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
-	@$(INFCTX) train "$$CONFIG" $(ARGS)
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
+	@$(INFCTX) train "$$TRAIN_CONFIG" $(ARGS)
 
 tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml
 	@$(INFCTX) tune "$$TUNE_CONFIG" $(ARGS)

@@ -237,18 +237,19 @@ def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path):
         train_steps(run)
 
 
-def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follow(tmp_path):
+@pytest.mark.parametrize("lanes_per_pass", [None, 1])
+def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follow(tmp_path, lanes_per_pass):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"train{suffix}").unlink(missing_ok=True)
     write_store(tmp_path / "train", lengths=[50] * 40)
-    run = open_run(load_config(write_config(tmp_path, model__num_layers=3, window__window_tokens=512)))
+    changes = {"model__num_layers": 3, "window__window_tokens": 512, "window__lanes_per_pass": lanes_per_pass}
+    run = open_run(load_config(write_config(tmp_path, **changes)))
     window, _ = next(run.lanes)
     poisoned = window.tokens[1, 3].item()
     window.tokens[0][window.tokens[0] == poisoned] = 1
     with torch.no_grad():
         run.model.embedding.weight[poisoned] = math.inf
-    loss = torch.tensor(math.nan)
-    where = find_failure(run.model, loss, window, run.carry, 32)
+    where = find_failure(run.model, window, run.carry, run.config.window)
     assert where.place == "layer 0, segment 0"
     assert where.documents == "lane 1: " + ", ".join(map(str, window.documents[1][:8])) + (
         f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
@@ -37,29 +38,43 @@ def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | 
 
 
 @torch.no_grad()
-def find_failure(model: RWKV, loss: Tensor, window: Window, state: State, segment_tokens: int) -> Failure:
+def find_failure(model: RWKV, window: Window, state: State, settings: WindowSettings) -> Failure:
     """Runs the window again from the state before it, and looks at every layer behind every segment.
 
     Where all of that is finite, it is the gradient that broke: it flows from the last layer to the first, so the
     last layer with a gradient that is not finite is where it began.
     """
-    device = state.wkv.device
-    parts = (part.to(device) for part in (window.tokens, window.targets, window.starts))
-    for number, segment in enumerate(cut_window(*parts, segment_tokens)):
-        hidden, state = model(segment.tokens, state, segment.starts)
-        finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
-        losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
-        for layer, lanes in enumerate(finite.tolist()):
-            if not all(lanes):
-                return _failure(f"layer {layer}, segment {number}", window, lanes)
-        if not losses.all():
-            return _failure(f"the head, segment {number}", window, losses.tolist())
+    lanes = len(window.documents)
+    at_once = settings.lanes_per_pass or lanes
+    groups = [slice(begin, begin + at_once) for begin in range(0, lanes, at_once)]
+    seen = [_first_bad(model, window, state.lanes(group), group, settings.segment_tokens) for group in groups]
+    first = min((place for place, _ in seen if place is not None), default=None)
+    if first is not None:
+        segment, layer = first
+        where = "the head" if layer == model.sizes.num_layers else f"layer {layer}"
+        finite = [ok for place, group in seen for ok in (group if place == first else [True] * len(group))]
+        return _failure(f"{where}, segment {segment}", window, finite)
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     layers = [int(name.split(".")[1]) for name in bad if name.startswith("blocks.")]
     in_head = any(name.startswith(("head.", "output_norm.")) for name in bad)
     learned = "the initial state" if all(name.startswith("initial_") for name in bad) else "the embedding"
     place = "the head" if in_head else f"layer {max(layers)}" if layers else learned
-    return _failure(place, window, [False] * len(window.documents))
+    return _failure(place, window, [False] * lanes)
+
+
+def _first_bad(
+    model: RWKV, window: Window, state: State, group: slice, segment_tokens: int
+) -> tuple[tuple[int, int] | None, list[bool]]:
+    """(segment, layer) where some lanes of a group first break (layer L is the head), and which lanes are finite."""
+    parts = (part[group].to(state.wkv.device) for part in (window.tokens, window.targets, window.starts))
+    for number, segment in enumerate(cut_window(*parts, segment_tokens)):
+        hidden, state = model(segment.tokens, state, segment.starts)
+        finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
+        losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
+        for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
+            if not all(lanes):
+                return (number, layer), lanes
+    return None, [True] * state.batch_size
 
 
 def _failure(place: str, window: Window, finite_lanes: list[bool]) -> Failure:

@@ -94,7 +94,7 @@ def train_steps(run: Run) -> bool:
             loss, run.carry = gradients_of_step(run, window)
             norm = engine.clip(config.optimizer.clip_norm)
             if not (loss.isfinite() and norm.isfinite()):
-                where = find_failure(run.model, loss, window, came_in, config.window.segment_tokens)
+                where = find_failure(run.model, window, came_in, config.window)
                 raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
             engine.step()
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
