@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
+from infctx.model.stored_names import block_names
 
 NAMINGS = ("official", "huggingface", "fla")
 """Whose names the tensors of a file can have."""
@@ -164,6 +165,10 @@ def _layer(*modules: tuple[str, str, _Layout]) -> list[_Row]:
     return rows
 
 
+def _official(version: int) -> list[_Row]:
+    return [(name, (name,), _SAME) for name in block_names(version, first=True).values()]
+
+
 def _renamed(names: str, words: Mapping[str, str]) -> list[_Row]:
     """The tensors of one layer that are ours but for words in their names; official names, in the order of theirs."""
     return _layer(
@@ -182,25 +187,14 @@ _MODULES = {
 }
 
 _LAYERS = {
-    ("official", 5): _renamed(
-        "ln1 ln2 ln0 att.time_mix_k att.time_mix_v att.time_mix_r att.time_mix_g att.time_decay att.time_faaaa "
-        "att.receptance att.key att.value att.output att.gate att.ln_x "
-        "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value",
-        {},
-    ),
+    ("official", 5): _official(5),
     ("huggingface", 5): _renamed(
         "ln0 ln1 ln2 att.time_decay att.time_faaaa att.time_mix_g att.time_mix_k att.time_mix_v att.time_mix_r "
         "att.key att.value att.receptance att.gate att.output att.ln_x "
         "ffn.time_mix_k ffn.time_mix_r ffn.key ffn.receptance ffn.value",
         _HUGGINGFACE,
     ),
-    ("official", 6): _renamed(
-        "ln1 ln2 ln0 att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
-        "att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2 att.time_faaaa "
-        "att.receptance att.key att.value att.output att.gate att.ln_x "
-        "ffn.time_maa_k ffn.time_maa_r ffn.key ffn.receptance ffn.value",
-        {},
-    ),
+    ("official", 6): _official(6),
     ("huggingface", 6): _renamed(
         "ln0 ln1 ln2 att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g "
         "att.time_maa_w1 att.time_maa_w2 att.time_decay att.time_decay_w1 att.time_decay_w2 att.time_faaaa "

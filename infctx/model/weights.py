@@ -1,4 +1,4 @@
-"""Models on disk, the only file that knows RWKV's stored names: `.pth` or `.safetensors` in and out."""
+"""Models on disk: `.pth` or `.safetensors` in and out, under the official names (`stored_names`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from infctx.model.other_names import naming_of, to_official
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes, make_sizes, published_sizes
 from infctx.model.state import state_dtype
+from infctx.model.stored_names import stored_names
 from infctx.model.tensor_file import narrow, read_shapes, read_tensors, weight_files, write_tensors
 
 Shape = tuple[int, ...]
@@ -120,44 +121,6 @@ def stored_tensors(model: RWKV) -> dict[str, Tensor]:
         for layer, wkv in enumerate(state.wkv[:, 0].cpu()):
             tensors[state_name(layer)] = wkv.mT.contiguous()
     return tensors
-
-
-def stored_names(sizes: Sizes) -> dict[str, str]:
-    """Our parameter name -> official name of every weight, in the official order; the initial state is apart."""
-    names = {"embedding.weight": "emb.weight"}
-    for layer in range(sizes.num_layers):
-        for ours, stored in _block_names(sizes.version, first=layer == 0).items():
-            ours = ours if ours.startswith("embedding_norm") else f"blocks.{layer}.{ours}"
-            names[ours] = f"blocks.{layer}.{stored}"
-    return names | {
-        "output_norm.weight": "ln_out.weight",
-        "output_norm.bias": "ln_out.bias",
-        "head.weight": "head.weight",
-    }
-
-
-def _block_names(version: int, first: bool) -> dict[str, str]:
-    norms = {"time_norm": "ln1", "channel_norm": "ln2"} | ({"embedding_norm": "ln0"} if first else {})
-    kind = "time_mix" if version == 5 else "time_maa"
-    letters = {"key": "k", "value": "v", "receptance": "r", "gate": "g"}
-    if version == 6:
-        letters = {"inner": "x", "decay": "w"} | letters
-    mixing = {f"mix_{word}": f"{kind}_{letter}" for word, letter in letters.items()}
-    if version == 6:
-        mixing |= {"mix_down": "time_maa_w1", "mix_up": "time_maa_w2"}
-    mixing["decay"] = "time_decay"
-    if version == 6:
-        mixing |= {"decay_down": "time_decay_w1", "decay_up": "time_decay_w2"}
-    matrices = ("receptance", "key", "value", "output", "gate")
-    return (
-        {f"{ours}.{part}": f"{stored}.{part}" for ours, stored in norms.items() for part in ("weight", "bias")}
-        | {f"time_mix.mixing.{ours}": f"att.{stored}" for ours, stored in mixing.items()}
-        | {"time_mix.bonus": "att.time_faaaa"}
-        | {f"time_mix.{matrix}.weight": f"att.{matrix}.weight" for matrix in matrices}
-        | {f"time_mix.head_norm.{part}": f"att.ln_x.{part}" for part in ("weight", "bias")}
-        | {"channel_mix.mix_key": f"ffn.{kind}_k", "channel_mix.mix_receptance": f"ffn.{kind}_r"}
-        | {f"channel_mix.{matrix}.weight": f"ffn.{matrix}.weight" for matrix in ("key", "receptance", "value")}
-    )
 
 
 def state_name(layer: int) -> str:

@@ -23,7 +23,7 @@ from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, state_dtype
-from infctx.model.state_file import save_state
+from infctx.model.state_file import STATE_FILE, save_state
 from infctx.model.weights import fingerprint
 from infctx.train.checkpoint import TUNED_OVER
 from infctx.train.evaluate import evaluate_store, format_comparison
@@ -100,7 +100,7 @@ def finish_tuning(config: Config, model: RWKV, checkpoint: Path | None) -> None:
 def write_states(model: RWKV, folder: Path) -> list[Path]:
     """state.safetensors, .st and .pth in a run's folder, those that can hold the state; says why not."""
     state, written = model.learned_state(), []
-    for name in ("state.safetensors", "state.st", "state.pth"):
+    for name in (STATE_FILE, "state.st", "state.pth"):
         path = folder / name
         try:
             save_state(state, path, metadata={TUNED_OVER: model.weights_fingerprint})

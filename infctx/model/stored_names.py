@@ -1,0 +1,44 @@
+"""RWKV's official names of weights, and ours: the one place that has both."""
+
+from __future__ import annotations
+
+from infctx.model.sizes import Sizes
+
+
+def stored_names(sizes: Sizes) -> dict[str, str]:
+    """Our parameter name -> official name of every weight, in the official order; the initial state is apart."""
+    names = {"embedding.weight": "emb.weight"}
+    for layer in range(sizes.num_layers):
+        for ours, stored in block_names(sizes.version, first=layer == 0).items():
+            ours = ours if ours.startswith("embedding_norm") else f"blocks.{layer}.{ours}"
+            names[ours] = f"blocks.{layer}.{stored}"
+    return names | {
+        "output_norm.weight": "ln_out.weight",
+        "output_norm.bias": "ln_out.bias",
+        "head.weight": "head.weight",
+    }
+
+
+def block_names(version: int, first: bool) -> dict[str, str]:
+    """The same for one block, without `blocks.N.`; the first has the norm of the embedding, too."""
+    norms = {"time_norm": "ln1", "channel_norm": "ln2"} | ({"embedding_norm": "ln0"} if first else {})
+    kind = "time_mix" if version == 5 else "time_maa"
+    letters = {"key": "k", "value": "v", "receptance": "r", "gate": "g"}
+    if version == 6:
+        letters = {"inner": "x", "decay": "w"} | letters
+    mixing = {f"mix_{word}": f"{kind}_{letter}" for word, letter in letters.items()}
+    if version == 6:
+        mixing |= {"mix_down": "time_maa_w1", "mix_up": "time_maa_w2"}
+    mixing["decay"] = "time_decay"
+    if version == 6:
+        mixing |= {"decay_down": "time_decay_w1", "decay_up": "time_decay_w2"}
+    matrices = ("receptance", "key", "value", "output", "gate")
+    return (
+        {f"{ours}.{part}": f"{stored}.{part}" for ours, stored in norms.items() for part in ("weight", "bias")}
+        | {f"time_mix.mixing.{ours}": f"att.{stored}" for ours, stored in mixing.items()}
+        | {"time_mix.bonus": "att.time_faaaa"}
+        | {f"time_mix.{matrix}.weight": f"att.{matrix}.weight" for matrix in matrices}
+        | {f"time_mix.head_norm.{part}": f"att.ln_x.{part}" for part in ("weight", "bias")}
+        | {"channel_mix.mix_key": f"ffn.{kind}_k", "channel_mix.mix_receptance": f"ffn.{kind}_r"}
+        | {f"channel_mix.{matrix}.weight": f"ffn.{matrix}.weight" for matrix in ("key", "receptance", "value")}
+    )
