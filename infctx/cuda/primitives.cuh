@@ -52,6 +52,15 @@ INFCTX_DEVICE void sync_block(INFCTX_PLACE) {
 #endif
 }
 
+// The same barrier where warps have roles: each may stand at another line, but all lanes of a warp at one.
+INFCTX_DEVICE void sync_roles(INFCTX_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::sync_roles({file, line});
+#else
+    asm volatile("bar.sync 0;" ::: "memory");
+#endif
+}
+
 // The same for the lanes of a warp: between lanes too, what one wrote to memory is seen by another only after this.
 INFCTX_DEVICE void sync_warp(INFCTX_PLACE) {
 #ifdef INFCTX_EMULATOR
@@ -131,6 +140,14 @@ INFCTX_DEVICE float exp2_approximate(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 #endif
+}
+
+// x, of which the compiler knows nothing more: what follows from it is not computed ahead of a loop and kept.
+INFCTX_DEVICE int32 opaque(int32 x) {
+#ifndef INFCTX_EMULATOR
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 // ---- memory, several elements at once ----

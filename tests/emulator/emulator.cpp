@@ -27,6 +27,9 @@ constexpr size_t most_shared = 99 * 1024;  // dynamic shared memory of a block t
 constexpr size_t stack_bytes = 256 * 1024;
 constexpr size_t page_bytes = 64 * 1024;  // a multiple of every page size in use
 
+const char* const block_barrier = "sync_block";
+const char* const roles_barrier = "sync_roles";
+
 enum class State { ready, at_barrier, at_primitive, exited };
 enum class Order { forward, reverse, random };
 
@@ -231,12 +234,17 @@ bool run_warp(size_t first, std::vector<size_t>& lanes) {
     return went_on;
 }
 
-// Opens the barrier if all threads are at the same one; false if all have ended.
+// Opens the barrier if all threads are at the same one, that of roles being the same wherever a whole warp meets it;
+// false if all have ended.
 bool open_barrier() {
     const Thread& one = *launch.threads[0];
     const auto end = launch.threads.begin() + launch.num_threads;
+    const bool any_place = one.state == State::at_barrier && one.primitive == roles_barrier;
     const bool same = std::all_of(launch.threads.begin(), end, [&](const auto& thread) {
-        return thread->state == one.state && (one.state == State::exited || same_place(thread->place, one.place));
+        if (thread->state != one.state || one.state == State::exited) return thread->state == one.state;
+        const size_t in_warp = (&thread - &launch.threads[0]) / warp_size * warp_size;
+        const Place place = any_place ? launch.threads[in_warp]->place : one.place;
+        return thread->primitive == one.primitive && same_place(thread->place, place);
     });
     if (!same || one.state == State::at_primitive) report_divergence();
     if (one.state == State::exited) return false;
@@ -308,7 +316,8 @@ void wait_at(State state, const char* primitive, Operation operation, Place plac
 
 }  // namespace
 
-void sync_block(Place place) { wait_at(State::at_barrier, "sync_block", nullptr, place); }
+void sync_block(Place place) { wait_at(State::at_barrier, block_barrier, nullptr, place); }
+void sync_roles(Place place) { wait_at(State::at_barrier, roles_barrier, nullptr, place); }
 
 void meet_warp(const char* name, Operation operation, Place place) {
     wait_at(State::at_primitive, name, operation, place);

@@ -46,6 +46,7 @@ struct Place {
 };
 
 void sync_block(Place place);
+void sync_roles(Place place);
 void sync_warp(Place place);
 
 unsigned float_bits(float x);

@@ -1,0 +1,284 @@
+// All gradients of WKV, for one size of heads and one type of inputs: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
+// README.md has the derivation; wkv_cuda.py the shapes and the order of the launches.
+
+#include "wkv_gradients.cuh"
+#include "wkv_products.cuh"
+#include "wkv_reader.cuh"
+#include "wkv_spans.cuh"
+
+extern "C" __global__ void __launch_bounds__(span_threads)
+wkv_sum_span_gradients(const Input* r, const Input* dy, const float* w, const uint8* starts, float* sums,
+                       float* decays, int64 num_batches, int64 num_tokens, int64 num_heads, int64 head_size,
+                       int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token, int64 w_head) {
+    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const SpanInput input = {r, dy, w, w_batch, w_token, w_head, starts, nullptr, 0};
+    sum_span<true>(problem, input, sums, decays, 1, num_spans - 1);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+wkv_join_span_gradients(const float* dfinal, const float* sums, const float* decays, float* gradients, int64 rows,
+                        int64 spans, int64 head_size) {
+    join_spans<true>(dfinal, sums, decays, gradients, rows, spans, head_size);
+}
+
+// Warps have two roles: half of them own key channels, the other half value channels.
+constexpr int32 backward_threads = 2 * span_threads;
+constexpr int32 stored_states = tile_chunks / 2;
+constexpr int32 state_floats = num_channels * num_channels;
+
+struct Shared {
+    Input *v, *dy;  // of the tile
+    float* states;  // before every second chunk of the tile, as their lanes left them
+    float *staged, *levels, *bonuses, *scores, *dscores;
+};
+
+INFCTX_DEVICE Shared find_shared(unsigned char* start) {
+    Shared shared;
+    shared.v = reinterpret_cast<Input*>(start);
+    shared.dy = shared.v + tile_chunks * chunk_values;
+    shared.states = reinterpret_cast<float*>(shared.dy + tile_chunks * chunk_values);
+    shared.staged = shared.states + stored_states * state_floats;
+    shared.levels = shared.staged + 2 * staged_floats;
+    shared.bonuses = shared.levels + level_floats;
+    shared.scores = shared.bonuses + bonus_floats;
+    shared.dscores = shared.scores + chunk_scores;
+    return shared;
+}
+
+// To where no other lane reads, and back.
+INFCTX_DEVICE float* own_state(const Shared& shared, int32 which, int32 slab) {
+    return shared.states + which * state_floats + (slab * 32 * num_columns + lane_index()) * 4;
+}
+INFCTX_DEVICE void put_state(float* to, const KeySlab& state) {
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) {
+        const float* x = state.x[n].x;
+        store_packet<16>(to + n * 128, Packet<16>{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}});
+    }
+}
+INFCTX_DEVICE void take_state(KeySlab& state, const float* from) {
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) {
+        const Packet<16> packet = load_packet<16>(from + n * 128);
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) state.x[n].x[i] = bits_float(packet.x[i]);
+    }
+}
+
+INFCTX_DEVICE void add_to_matrix(float* matrix, int64 row_size, int32 slab, const KeySlab& more) {
+    KeySlab sum;
+    sum.load(matrix, row_size, slab);
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) {
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) sum.x[n].x[i] += more.x[n].x[i];
+    }
+    sum.store(matrix, row_size, slab);
+}
+
+struct BackwardInput {
+    const Input *r, *k, *v, *dy;
+    const float *w, *u;
+    const float* gradients;  // of the state behind each span
+    const uint8* starts;
+    const float* initial;
+    const float* kept;  // the state before each tile
+    int64 w_batch, w_token, w_head, initial_batch;
+};
+
+struct BackwardOutput {
+    Output *dr, *dk, *dv;
+    float *dw, *du, *dstate, *dinitial;
+};
+
+// What both roles know of their span.
+struct Span {
+    const Problem& problem;
+    const BackwardInput& input;
+    Place place;
+    Shared shared;
+    Starts begins;
+    int32 num_chunks, slab;
+
+    INFCTX_DEVICE int32 last_tile() const { return (num_chunks - 1) / tile_chunks * tile_chunks; }
+    INFCTX_DEVICE int32 chunks_from(int32 first) const {
+        return num_chunks - first < tile_chunks ? num_chunks - first : tile_chunks;
+    }
+    INFCTX_DEVICE const float* entering() const {
+        return find_matrix(input.gradients, place.row * problem.num_spans + place.span, problem, place);
+    }
+    INFCTX_DEVICE const Input* v_of(int32 chunk) const { return shared.v + chunk * chunk_values; }
+    INFCTX_DEVICE const Input* dy_of(int32 chunk) const { return shared.dy + chunk * chunk_values; }
+};
+
+// v and dy of a tile, by both roles together: the one before is done with, and then this one is there.
+INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
+    const auto v_rows = find_rows(span.input.v, span.problem, span.place, span.place.first_value);
+    const auto dy_rows = find_rows(span.input.dy, span.problem, span.place, span.place.first_value);
+    const int32 token = span.place.token_at(first), end = span.place.end_token;
+    sync_roles();
+    start_copy(span.shared.v, v_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
+    start_copy(span.shared.dy, dy_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_roles();
+}
+
+// Reads with the state's gradient, which is dv.
+INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
+    const Place& place = span.place;
+    const auto dv_rows = find_parts(output.dv, span.problem, place, place.first_value, place.first_key / num_channels);
+    const Shared& shared = span.shared;
+    Reader<true> reader;
+    reader.load(span.entering(), span.problem.head_size, span.slab);
+    for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
+        fetch_tile(span, first);
+        const int32 chunks = span.chunks_from(first);
+        for (int32 chunk = span.slab; chunk < chunks; chunk += num_slabs) {
+            find_dscores(shared.dscores + chunk * chunk_scores, span.dy_of(chunk), span.v_of(chunk));
+        }
+        for (int32 chunk = chunks - 1; chunk >= 0; --chunk) {
+            sync_roles();
+            find_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab);
+            sync_roles();
+            SumFragment results[2];
+            reader.advance(results, find_staged(shared.staged + chunk % 2 * staged_floats), shared.scores, span.dy_of(chunk), span.slab);
+            store_tokens(dv_rows, span.slab, span.place.token_at(first + chunk), place.end_token, results);
+            if (span.begins.at(first + chunk)) reader.clear();
+        }
+    }
+}
+
+// The state within a tile, walked again from what was kept of it.
+struct StateWalk {
+    const Span& span;
+    Rows<const Input> k_rows;
+    Rows<const float> w_rows;
+    KeySlab state;
+
+    INFCTX_DEVICE void start_tile(int32 first) {
+        const int64 tile = span.place.row * span.problem.num_tiles() + span.place.token_at(first) / tile_tokens;
+        state.load(find_matrix(span.input.kept, tile, span.problem, span.place), span.problem.head_size, span.slab);
+    }
+
+    INFCTX_DEVICE void begin_document(int32 chunk) {
+        if (!span.begins.at(chunk)) return;
+        state.clear();
+        if (span.input.initial != nullptr) {
+            const int64 index = span.place.batch * span.input.initial_batch + span.place.head;
+            const float* initial = find_matrix(span.input.initial, index, span.problem, span.place);
+            state.load(initial, span.problem.head_size, span.slab);
+        }
+    }
+
+    INFCTX_DEVICE void pass(int32 first, int32 chunk) {
+        const int32 token = span.place.token_at(first + chunk);
+        const Own k = to_own(load_own(k_rows, span.slab, token, span.place.end_token));
+        const Decays decays = find_decays(to_own(load_own(w_rows, span.slab, token, span.place.end_token)));
+        state.scale(decays.whole);
+        state.add(until_end(k, decays), span.v_of(chunk));
+    }
+};
+
+// Stages chunks for the other role, walks the state again within a tile, and finds the gradients of r, k, w and u.
+INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
+    const Problem& problem = span.problem;
+    const Place& place = span.place;
+    const BackwardInput& input = span.input;
+    const Shared& shared = span.shared;
+    const int32 slab = span.slab;
+    const auto r_rows = find_rows(input.r, problem, place, place.first_key);
+    const int64 part = place.first_value / num_channels;
+    const auto dr_rows = find_parts(output.dr, problem, place, place.first_key, part);
+    const auto dk_rows = find_parts(output.dk, problem, place, place.first_key, part);
+    const auto dw_rows = find_parts(output.dw, problem, place, place.first_key, part);
+    const float* u_pair = input.u + place.head * problem.head_size + place.first_key + own_channel(slab);
+    const float u[2] = {u_pair[0], u_pair[1]};
+
+    StateWalk walk = {span, find_rows(input.k, problem, place, place.first_key),
+                      find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place)};
+    KeySlab gradient;
+    gradient.load(span.entering(), problem.head_size, slab);
+    Gradients d;
+    d.u[0] = 0.0f, d.u[1] = 0.0f;
+    for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
+        const int32 chunks = span.chunks_from(first), last_pair = (chunks - 1) / 2 * 2;
+        walk.start_tile(first);
+        fetch_tile(span, first);
+#pragma unroll 1
+        for (int32 chunk = 0; chunk <= last_pair; ++chunk) {
+            walk.begin_document(first + chunk);
+            if (chunk % 2 == 0) put_state(own_state(shared, chunk / 2, slab), walk.state);
+            if (chunk < last_pair) walk.pass(first, chunk);
+        }
+#pragma unroll 1
+        for (int32 chunk = chunks - 1; chunk >= 0; --chunk) {
+            const int32 token = span.place.token_at(first + chunk), end = place.end_token;
+            take_state(walk.state, own_state(shared, chunk / 2, slab));
+            if (chunk % 2 == 1) {
+                walk.pass(first, chunk - 1);
+                walk.begin_document(first + chunk);
+            }
+            const auto loaded_r = load_own(r_rows, slab, token, end);
+            const auto loaded_k = load_own(walk.k_rows, slab, token, end);
+            const auto loaded_w = load_own(walk.w_rows, slab, token, end);
+            read_outside(d, walk.state, gradient, span.dy_of(chunk), span.v_of(chunk));
+            const Own r = to_own(loaded_r), k = to_own(loaded_k);
+            const Decays decays = find_decays(to_own(loaded_w));
+            stage_chunk(find_staged(shared.staged + chunk % 2 * staged_floats), shared.levels, shared.bonuses, slab,
+                        until_end(k, decays), since_start(r, decays), r, k, decays, u);
+            sync_roles();
+            gradient.scale(decays.whole);
+            gradient.add(since_start(r, decays), span.dy_of(chunk));
+            scale_outside(d, r, k, decays);
+            sync_roles();
+            find_inner_gradients(d, shared.dscores + chunk * chunk_scores, r, k, decays, u);
+            store_tokens(dr_rows, slab, token, end, d.r);
+            store_tokens(dk_rows, slab, token, end, d.k);
+            store_tokens(dw_rows, slab, token, end, d.w);
+            if (span.begins.at(first + chunk)) {
+                if (output.dinitial != nullptr) {
+                    const int64 index = place.row * problem.num_spans + place.span;
+                    add_to_matrix(find_matrix(output.dinitial, index, problem, place), problem.head_size, slab, gradient);
+                }
+                gradient.clear();
+            }
+        }
+    }
+    if (place.span == 0) {
+        gradient.store(find_matrix(output.dstate, place.row, problem, place), problem.head_size, slab);
+    }
+#pragma unroll
+    for (int32 channel = 0; channel < 2; ++channel) {
+        d.u[channel] += shuffle_xor(d.u[channel], 1);
+        d.u[channel] += shuffle_xor(d.u[channel], 2);
+    }
+    if (lane_place() == 0) {  // (pieces, B, spans, H, N), to be added up
+        const int64 index = (part * problem.num_batches + place.batch) * problem.num_spans + place.span;
+        float* to = output.du + (index * problem.num_heads + place.head) * problem.head_size + place.first_key;
+        store_pair(to + own_channel(slab), d.u[0], d.u[1]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(backward_threads)
+wkv_backward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const Input* dy,
+             const float* gradients, const uint8* starts, const float* initial, const float* kept, Output* dr, Output* dk,
+             Output* dv, float* dw, float* du, float* dstate, float* dinitial, int64 num_batches, int64 num_tokens,
+             int64 num_heads, int64 head_size, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
+             int64 w_head, int64 initial_batch) {
+    DYNAMIC_SHARED(shared_bytes);
+    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const BackwardInput input = {r, k, v, dy, w, u, gradients, starts, initial, kept,
+                                 w_batch, w_token, w_head, initial_batch};
+    const BackwardOutput output = {dr, dk, dv, dw, du, dstate, dinitial};
+    const Place place = find_place(problem, 0, num_spans);
+    const Shared shared = find_shared(shared_bytes);
+    const Starts begins = find_starts(starts, problem, place);
+    const Span span = {problem, input, place, shared, begins, place.num_chunks(), warp_index() % num_slabs};
+    for (int32 i = threadIdx.x; i < chunk_scores; i += backward_threads) shared.scores[i] = 0.0f;
+    if (warp_index() < num_slabs) {
+        run_keys(span, output);
+    } else {
+        run_values(span, output);
+    }
+}

@@ -1,0 +1,160 @@
+// The gradients of r, k, w and u: what stays within a key channel.
+//
+// The gradient of a log decay is the sum over all paths that cross it, from what wrote to what read.  Paths are told
+// apart by where they come from and go to, as in the forward: through the whole chunk, from the state, to the next
+// state, or across the border of one block at one level.  All are added up and none is taken off, so a small gradient
+// is as exact as a large one.
+
+#pragma once
+
+#include "wkv_products.cuh"
+
+// dscores (chunk_tokens, score_pitch): dy of one token times v of the other, at both places; by one warp.
+INFCTX_DEVICE void find_dscores(float* dscores, const Input* dy, const Input* v) {
+    SumFragment sums[2] = {};
+#pragma unroll
+    for (int32 n = 0; n < num_columns; n += 2) {
+        const InputBlock reading = load_by_channels(dy, 8 * n), writing = load_by_channels(v, 8 * n);
+#pragma unroll
+        for (int32 half = 0; half < 2; ++half) {
+            const auto left = make_left<of_inputs>(reading.x[0][half][0], reading.x[1][half][0],
+                                                   reading.x[0][half][1], reading.x[1][half][1]);
+#pragma unroll
+            for (int32 group = 0; group < 2; ++group) {
+                const float* two = writing.x[group][half];
+                multiply(sums[group], left, make_right<of_inputs>(two[0], two[1]));
+            }
+        }
+    }
+#pragma unroll
+    for (int32 group = 0; group < 2; ++group) {
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) {
+            const int32 reader = lane_group() + i / 2 * 8, writer = 8 * group + 2 * lane_place() + i % 2;
+            if (reader >= writer) {
+                dscores[reader * score_pitch + writer] = sums[group].x[i];
+                dscores[writer * score_pitch + reader] = sums[group].x[i];
+            }
+        }
+    }
+}
+
+struct Gradients {
+    Own r, k, w;
+    float u[2];  // adds up over chunks
+    // Paths, by the token that reads and by the one that wrote, as far as they leave the tokens looked at.
+    Own reads, writes;
+};
+
+// The gradient of the decays of one half of a block of 2 half tokens: what the other half wrote for later tokens, or
+// reads from earlier ones, passes over all of them.
+template <int32 half>
+INFCTX_DEVICE void cross_halves(Gradients& d) {
+    float sums[2][2];
+    FOR_EACH_PAIR(channel, group) {
+        const float *reads = d.reads.x[channel][group], *writes = d.writes.x[channel][group];
+        if (half == 1) {
+            d.w.x[channel][group][0] += reads[1];
+            d.w.x[channel][group][1] += writes[0];
+        } else {
+            float sum = is_left<half>(group, 0) ? writes[0] + writes[1] : reads[0] + reads[1];
+            if (half >= 4) sum += shuffle_xor(sum, 1);
+            if (half == 8) sum += shuffle_xor(sum, 2);
+            sums[channel][group] = half == 8 ? sum : shuffle_xor(sum, half / 2);
+        }
+    }
+    if (half == 1) return;
+    FOR_EACH_OWN(channel, group, which) d.w.x[channel][group][which] += sums[channel][half == 8 ? 1 - group : group];
+}
+
+// From outside of the chunk: `state` before it, `gradient` of the state behind it.  What this leaves is not scaled yet.
+INFCTX_DEVICE void read_outside(Gradients& d, const KeySlab& state, const KeySlab& gradient, const Input* dy,
+                                const Input* v) {
+    d.r = state.read(dy);
+    d.k = gradient.read(v);
+#pragma unroll
+    for (int32 channel = 0; channel < 2; ++channel) {
+        float through = 0.0f;  // paths through the whole chunk
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+            through += state.x[n].x[2 * channel] * gradient.x[n].x[2 * channel];
+            through += state.x[n].x[2 * channel + 1] * gradient.x[n].x[2 * channel + 1];
+        }
+        through += shuffle_xor(through, 1);
+        through += shuffle_xor(through, 2);
+        d.w.x[channel][0][0] = through;
+    }
+}
+
+INFCTX_DEVICE void scale_outside(Gradients& d, const Own& r, const Own& k, const Decays& decays) {
+    FOR_EACH_OWN(channel, group, which) {
+        d.r.x[channel][group][which] *= decays.since(channel, group, which);
+        d.k.x[channel][group][which] *= decays.until(channel, group, which);
+        d.reads.x[channel][group][which] = r.x[channel][group][which] * d.r.x[channel][group][which];
+        d.writes.x[channel][group][which] = k.x[channel][group][which] * d.k.x[channel][group][which];
+    }
+#pragma unroll
+    for (int32 channel = 0; channel < 2; ++channel) {
+        const float through = d.w.x[channel][0][0] * decays.whole[channel];
+        FOR_EACH_TOKEN(group, which) d.w.x[channel][group][which] = through;
+    }
+    cross_halves<8>(d);
+}
+
+// The dscores between the tokens of `group`, in columns, and those that they meet at this level, in rows.
+template <int32 half>
+INFCTX_DEVICE Right<of_states> load_dscores(const float* dscores, int32 group) {
+    const int32 row = lane_group(), column = 2 * lane_place();
+    const int32 others = half == 8 ? 1 - group : group;
+    auto right = load_right<of_states>(dscores + (8 * group + row) * score_pitch + 8 * others + column);
+    if (half == 8) return right;
+#pragma unroll
+    for (int32 i = 0; i < 2; ++i) {
+        const bool meet = (row ^ (column + i)) / half == 1;
+        right.large.x[i] = meet ? right.large.x[i] : 0u;
+        right.small.x[i] = meet ? right.small.x[i] : 0u;
+    }
+    return right;
+}
+
+// Adds what meets in the middle of blocks of 2 half tokens.
+template <int32 half>
+INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r, const Own& k,
+                               const Decays& decays) {
+    const Own met = meet_at<half>(r, k, decays);
+    SumFragment sums[2] = {};
+#pragma unroll
+    for (int32 group = 0; group < 2; ++group) {
+        const auto others = left_of<of_states>(met, half == 8 ? 1 - group : group);
+        multiply(sums[group], others, load_dscores<half>(dscores, group));
+    }
+    FOR_EACH_OWN(channel, group, which) {
+        const float sum = sums[group].x[2 * channel + which];
+        const float gradient = sum * level_factor<half>(decays, channel, group, which);
+        const float path = sum * met.x[channel][group][which];
+        const bool left = is_left<half>(group, which);
+        d.k.x[channel][group][which] += left ? gradient : 0.0f;
+        d.r.x[channel][group][which] += left ? 0.0f : gradient;
+        d.writes.x[channel][group][which] += left ? path : 0.0f;
+        d.reads.x[channel][group][which] += left ? 0.0f : path;
+    }
+}
+
+// From inside of the chunk, after which d is whole.
+INFCTX_DEVICE void find_inner_gradients(Gradients& d, const float* dscores, const Own& r, const Own& k,
+                                        const Decays& decays, const float (&u)[2]) {
+    meet_halves<8>(d, dscores, r, k, decays);
+    cross_halves<4>(d);
+    meet_halves<4>(d, dscores, r, k, decays);
+    cross_halves<2>(d);
+    meet_halves<2>(d, dscores, r, k, decays);
+    cross_halves<1>(d);
+    meet_halves<1>(d, dscores, r, k, decays);
+    FOR_EACH_OWN(channel, group, which) {
+        const float bonus = dscores[own_token(group, which) * (score_pitch + 1)];
+        const float r_one = r.x[channel][group][which], k_one = k.x[channel][group][which];
+        d.r.x[channel][group][which] += bonus * u[channel] * k_one;
+        d.k.x[channel][group][which] += bonus * u[channel] * r_one;
+        d.u[channel] += bonus * r_one * k_one;
+    }
+}

@@ -1,0 +1,214 @@
+// Products of small matrices on tensor cores, to the precision that each deserves.
+//
+// A tf32 has 11 bits.  What came as bf16 is one exactly.  A float is the sum of two, `large` and `small`, to 22 bits:
+// products of these, without small times small, are as exact as fp32.  What is rounded to bf16 in the end needs but one.
+
+#pragma once
+
+#include "wkv_layout.cuh"
+
+enum Precision { exact, rounded, full };
+
+constexpr Precision of_inputs = sizeof(Input) == 2 ? exact : full;     // r k v dy as they came
+constexpr Precision of_outputs = sizeof(Input) == 2 ? rounded : full;  // for what leaves as Input
+constexpr Precision of_states = full;                                  // for states and what leaves as fp32
+
+struct Split {
+    uint32 large, small;
+};
+
+template <Precision precision>
+INFCTX_DEVICE Split split(float x) {
+    if (precision == exact) return {float_bits(x), 0};
+    if (precision == rounded) return {to_tf32(x), 0};
+    const uint32 large = float_bits(x) & 0xffffe000u;
+    return {large, to_tf32(x - bits_float(large))};
+}
+
+template <Precision precision>
+struct Left {
+    LeftFragment large, small;
+};
+
+template <Precision precision>
+struct Right {
+    RightFragment large, small;
+};
+
+// The lane's elements in the order of the fragment: (row, column) of (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4).
+template <Precision precision>
+INFCTX_DEVICE Left<precision> make_left(float a, float b, float c, float d) {
+    const float x[4] = {a, b, c, d};
+    Left<precision> left;
+#pragma unroll
+    for (int32 i = 0; i < 4; ++i) {
+        const Split parts = split<precision>(x[i]);
+        left.large.x[i] = parts.large;
+        left.small.x[i] = parts.small;
+    }
+    return left;
+}
+
+// (t, g), (t + 4, g).
+template <Precision precision>
+INFCTX_DEVICE Right<precision> make_right(float a, float b) {
+    const Split first = split<precision>(a), second = split<precision>(b);
+    return {{{first.large, second.large}}, {{first.small, second.small}}};
+}
+
+template <Precision left_precision, Precision right_precision>
+INFCTX_DEVICE void multiply(SumFragment& sum, const Left<left_precision>& left, const Right<right_precision>& right) {
+    if (left_precision == full) mma_tf32(sum, left.small, right.large);
+    if (right_precision == full) mma_tf32(sum, left.large, right.small);
+    mma_tf32(sum, left.large, right.large);
+}
+
+// ---- operands ----
+//
+// A product over 8 tokens or channels takes them in the order 0 2 4 6 1 3 5 7, on both sides: so the two that a lane
+// brings are neighbours, as they lie in memory and in results.
+
+// 16 channels by 8 tokens.
+template <Precision precision>
+INFCTX_DEVICE Left<precision> left_of(const Own& own, int32 group) {
+    return make_left<precision>(own.x[0][group][0], own.x[1][group][0], own.x[0][group][1], own.x[1][group][1]);
+}
+
+// 16 rows by 8 columns of a slab.
+template <Precision precision>
+INFCTX_DEVICE Left<precision> left_of(const SumFragment& columns) {
+    return make_left<precision>(columns.x[0], columns.x[2], columns.x[1], columns.x[3]);
+}
+
+// Operands that are inputs in shared memory, rows of tokens: all that a chunk and 16 channels give.
+struct InputBlock {
+    float x[2][2][2];  // group of 8 tokens, of 8 channels, and the two that are neighbours
+};
+
+// Tokens 2t and 2t + 1 of channel g: a product over tokens.
+INFCTX_DEVICE InputBlock load_by_tokens(const Input* rows, int32 first_channel) {
+    InputBlock block;
+#ifdef INPUT_FLOAT
+    FOR_EACH_TOKEN(group, which) {
+        const float* from = rows + (8 * group + 2 * lane_place() + which) * value_pitch + first_channel + lane_group();
+        block.x[group][0][which] = from[0];
+        block.x[group][1][which] = from[8];
+    }
+#else
+    uint32 x[4];
+    const int32 row = lane_index() % 16, column = lane_index() / 16 * 8;
+    ldmatrix_transposed(x, rows + row * value_pitch + first_channel + column);
+#pragma unroll
+    for (int32 i = 0; i < 4; ++i) {
+        block.x[i % 2][i / 2][0] = first_of(x[i]);
+        block.x[i % 2][i / 2][1] = second_of(x[i]);
+    }
+#endif
+    return block;
+}
+
+// Channels 2t and 2t + 1 of token g: a product over channels.
+INFCTX_DEVICE InputBlock load_by_channels(const Input* rows, int32 first_channel) {
+    InputBlock block;
+#ifdef INPUT_FLOAT
+#pragma unroll
+    for (int32 group = 0; group < 2; ++group) {
+        const float* from = rows + (8 * group + lane_group()) * value_pitch + first_channel + 2 * lane_place();
+        block.x[group][0][0] = from[0], block.x[group][0][1] = from[1];
+        block.x[group][1][0] = from[8], block.x[group][1][1] = from[9];
+    }
+#else
+    uint32 x[4];
+    const int32 row = lane_index() % 16, column = lane_index() / 16 * 8;
+    ldmatrix(x, rows + row * value_pitch + first_channel + column);
+#pragma unroll
+    for (int32 i = 0; i < 4; ++i) {
+        block.x[i % 2][i / 2][0] = first_of(x[i]);
+        block.x[i % 2][i / 2][1] = second_of(x[i]);
+    }
+#endif
+    return block;
+}
+
+// Two neighbours of fp32 in shared memory.
+template <Precision precision>
+INFCTX_DEVICE Right<precision> load_right(const float* two) {
+    const Packet<8> packet = load_packet<8>(two);
+    return make_right<precision>(bits_float(packet.x[0]), bits_float(packet.x[1]));
+}
+
+// ---- states of a warp ----
+
+// 16 keys by all values: row g is channel 2g of the slab, row g + 8 channel 2g + 1.
+struct KeySlab {
+    SumFragment x[num_columns];
+
+    INFCTX_DEVICE void clear() {
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) x[n] = {};
+    }
+
+    INFCTX_DEVICE void scale(const float (&factors)[2]) {
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+            x[n].x[0] *= factors[0], x[n].x[1] *= factors[0];
+            x[n].x[2] *= factors[1], x[n].x[3] *= factors[1];
+        }
+    }
+
+    INFCTX_DEVICE void load(const float* matrix, int64 row_size, int32 slab) {
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+            const float* from = matrix + own_channel(slab) * row_size + 8 * n + 2 * lane_place();
+            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + row_size);
+            x[n] = {bits_float(first.x[0]), bits_float(first.x[1]), bits_float(second.x[0]), bits_float(second.x[1])};
+        }
+    }
+
+    INFCTX_DEVICE void store(float* matrix, int64 row_size, int32 slab) const {
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+            float* to = matrix + own_channel(slab) * row_size + 8 * n + 2 * lane_place();
+            store_pair(to, x[n].x[0], x[n].x[1]);
+            store_pair(to + row_size, x[n].x[2], x[n].x[3]);
+        }
+    }
+
+    // this += keys values, summed over the tokens of a chunk.
+    INFCTX_DEVICE void add(const Own& keys, const Input* values) {
+        const Left<of_states> left[2] = {left_of<of_states>(keys, 0), left_of<of_states>(keys, 1)};
+#pragma unroll
+        for (int32 n = 0; n < num_columns; n += 2) {
+            const InputBlock block = load_by_tokens(values, 8 * n);
+#pragma unroll
+            for (int32 group = 0; group < 2; ++group) {
+#pragma unroll
+                for (int32 half = 0; half < 2; ++half) {
+                    const float* two = block.x[group][half];
+                    multiply(x[n + half], left[group], make_right<of_inputs>(two[0], two[1]));
+                }
+            }
+        }
+    }
+
+    // For each key and token, the sum over values of this times the token's values.
+    INFCTX_DEVICE Own read(const Input* values) const {
+        SumFragment sums[2] = {};
+#pragma unroll
+        for (int32 n = 0; n < num_columns; n += 2) {
+            const InputBlock block = load_by_channels(values, 8 * n);
+#pragma unroll
+            for (int32 half = 0; half < 2; ++half) {
+                const Left<of_states> left = left_of<of_states>(x[n + half]);
+#pragma unroll
+                for (int32 group = 0; group < 2; ++group) {
+                    const float* two = block.x[group][half];
+                    multiply(sums[group], left, make_right<of_inputs>(two[0], two[1]));
+                }
+            }
+        }
+        Own own;
+        FOR_EACH_OWN(channel, group, which) own.x[channel][group][which] = sums[group].x[2 * channel + which];
+        return own;
+    }
+};

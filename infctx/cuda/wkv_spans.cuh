@@ -1,0 +1,119 @@
+// Spans side by side: what each leaves of itself, then one pass over all of them, which says what each begins with.
+//
+// Forward a span takes the state S before it to  decays * S + sum, key by key; backward it takes the gradient G of the
+// state behind it to  decays * G + sum  in the same way.  One kernel serves both: k and v walking forward, r and dy
+// walking back.
+
+#pragma once
+
+#include "wkv_products.cuh"
+
+constexpr int32 span_stages = 4;  // chunks of values under way or in use
+constexpr int32 span_threads = 32 * num_slabs;
+
+struct SpanInput {
+    const Input *keys, *values;
+    const float* w;
+    int64 w_batch, w_token, w_head;
+    const uint8* starts;
+    const float* initial;
+    int64 initial_batch;
+};
+
+// The chunk in whose turn `step` is.
+template <bool backward>
+INFCTX_DEVICE int32 chunk_at(int32 step, int32 num_chunks) {
+    return backward ? num_chunks - 1 - step : step;
+}
+
+INFCTX_DEVICE Rows<const float> find_decay_rows(const float* w, int64 batch_stride, int64 token_stride,
+                                                int64 head_stride, const Place& place) {
+    return {w, place.batch * batch_stride + place.head * head_stride + place.first_key, token_stride};
+}
+
+// sums (B, H, spans, N, N) and decays (B, H, spans, N) of `spans` spans from `first_span` on, walking from zeros.
+template <bool backward>
+INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, float* sums, float* decays,
+                            int32 first_span, int32 spans) {
+    DYNAMIC_SHARED(shared);
+    Input* stages = reinterpret_cast<Input*>(shared);
+    const Place place = find_place(problem, first_span, spans);
+    const auto key_rows = find_rows(input.keys, problem, place, place.first_key);
+    const auto value_rows = find_rows(input.values, problem, place, place.first_value);
+    const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
+    const Starts starts = find_starts(input.starts, problem, place);
+    const float* initial =
+        find_matrix(input.initial, place.batch * input.initial_batch + place.head, problem, place);
+    const int32 num_chunks = place.num_chunks();
+    const int32 slab = warp_index();
+
+    const auto copy_values = [&](int32 step) {
+        if (step < num_chunks) {
+            start_copy(stages + step % span_stages * chunk_values, value_rows, chunk_tokens,
+                       place.token_at(chunk_at<backward>(step, num_chunks)), place.end_token,
+                       threadIdx.x, span_threads);
+        }
+        cp_async_commit();
+    };
+    const auto token_at = [&](int32 step) {
+        return place.token_at(chunk_at<backward>(step, num_chunks));
+    };
+
+    KeySlab state;
+    state.clear();
+    float log_decay[2] = {0.0f, 0.0f};
+    bool cut = false;
+    for (int32 step = 0; step < span_stages - 1; ++step) copy_values(step);
+    auto loaded_keys = load_own(key_rows, slab, token_at(0), place.end_token);
+    auto loaded_w = load_own(w_rows, slab, token_at(0), place.end_token);
+    for (int32 step = 0; step < num_chunks; ++step) {
+        const Own keys = to_own(loaded_keys);
+        const Decays chunk = find_decays(to_own(loaded_w));
+        if (step + 1 < num_chunks) {
+            loaded_keys = load_own(key_rows, slab, token_at(step + 1), place.end_token);
+            loaded_w = load_own(w_rows, slab, token_at(step + 1), place.end_token);
+        }
+        const bool begins = starts.at(chunk_at<backward>(step, num_chunks));
+        if (begins && !backward) {
+            if (initial != nullptr) state.load(initial, problem.head_size, slab); else state.clear();
+        }
+        cp_async_wait<span_stages - 2>();
+        sync_block();
+        copy_values(step + span_stages - 1);
+        state.scale(chunk.whole);
+        state.add(backward ? since_start(keys, chunk) : until_end(keys, chunk),
+                  stages + step % span_stages * chunk_values);
+        if (begins && backward) state.clear();
+        cut = cut || begins;
+        log_decay[0] += chunk.log_whole[0], log_decay[1] += chunk.log_whole[1];
+    }
+    cp_async_wait<0>();
+    const int64 index = static_cast<int64>(place.row) * spans + place.span - first_span;
+    state.store(find_matrix(sums, index, problem, place), problem.head_size, slab);
+    if (place.first_value == 0 && lane_place() == 0) {
+        float* to = decays + index * problem.head_size + place.first_key + own_channel(slab);
+        to[0] = cut ? 0.0f : decay_of(log_decay[0]);
+        to[1] = cut ? 0.0f : decay_of(log_decay[1]);
+    }
+}
+
+// One thread an element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside; or, from
+// the other end, backward.  outside (B, H, N, N), ends (B, H, spans + 1, N, N).
+template <bool backward>
+INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
+                              int64 rows, int64 spans, int64 head_size) {
+    const int64 size = head_size * head_size;
+    const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= rows * size) return;
+    const int64 row = index / size, element = index % size;
+    float value = outside[index];
+    ends += row * (spans + 1) * size + element;
+    sums += row * spans * size + element;
+    decays += row * spans * head_size + element / head_size;
+    for (int64 step = 0; step < spans; ++step) {
+        const int64 span = backward ? spans - 1 - step : step;
+        ends[(backward ? span + 1 : span) * size] = value;
+        value = decays[span * head_size] * value + sums[span * size];
+    }
+    ends[(backward ? 0 : spans) * size] = value;
+}
