@@ -142,10 +142,17 @@ INFCTX_DEVICE float exp2_approximate(float x) {
 #endif
 }
 
-// x, of which the compiler knows nothing more: what follows from it is not computed ahead of a loop and kept.
+// x, of which the compiler knows nothing more: what follows from it is computed where it is wanted, and not kept from
+// where it was wanted before.
 INFCTX_DEVICE int32 opaque(int32 x) {
 #ifndef INFCTX_EMULATOR
     asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+INFCTX_DEVICE float opaque(float x) {
+#ifndef INFCTX_EMULATOR
+    asm volatile("" : "+f"(x));
 #endif
     return x;
 }

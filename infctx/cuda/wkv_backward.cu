@@ -130,7 +130,7 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
     const auto dv_rows = find_parts(output.dv, span.problem, place, place.first_value, place.first_key / num_channels);
     const Shared& shared = span.shared;
     Reader<true> reader;
-    reader.load(span.entering(), span.problem.head_size, span.slab);
+    reader.load(span.entering(), span.problem.head_size(), span.slab);
     for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
         fetch_tile(span, first);
         const int32 chunks = span.chunks_from(first);
@@ -158,7 +158,7 @@ struct StateWalk {
 
     INFCTX_DEVICE void start_tile(int32 first) {
         const int64 tile = span.place.row * span.problem.num_tiles() + span.place.token_at(first) / tile_tokens;
-        state.load(find_matrix(span.input.kept, tile, span.problem, span.place), span.problem.head_size, span.slab);
+        state.load(find_matrix(span.input.kept, tile, span.problem, span.place), span.problem.head_size(), span.slab);
     }
 
     INFCTX_DEVICE void begin_document(int32 chunk) {
@@ -167,7 +167,7 @@ struct StateWalk {
         if (span.input.initial != nullptr) {
             const int64 index = span.place.batch * span.input.initial_batch + span.place.head;
             const float* initial = find_matrix(span.input.initial, index, span.problem, span.place);
-            state.load(initial, span.problem.head_size, span.slab);
+            state.load(initial, span.problem.head_size(), span.slab);
         }
     }
 
@@ -192,13 +192,12 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     const auto dr_rows = find_parts(output.dr, problem, place, place.first_key, part);
     const auto dk_rows = find_parts(output.dk, problem, place, place.first_key, part);
     const auto dw_rows = find_parts(output.dw, problem, place, place.first_key, part);
-    const float* u_pair = input.u + place.head * problem.head_size + place.first_key + own_channel(slab);
-    const float u[2] = {u_pair[0], u_pair[1]};
+    const float* u_pair = input.u + place.head * problem.head_size() + place.first_key + own_channel(slab);
 
     StateWalk walk = {span, find_rows(input.k, problem, place, place.first_key),
                       find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place)};
     KeySlab gradient;
-    gradient.load(span.entering(), problem.head_size, slab);
+    gradient.load(span.entering(), problem.head_size(), slab);
     Gradients d;
     d.u[0] = 0.0f, d.u[1] = 0.0f;
     for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
@@ -219,17 +218,20 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
                 walk.pass(first, chunk - 1);
                 walk.begin_document(first + chunk);
             }
-            const auto loaded_r = load_own(r_rows, slab, token, end);
-            const auto loaded_k = load_own(walk.k_rows, slab, token, end);
-            const auto loaded_w = load_own(walk.w_rows, slab, token, end);
             read_outside(d, walk.state, gradient, span.dy_of(chunk), span.v_of(chunk));
-            const Own r = to_own(loaded_r), k = to_own(loaded_k);
-            const Decays decays = find_decays(to_own(loaded_w));
-            stage_chunk(find_staged(shared.staged + chunk % 2 * staged_floats), shared.levels, shared.bonuses, slab,
-                        until_end(k, decays), since_start(r, decays), r, k, decays, u);
-            sync_roles();
+            Own r = to_own(load_own(r_rows, slab, token, end));
+            Decays decays = find_decays(to_own(load_own(walk.w_rows, slab, token, end)));
+            const Own readers = since_start(r, decays);
             gradient.scale(decays.whole);
-            gradient.add(since_start(r, decays), span.dy_of(chunk));
+            gradient.add(readers, span.dy_of(chunk));
+            Own k = to_own(load_own(walk.k_rows, slab, token, end));
+            const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load each time rather than two registers
+            stage_chunk(find_staged(shared.staged + chunk % 2 * staged_floats), shared.levels, shared.bonuses, slab,
+                        until_end(k, decays), readers, r, k, decays, u);
+            forget_products(r);  // computing them again takes less than keeping them
+            forget_products(k);
+            forget_products(decays);
+            sync_roles();
             scale_outside(d, r, k, decays);
             sync_roles();
             find_inner_gradients(d, shared.dscores + chunk * chunk_scores, r, k, decays, u);
@@ -239,14 +241,14 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             if (span.begins.at(first + chunk)) {
                 if (output.dinitial != nullptr) {
                     const int64 index = place.row * problem.num_spans + place.span;
-                    add_to_matrix(find_matrix(output.dinitial, index, problem, place), problem.head_size, slab, gradient);
+                    add_to_matrix(find_matrix(output.dinitial, index, problem, place), problem.head_size(), slab, gradient);
                 }
                 gradient.clear();
             }
         }
     }
     if (place.span == 0) {
-        gradient.store(find_matrix(output.dstate, place.row, problem, place), problem.head_size, slab);
+        gradient.store(find_matrix(output.dstate, place.row, problem, place), problem.head_size(), slab);
     }
 #pragma unroll
     for (int32 channel = 0; channel < 2; ++channel) {
@@ -255,7 +257,7 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     }
     if (lane_place() == 0) {  // (pieces, B, spans, H, N), to be added up
         const int64 index = (part * problem.num_batches + place.batch) * problem.num_spans + place.span;
-        float* to = output.du + (index * problem.num_heads + place.head) * problem.head_size + place.first_key;
+        float* to = output.du + (index * problem.num_heads + place.head) * problem.head_size() + place.first_key;
         store_pair(to + own_channel(slab), d.u[0], d.u[1]);
     }
 }

@@ -47,7 +47,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     const float* initial_state = find_matrix(initial, place.batch * initial_batch + place.head, problem, place);
     const int32 num_chunks = place.num_chunks();
     const int32 slab = warp_index();
-    const float* u_pair = u + place.head * head_size + place.first_key + own_channel(slab);
+    const float* u_pair = u + place.head * problem.head_size() + place.first_key + own_channel(slab);
     const float bonus[2] = {u_pair[0], u_pair[1]};
 
     const auto copy_values = [&](int32 chunk) {
@@ -61,7 +61,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
 
     for (int32 i = threadIdx.x; i < 2 * chunk_scores; i += span_threads) scores[i] = 0.0f;
     Reader<false> reader;
-    reader.load(find_matrix(states, place.row * num_spans + place.span, problem, place), head_size, slab);
+    reader.load(find_matrix(states, place.row * num_spans + place.span, problem, place), problem.head_size(), slab);
     auto loaded_r = load_own(r_rows, slab, place.token_at(0), place.end_token);
     auto loaded_k = load_own(k_rows, slab, place.token_at(0), place.end_token);
     auto loaded_w = load_own(w_rows, slab, place.token_at(0), place.end_token);
@@ -71,11 +71,11 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
         copy_values(chunk + 3);
         if (chunk >= 0) {
             if (begins.at(chunk)) {
-                if (initial_state != nullptr) reader.load(initial_state, head_size, slab); else reader.clear();
+                if (initial_state != nullptr) reader.load(initial_state, problem.head_size(), slab); else reader.clear();
             }
             if (kept != nullptr && chunk % tile_chunks == 0) {
                 const int64 tile = place.row * problem.num_tiles() + place.token_at(chunk) / tile_tokens;
-                reader.store(find_matrix(kept, tile, problem, place), head_size, slab);
+                reader.store(find_matrix(kept, tile, problem, place), problem.head_size(), slab);
             }
             SumFragment results[2];
             reader.advance(results, staged_at(chunk), scores + chunk % 2 * chunk_scores,
@@ -103,6 +103,6 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     }
     cp_async_wait<0>();
     if (place.span == num_spans - 1) {
-        reader.store(find_matrix(final, place.row, problem, place), head_size, slab);
+        reader.store(find_matrix(final, place.row, problem, place), problem.head_size(), slab);
     }
 }

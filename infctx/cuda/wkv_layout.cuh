@@ -20,6 +20,15 @@ typedef bf16 Input;
 constexpr int32 tile_chunks = 4;
 #endif
 
+// Where a head is cut into pieces, each leaves a part of the results by token (pieces, B, T, H, N) in fp32, to be added up.
+#ifdef HEAD_IN_PIECES
+constexpr bool in_pieces = true;
+typedef float Output;
+#else
+constexpr bool in_pieces = false;
+typedef Input Output;
+#endif
+
 constexpr int32 chunk_tokens = 16;
 constexpr int32 tile_tokens = tile_chunks * chunk_tokens;
 constexpr int32 num_channels = HEAD_SIZE;
@@ -44,9 +53,10 @@ INFCTX_DEVICE int32 lane_place() { return opaque(lane_index()) % 4; }
 
 // Tokens are (B, T, H, N) without gaps, states (B, H, N, N), N a multiple of num_channels.
 struct Problem {
-    int64 num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens;
+    int64 num_batches, num_tokens, num_heads, all_channels, num_spans, span_tokens;
 
-    INFCTX_DEVICE int32 pieces() const { return static_cast<int32>(head_size) / num_channels; }
+    INFCTX_DEVICE int64 head_size() const { return in_pieces ? all_channels : num_channels; }
+    INFCTX_DEVICE int32 pieces() const { return in_pieces ? static_cast<int32>(all_channels) / num_channels : 1; }
     INFCTX_DEVICE int64 num_chunks() const { return (num_tokens + chunk_tokens - 1) / chunk_tokens; }
     INFCTX_DEVICE int64 num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 };
@@ -67,9 +77,9 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     const int32 pieces = problem.pieces(), heads = static_cast<int32>(problem.num_heads);
     int32 index = static_cast<int32>(blockIdx.x);
     Place place;
-    place.first_value = index % pieces * num_channels;
+    place.first_value = in_pieces ? index % pieces * num_channels : 0;
     index /= pieces;
-    place.first_key = index % pieces * num_channels;
+    place.first_key = in_pieces ? index % pieces * num_channels : 0;
     index /= pieces;
     place.span = first_span + index % spans;
     place.row = index / spans;
@@ -93,21 +103,15 @@ struct Rows {
 
 template <typename Element>
 INFCTX_DEVICE Rows<Element> find_rows(Element* start, const Problem& problem, const Place& place, int64 first_channel) {
-    const int64 stride = problem.num_heads * problem.head_size;
-    return {start, place.batch * problem.num_tokens * stride + place.head * problem.head_size + first_channel, stride};
+    const int64 stride = problem.num_heads * problem.head_size();
+    return {start, place.batch * problem.num_tokens * stride + place.head * problem.head_size() + first_channel, stride};
 }
-
-// Results by token.  Where a head is cut into pieces, each writes a part (pieces, B, T, H, N) in fp32, to be added up.
-#ifdef HEAD_IN_PIECES
-typedef float Output;
-#else
-typedef Input Output;
-#endif
 
 template <typename Element>
 INFCTX_DEVICE Rows<Element> find_parts(Element* start, const Problem& problem, const Place& place, int64 first_channel,
                                        int64 part) {
-    const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * problem.head_size;
+    if (!in_pieces) return find_rows(start, problem, place, first_channel);
+    const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * problem.head_size();
     return find_rows(start + part * size, problem, place, first_channel);
 }
 
@@ -127,7 +131,7 @@ INFCTX_DEVICE Starts find_starts(const uint8* flags, const Problem& problem, con
 template <typename Element>
 INFCTX_DEVICE Element* find_matrix(Element* start, int64 index, const Problem& problem, const Place& place) {
     if (start == nullptr) return nullptr;
-    return start + (index * problem.head_size + place.first_key) * problem.head_size + place.first_value;
+    return start + (index * problem.head_size() + place.first_key) * problem.head_size() + place.first_value;
 }
 
 // ---- what a lane owns of 16 channels and a chunk ----
@@ -290,6 +294,18 @@ INFCTX_DEVICE Decays find_decays(const Own& w) {
         decays.eight[channel][1] = decay_of(decays.eight[channel][1]);
     }
     return decays;
+}
+
+INFCTX_DEVICE void forget_products(Own& own) {
+    FOR_EACH_OWN(channel, group, which) own.x[channel][group][which] = opaque(own.x[channel][group][which]);
+}
+INFCTX_DEVICE void forget_products(Decays& decays) {
+    FOR_EACH_PAIR(channel, group) {
+        decays.first[channel][group] = opaque(decays.first[channel][group]);
+        decays.second[channel][group] = opaque(decays.second[channel][group]);
+        decays.other_pair[channel][group] = opaque(decays.other_pair[channel][group]);
+        decays.other_four[channel][group] = opaque(decays.other_four[channel][group]);
+    }
 }
 
 // What the state reads with: r times the decay since the beginning of the chunk.

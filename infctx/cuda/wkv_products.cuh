@@ -21,8 +21,9 @@ template <Precision precision>
 INFCTX_DEVICE Split split(float x) {
     if (precision == exact) return {float_bits(x), 0};
     if (precision == rounded) return {to_tf32(x), 0};
-    const uint32 large = float_bits(x) & 0xffffe000u;
-    return {large, to_tf32(x - bits_float(large))};
+    // Tensor cores do not look at the 13 lowest bits, so x itself is its large part.  The small part is rounded by adding
+    // half of what they look at; a NaN needs no care there, for the large part has it.
+    return {float_bits(x), float_bits(x - tf32_value(float_bits(x))) + 0x1000u};
 }
 
 template <Precision precision>

@@ -75,7 +75,7 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
         }
         const bool begins = starts.at(chunk_at<backward>(step, num_chunks));
         if (begins && !backward) {
-            if (initial != nullptr) state.load(initial, problem.head_size, slab); else state.clear();
+            if (initial != nullptr) state.load(initial, problem.head_size(), slab); else state.clear();
         }
         cp_async_wait<span_stages - 2>();
         sync_block();
@@ -89,9 +89,9 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     }
     cp_async_wait<0>();
     const int64 index = static_cast<int64>(place.row) * spans + place.span - first_span;
-    state.store(find_matrix(sums, index, problem, place), problem.head_size, slab);
+    state.store(find_matrix(sums, index, problem, place), problem.head_size(), slab);
     if (place.first_value == 0 && lane_place() == 0) {
-        float* to = decays + index * problem.head_size + place.first_key + own_channel(slab);
+        float* to = decays + index * problem.head_size() + place.first_key + own_channel(slab);
         to[0] = cut ? 0.0f : decay_of(log_decay[0]);
         to[1] = cut ? 0.0f : decay_of(log_decay[1]);
     }
