@@ -131,6 +131,15 @@ INFCTX_DEVICE uint32 to_tf32(float x) {
 
 INFCTX_DEVICE float tf32_value(uint32 x) { return bits_float(x & 0xffffe000u); }
 
+// a b + c, rounded once.
+INFCTX_DEVICE float multiply_add(float a, float b, float c) {
+#ifdef INFCTX_EMULATOR
+    return __builtin_fmaf(a, b, c);
+#else
+    return __fmaf_rn(a, b, c);
+#endif
+}
+
 // 2^x to a relative 2^-22; subnormal x and results are zero.  Not called exp2, which compilers have in other forms.
 INFCTX_DEVICE float exp2_approximate(float x) {
 #ifdef INFCTX_EMULATOR

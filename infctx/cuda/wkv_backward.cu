@@ -175,10 +175,26 @@ struct StateWalk {
         const int32 token = span.place.token_at(first + chunk);
         const Own k = to_own(load_own(k_rows, span.slab, token, span.place.end_token));
         const Decays decays = find_decays(to_own(load_own(w_rows, span.slab, token, span.place.end_token)));
-        state.scale(decays.whole);
-        state.add(until_end(k, decays), span.v_of(chunk));
+        state.advance(decays.whole, until_end(k, decays), span.v_of(chunk));
     }
 };
+
+// By chunk, to be added up: one sum over all of them would lose digits to rounding.
+INFCTX_DEVICE void store_du(float* du, const Span& span, int32 chunk, const Gradients& d) {
+    const Problem& problem = span.problem;
+    const Place& place = span.place;
+    float sums[2];
+#pragma unroll
+    for (int32 channel = 0; channel < 2; ++channel) {
+        sums[channel] = d.u[channel] + shuffle_xor(d.u[channel], 1);
+        sums[channel] += shuffle_xor(sums[channel], 2);
+    }
+    if (lane_place() != 0) return;
+    const int64 part = in_pieces ? place.first_value / num_channels * problem.num_batches : 0;
+    const int64 index = (part + place.batch) * problem.num_chunks() + place.token_at(chunk) / chunk_tokens;
+    float* to = du + (index * problem.num_heads + place.head) * problem.head_size() + place.first_key;
+    store_pair(to + own_channel(span.slab), sums[0], sums[1]);
+}
 
 // Stages chunks for the other role, walks the state again within a tile, and finds the gradients of r, k, w and u.
 INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
@@ -199,7 +215,6 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     KeySlab gradient;
     gradient.load(span.entering(), problem.head_size(), slab);
     Gradients d;
-    d.u[0] = 0.0f, d.u[1] = 0.0f;
     for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
         const int32 chunks = span.chunks_from(first), last_pair = (chunks - 1) / 2 * 2;
         walk.start_tile(first);
@@ -221,13 +236,11 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             read_outside(d, walk.state, gradient, span.dy_of(chunk), span.v_of(chunk));
             Own r = to_own(load_own(r_rows, slab, token, end));
             Decays decays = find_decays(to_own(load_own(walk.w_rows, slab, token, end)));
-            const Own readers = since_start(r, decays);
-            gradient.scale(decays.whole);
-            gradient.add(readers, span.dy_of(chunk));
             Own k = to_own(load_own(walk.k_rows, slab, token, end));
             const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load each time rather than two registers
-            stage_chunk(find_staged(shared.staged + chunk % 2 * staged_floats), shared.levels, shared.bonuses, slab,
-                        until_end(k, decays), readers, r, k, decays, u);
+            const Staged staged = find_staged(shared.staged + chunk % 2 * staged_floats);
+            stage_chunk(staged, shared.levels, shared.bonuses, slab, until_end(k, decays), since_start(r, decays), r, k,
+                        decays, u);
             forget_products(r);  // computing them again takes less than keeping them
             forget_products(k);
             forget_products(decays);
@@ -235,9 +248,13 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             scale_outside(d, r, k, decays);
             sync_roles();
             find_inner_gradients(d, shared.dscores + chunk * chunk_scores, r, k, decays, u);
+            store_du(output.du, span, first + chunk, d);
             store_tokens(dr_rows, slab, token, end, d.r);
             store_tokens(dk_rows, slab, token, end, d.k);
             store_tokens(dw_rows, slab, token, end, d.w);
+            const Packet<8> whole = load_packet<8>(staged.decays + own_channel(slab));
+            gradient.advance({bits_float(whole.x[0]), bits_float(whole.x[1])},
+                             staged_own<write_pitch>(staged.writers, slab), span.dy_of(chunk));
             if (span.begins.at(first + chunk)) {
                 if (output.dinitial != nullptr) {
                     const int64 index = place.row * problem.num_spans + place.span;
@@ -249,16 +266,6 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     }
     if (place.span == 0) {
         gradient.store(find_matrix(output.dstate, place.row, problem, place), problem.head_size(), slab);
-    }
-#pragma unroll
-    for (int32 channel = 0; channel < 2; ++channel) {
-        d.u[channel] += shuffle_xor(d.u[channel], 1);
-        d.u[channel] += shuffle_xor(d.u[channel], 2);
-    }
-    if (lane_place() == 0) {  // (pieces, B, spans, H, N), to be added up
-        const int64 index = (part * problem.num_batches + place.batch) * problem.num_spans + place.span;
-        float* to = output.du + (index * problem.num_heads + place.head) * problem.head_size() + place.first_key;
-        store_pair(to + own_channel(slab), d.u[0], d.u[1]);
     }
 }
 

@@ -367,7 +367,8 @@ def backward(
         _launch_join(kernels, "wkv_join_span_gradients", layout, dfinal, sums, decays, gradients)
     dr, dk, dv = (layout.tokens_like(r) for _ in range(3))
     dw = layout.tokens_like(r, dtype=torch.float32)
-    du = r.new_empty((layout.cut.pieces * layout.batch * layout.spans, *u.shape), dtype=torch.float32)
+    chunks = -(-layout.tokens // CHUNK_TOKENS)
+    du = r.new_empty((layout.cut.pieces * layout.batch * chunks, *u.shape), dtype=torch.float32)
     dstate = torch.empty_like(dfinal)
     size = layout.cut.head_size
     matrices = (layout.batch, layout.heads, layout.spans, size, size)

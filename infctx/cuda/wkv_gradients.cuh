@@ -41,7 +41,7 @@ INFCTX_DEVICE void find_dscores(float* dscores, const Input* dy, const Input* v)
 
 struct Gradients {
     Own r, k, w;
-    float u[2];  // adds up over chunks
+    float u[2];  // of the lane's own tokens
     // Paths, by the token that reads and by the one that wrote, as far as they leave the tokens looked at.
     Own reads, writes;
 };
@@ -150,6 +150,7 @@ INFCTX_DEVICE void find_inner_gradients(Gradients& d, const float* dscores, cons
     meet_halves<2>(d, dscores, r, k, decays);
     cross_halves<1>(d);
     meet_halves<1>(d, dscores, r, k, decays);
+    d.u[0] = 0.0f, d.u[1] = 0.0f;
     FOR_EACH_OWN(channel, group, which) {
         const float bonus = dscores[own_token(group, which) * (score_pitch + 1)];
         const float r_one = r.x[channel][group][which], k_one = k.x[channel][group][which];

@@ -212,6 +212,17 @@ INFCTX_DEVICE void stage_own(float* rows, int32 slab, const Own& own) {
     }
 }
 
+// What the lane staged, back.
+template <int32 pitch>
+INFCTX_DEVICE Own staged_own(const float* rows, int32 slab) {
+    Own own;
+    FOR_EACH_TOKEN(group, which) {
+        const auto two = load_packet<8>(rows + own_token(group, which) * pitch + own_channel(slab));
+        own.x[0][group][which] = bits_float(two.x[0]), own.x[1][group][which] = bits_float(two.x[1]);
+    }
+    return own;
+}
+
 // Starts copying rows of inputs, zeros from `end` on; `thread` of `threads` takes part.
 INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 count, int32 first_token, int32 end,
                               int32 thread, int32 threads) {

@@ -149,14 +149,6 @@ struct KeySlab {
         for (int32 n = 0; n < num_columns; ++n) x[n] = {};
     }
 
-    INFCTX_DEVICE void scale(const float (&factors)[2]) {
-#pragma unroll
-        for (int32 n = 0; n < num_columns; ++n) {
-            x[n].x[0] *= factors[0], x[n].x[1] *= factors[0];
-            x[n].x[2] *= factors[1], x[n].x[3] *= factors[1];
-        }
-    }
-
     INFCTX_DEVICE void load(const float* matrix, int64 row_size, int32 slab) {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
@@ -175,19 +167,24 @@ struct KeySlab {
         }
     }
 
-    // this += keys values, summed over the tokens of a chunk.
-    INFCTX_DEVICE void add(const Own& keys, const Input* values) {
+    // this = decays this + keys values, summed over the tokens of a chunk.  The sum is made apart: tensor cores cut off
+    // what they add to a large number, in the same direction each time, and here it is rounded once.
+    INFCTX_DEVICE void advance(const float (&decays)[2], const Own& keys, const Input* values) {
         const Left<of_states> left[2] = {left_of<of_states>(keys, 0), left_of<of_states>(keys, 1)};
 #pragma unroll
         for (int32 n = 0; n < num_columns; n += 2) {
             const InputBlock block = load_by_tokens(values, 8 * n);
 #pragma unroll
-            for (int32 group = 0; group < 2; ++group) {
+            for (int32 half = 0; half < 2; ++half) {
+                SumFragment sum = {};
 #pragma unroll
-                for (int32 half = 0; half < 2; ++half) {
+                for (int32 group = 0; group < 2; ++group) {
                     const float* two = block.x[group][half];
-                    multiply(x[n + half], left[group], make_right<of_inputs>(two[0], two[1]));
+                    multiply(sum, left[group], make_right<of_inputs>(two[0], two[1]));
                 }
+                float* numbers = x[n + half].x;
+#pragma unroll
+                for (int32 i = 0; i < 4; ++i) numbers[i] = multiply_add(numbers[i], decays[i / 2], sum.x[i]);
             }
         }
     }

@@ -80,9 +80,8 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
         cp_async_wait<span_stages - 2>();
         sync_block();
         copy_values(step + span_stages - 1);
-        state.scale(chunk.whole);
-        state.add(backward ? since_start(keys, chunk) : until_end(keys, chunk),
-                  stages + step % span_stages * chunk_values);
+        state.advance(chunk.whole, backward ? since_start(keys, chunk) : until_end(keys, chunk),
+                      stages + step % span_stages * chunk_values);
         if (begins && backward) state.clear();
         cut = cut || begins;
         log_decay[0] += chunk.log_whole[0], log_decay[1] += chunk.log_whole[1];
@@ -113,7 +112,7 @@ INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const flo
     for (int64 step = 0; step < spans; ++step) {
         const int64 span = backward ? spans - 1 - step : step;
         ends[(backward ? span + 1 : span) * size] = value;
-        value = decays[span * head_size] * value + sums[span * size];
+        value = multiply_add(decays[span * head_size], value, sums[span * size]);
     }
     ends[(backward ? 0 : spans) * size] = value;
 }
