@@ -61,8 +61,9 @@ class ModelSettings(Section):
     """A state file to begin from, in any form that `infctx export` writes; null: zeros, or what `weights` holds."""
     recompute_blocks: bool = False
     """Holds only the input of each block and computes the rest again for the backward pass: less memory, 1/3 slower."""
-    backend: Literal["auto", "compiled", "chunked", "reference"] = "auto"
-    """Of the WKV op: auto, compiled (CPU), chunked (any device) or reference (a loop, for judging)."""
+    backend: Literal["auto", "cuda", "compiled", "chunked", "reference"] = "auto"
+    """Of the WKV op: auto, cuda (kernels for NVIDIA GPUs), compiled (CPU), chunked (any device) or reference (a loop,
+    for judging)."""
 
     @property
     def sizes(self) -> dict[str, int]:

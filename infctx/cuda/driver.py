@@ -93,14 +93,14 @@ def load_kernels(
     """
     index = device if isinstance(device, int) else device.index
     if index is None:
-        _check_torch()
+        check_torch()
         index = torch.cuda.current_device()
     return _load(file_name, index, tuple(options), folder)
 
 
 @functools.cache
 def _load(file_name: str, device: int, options: tuple[str, ...], folder: Path) -> Kernels:
-    _check_torch()
+    check_torch()
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < OLDEST_CAPABILITY:
         raise KernelsUnavailable(
@@ -113,7 +113,8 @@ def _load(file_name: str, device: int, options: tuple[str, ...], folder: Path) -
     return driver.load(compiled, device)
 
 
-def _check_torch() -> None:
+def check_torch() -> None:
+    """Raises KernelsUnavailable if torch has no GPU to work on."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         raise KernelsUnavailable(
             "CUDA kernels need an NVIDIA GPU, its driver and a CUDA build of torch; "

@@ -17,8 +17,8 @@ wkv_sum_span_gradients(const Input* r, const Input* dy, const float* w, const ui
 
 extern "C" __global__ void __launch_bounds__(256)
 wkv_join_span_gradients(const float* dfinal, const float* sums, const float* decays, float* gradients, int64 rows,
-                        int64 spans, int64 head_size) {
-    join_spans<true>(dfinal, sums, decays, gradients, rows, spans, head_size);
+                        int64 spans, int64 head_size, int64 row_ends, int64 end_step) {
+    join_spans<true>(dfinal, sums, decays, gradients, rows, spans, head_size, row_ends, end_step);
 }
 
 // Warps have two roles: half of them own key channels, the other half value channels.

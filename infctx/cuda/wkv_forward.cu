@@ -16,19 +16,20 @@ wkv_sum_spans(const Input* k, const Input* v, const float* w, const uint8* start
 
 extern "C" __global__ void __launch_bounds__(256)
 wkv_join_spans(const float* state, const float* sums, const float* decays, float* states, int64 rows, int64 spans,
-               int64 head_size) {
-    join_spans<false>(state, sums, decays, states, rows, spans, head_size);
+               int64 head_size, int64 row_ends, int64 end_step) {
+    join_spans<false>(state, sums, decays, states, rows, spans, head_size, row_ends, end_step);
 }
 
 constexpr int32 value_stages = 4;
 constexpr int32 staged_chunks = 3;
 
-// A chunk passes through three steps, each in its turn of the loop: staged by all warps, scores found, read.
+// Spans begin with `states`, which stand where `kept` wants the first state of each, if there are several.  A chunk
+// passes through three steps, each in its turn of the loop: staged by all warps, scores found, read.
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const float* states,
             const uint8* starts, const float* initial, Output* y, float* final, float* kept, int64 num_batches,
             int64 num_tokens, int64 num_heads, int64 head_size, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
-            int64 w_head, int64 initial_batch) {
+            int64 w_head, int64 initial_batch, int64 row_states, int64 state_step) {
     DYNAMIC_SHARED(shared);
     Input* values = reinterpret_cast<Input*>(shared);
     float* staged = reinterpret_cast<float*>(values + value_stages * chunk_values);
@@ -61,7 +62,8 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
 
     for (int32 i = threadIdx.x; i < 2 * chunk_scores; i += span_threads) scores[i] = 0.0f;
     Reader<false> reader;
-    reader.load(find_matrix(states, place.row * num_spans + place.span, problem, place), problem.head_size(), slab);
+    const int64 state_index = place.row * row_states + place.span * state_step;
+    reader.load(find_matrix(states, state_index, problem, place), problem.head_size(), slab);
     auto loaded_r = load_own(r_rows, slab, place.token_at(0), place.end_token);
     auto loaded_k = load_own(k_rows, slab, place.token_at(0), place.end_token);
     auto loaded_w = load_own(w_rows, slab, place.token_at(0), place.end_token);
@@ -73,7 +75,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
             if (begins.at(chunk)) {
                 if (initial_state != nullptr) reader.load(initial_state, problem.head_size(), slab); else reader.clear();
             }
-            if (kept != nullptr && chunk % tile_chunks == 0) {
+            if (kept != nullptr && chunk % tile_chunks == 0 && (chunk > 0 || num_spans == 1)) {
                 const int64 tile = place.row * problem.num_tiles() + place.token_at(chunk) / tile_tokens;
                 reader.store(find_matrix(kept, tile, problem, place), problem.head_size(), slab);
             }

@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "primitives.cuh"
+#include "tensor_cores.cuh"
 
 #ifdef INPUT_FLOAT
 typedef float Input;
@@ -85,9 +85,9 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     place.row = index / spans;
     place.batch = place.row / heads;
     place.head = place.row % heads;
-    const int64 first = place.span * problem.span_tokens, end = first + problem.span_tokens;
-    place.first_token = static_cast<int32>(first);
-    place.end_token = static_cast<int32>(end < problem.num_tokens ? end : problem.num_tokens);
+    place.first_token = static_cast<int32>(place.span * problem.span_tokens);
+    place.end_token = place.first_token + static_cast<int32>(problem.span_tokens);
+    if (place.span == problem.num_spans - 1) place.end_token = static_cast<int32>(problem.num_tokens);  // it may be longer
     return place;
 }
 

@@ -97,22 +97,23 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
 }
 
 // One thread an element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside; or, from
-// the other end, backward.  outside (B, H, N, N), ends (B, H, spans + 1, N, N).
+// the other end, backward.  outside (B, H, N, N); the ends of a head, spans + 1 of them, are every `end_step`-th of the
+// `row_ends` matrices that it has there.
 template <bool backward>
 INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
-                              int64 rows, int64 spans, int64 head_size) {
+                              int64 rows, int64 spans, int64 head_size, int64 row_ends, int64 end_step) {
     const int64 size = head_size * head_size;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= rows * size) return;
     const int64 row = index / size, element = index % size;
     float value = outside[index];
-    ends += row * (spans + 1) * size + element;
+    ends += row * row_ends * size + element;
     sums += row * spans * size + element;
     decays += row * spans * head_size + element / head_size;
     for (int64 step = 0; step < spans; ++step) {
         const int64 span = backward ? spans - 1 - step : step;
-        ends[(backward ? span + 1 : span) * size] = value;
+        ends[(backward ? span + 1 : span) * end_step * size] = value;
         value = multiply_add(decays[span * head_size], value, sums[span * size]);
     }
-    ends[(backward ? 0 : spans) * size] = value;
+    ends[(backward ? 0 : spans) * end_step * size] = value;
 }

@@ -8,6 +8,9 @@ import logging
 import torch
 from torch import Tensor
 
+from infctx.cuda.compile import KernelsUnavailable
+from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
+from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
 from infctx.model import START_SPACING
 from infctx.model.state import state_dtype
@@ -15,7 +18,8 @@ from infctx.model.wkv_chunked import wkv_chunked
 from infctx.model.wkv_compiled import wkv_compiled
 from infctx.model.wkv_reference import wkv_reference
 
-BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled}
+BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
+ONLY_ON = {"compiled": "cpu", "cuda": "cuda"}
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +48,32 @@ def wkv(
     starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, where the state becomes `initial`
     initial: (B, H, N, N) like state, may be expanded over B; None for zeros
     backend: "reference" (a loop over time: the definition), "chunked" (plain torch, any device), "compiled"
-             (numba, CPU), or "auto": compiled on a CPU, chunked elsewhere
+             (numba, CPU), "cuda" (kernels for NVIDIA GPUs, bf16 and fp32), or "auto": compiled on a CPU, cuda on a GPU
+             that can run it, chunked elsewhere
 
     Returns y like r, and the state after the last token, like `state`.  Nothing is changed in place; every input but
     `starts` has a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
     """
     _check(r, k, v, w, u, state, starts, initial)
-    return BACKENDS[pick_backend(backend, r.device.type)](r, k, v, w, u, state, starts, initial)
+    picked = _pick_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3])
+    return BACKENDS[picked](r, k, v, w, u, state, starts, initial)
+
+
+@torch.compiler.assume_constant_result  # or torch.compile would trace the search for a compiler
+def _pick_backend(backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int) -> str:
+    if backend == "auto" and device_type == "cuda" and dtype in CUDA_DTYPES:
+        backend = _cuda_or_chunked(device_index, dtype, channels)
+    return pick_backend(backend, device_type)
+
+
+@functools.cache
+def _cuda_or_chunked(device_index: int, dtype: torch.dtype, channels: int) -> str:
+    try:
+        compile_kernels(device_index, dtype, channels)
+    except KernelsUnavailable as error:
+        log.warning("wkv runs without the CUDA kernels, slowly: %s", error)
+        return "chunked"
+    return "cuda"
 
 
 @functools.cache
@@ -60,8 +83,9 @@ def pick_backend(backend: str, device_type: str) -> str:
         backend = "compiled" if device_type == "cpu" else "chunked"
     if backend not in BACKENDS:
         raise InputError(f"wkv: there is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
-    if backend == "compiled" and device_type != "cpu":
-        raise InputError(f"wkv: backend 'compiled' runs on a CPU, not on {device_type}; choose auto or chunked")
+    only_on = ONLY_ON.get(backend, device_type)
+    if only_on != device_type:
+        raise InputError(f"wkv: backend {backend!r} runs on {only_on}, not on {device_type}; choose auto or chunked")
     log.info("wkv backend on %s: %s", device_type, backend)
     return backend
 

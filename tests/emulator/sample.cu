@@ -1,7 +1,7 @@
 // Kernels for test_emulator.py: a matrix product that uses the primitives as a real kernel does, with bugs that
 // PLANT_... plants one at a time, and small kernels that show a primitive's registers.
 
-#include "primitives.cuh"
+#include "tensor_cores.cuh"
 
 constexpr int32 block_threads = 128;
 constexpr int32 tile_rows = 64;     // of the result: 16 a warp

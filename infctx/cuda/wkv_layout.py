@@ -1,0 +1,211 @@
+"""How a call of the WKV kernels is laid out: heads in pieces, time in spans, shared memory, memory traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_TOKENS = 16
+"""Tokens that a warp takes at once; a document may start at each multiple of them."""
+
+SPAN_TOKENS = 64
+"""Spans are multiples of this many tokens: of whole tiles, of every type of inputs."""
+
+PIECE_SIZES = (16, 32, 64)
+"""Channels that a block of threads may handle; other heads are padded with zeros, and larger ones cut."""
+
+MAX_TRAFFIC = 1.36
+"""How many times the memory traffic of one span all of them may have, where the heads alone fill a fifth of the
+processors: each span but the last reads k, v and w once more.  Of bf16 with 64 channels that is 1,400 bytes by token
+and head."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A head of `head_size` channels, zeros among them, in `pieces` times as many pieces of `piece_size`."""
+
+    head_size: int
+    piece_size: int
+
+    @property
+    def pieces(self) -> int:
+        return self.head_size // self.piece_size
+
+    @staticmethod
+    def of(channels: int) -> Cut:
+        size = next((size for size in PIECE_SIZES if size >= channels), PIECE_SIZES[-1])
+        return Cut(-(-channels // size) * size, size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What both directions know of a call."""
+
+    batch: int
+    tokens: int
+    heads: int
+    channels: int
+    dtype: torch.dtype
+    cut: Cut
+    spans: int
+    span_tokens: int
+
+    @staticmethod
+    def of(r: Tensor, processors: int) -> Layout:
+        B, T, H, N = r.shape
+        return find_layout(B, T, H, N, r.dtype, processors)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the compiler."""
+        options = [f"-DHEAD_SIZE={self.cut.piece_size}"]
+        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + ["-DHEAD_IN_PIECES"] * (self.cut.pieces > 1)
+        return tuple(options)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def warps(self) -> int:
+        return self.cut.piece_size // 16
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return (self.batch, self.tokens, self.heads, self.cut.head_size, self.spans, self.span_tokens)
+
+    @property
+    def tile_tokens(self) -> int:
+        """The state is kept once in so many tokens."""
+        return 64 if self.dtype == torch.bfloat16 else 32
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.tokens // self.tile_tokens)
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.heads, self.tiles, self.cut.head_size, self.cut.head_size)
+
+    def forward_bytes(self, keep: bool = True) -> float:
+        """Read and written in device memory for a token and head, if nothing stays in a cache."""
+        size, row = self.cut.head_size, self.cut.head_size * self.dtype.itemsize
+        state, w = 4 * size**2, 4 * size
+        again = (self.spans - 1) * self.span_tokens / self.tokens  # the last one is not summed
+        by_token = 4 * row + w + again * (2 * row + w)
+        states = (self.tiles if keep else 0) + 2  # the first is read, the final one is written
+        if self.spans > 1:
+            # Sums are written and read, ends read, and written unless they are kept anyway.
+            states += 2 * (self.spans - 1) + self.spans * (1 if keep else 2)
+        return by_token + states * state / self.tokens
+
+    def backward_bytes(self) -> float:
+        """The same for the backward."""
+        size, row = self.cut.head_size, self.cut.head_size * self.dtype.itemsize
+        state, w = 4 * size**2, 4 * size
+        again = 1 - self.span_tokens / self.tokens if self.spans > 1 else 0.0  # the first one is not
+        by_token = 7 * row + 2 * w + again * (2 * row + w) + 2 * w / CHUNK_TOKENS
+        states = self.tiles + 2
+        if self.spans > 1:
+            states += 2 * (self.spans - 1) + 2 * self.spans
+        return by_token + states * state / self.tokens
+
+    def blocks(self, spans: int) -> int:
+        return self.rows * spans * self.cut.pieces**2
+
+    def tokens_like(self, r: Tensor, parts: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for results by token: (B, T, H, N), or a part for each piece, which are fp32."""
+        shape = (self.batch, self.tokens, self.heads, self.cut.head_size)
+        if parts and self.cut.pieces > 1:
+            return r.new_empty((self.cut.pieces, *shape), dtype=torch.float32)
+        return r.new_empty(shape, dtype=dtype or self.dtype)
+
+    def whole(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Results by token as the caller knows them: parts added up, padding gone."""
+        if x.ndim == 5:
+            x = x.sum(0)
+        return x[..., : self.channels].to(dtype).contiguous()
+
+    @property
+    def is_padded(self) -> bool:
+        return self.cut.head_size != self.channels
+
+    def inputs(self, *tensors: Tensor) -> list[Tensor]:
+        """By token, each in one piece of memory, padded with zeros."""
+        missing = self.cut.head_size - self.channels
+        return [_aligned(F.pad(x, (0, missing)) if missing else x.contiguous()) for x in tensors]
+
+    def decays(self, w: Tensor) -> Tensor:
+        """Any strides but over channels, which lie side by side."""
+        missing = self.cut.head_size - self.channels
+        if missing:
+            return F.pad(w, (0, missing))
+        fits = w.stride(3) == 1 and all(stride % 2 == 0 for stride in w.stride()[:3]) and w.data_ptr() % 8 == 0
+        return w if fits else w.clone(memory_format=torch.contiguous_format)
+
+    def matrices(self, x: Tensor) -> Tensor:
+        missing = self.cut.head_size - self.channels
+        return _aligned(F.pad(x, (0, missing, 0, missing)) if missing else x.contiguous())
+
+    def initial(self, initial: Tensor | None) -> tuple[Tensor | None, int]:
+        """The matrices, and the heads from one lane's to the next."""
+        if initial is None:
+            return None, 0
+        if initial.stride(0) == 0 or self.batch == 1:
+            return self.matrices(initial[:1]), 0
+        return self.matrices(initial), self.heads
+
+    def unpadded(self, x: Tensor) -> Tensor:
+        return x[..., : self.channels, : self.channels].contiguous() if self.is_padded else x
+
+
+def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
+    """Cuts time into as many spans as give every processor a block of threads, and memory traffic allows."""
+    units = -(-tokens // SPAN_TOKENS)
+    cut = Cut.of(channels)
+    blocks = batch * heads * cut.pieces**2
+
+    def layout(spans: int) -> Layout:
+        return Layout(batch, tokens, heads, channels, dtype, cut, spans, units // spans * SPAN_TOKENS)
+
+    whole = layout(1)
+    for spans in range(min(units, max(1, processors // blocks)), 1, -1):
+        cut_up = layout(spans)
+        if blocks * 5 < processors or cut_up.forward_bytes() <= MAX_TRAFFIC * whole.forward_bytes():
+            return cut_up
+    return whole
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _value_pitch(layout: Layout) -> int:
+    return layout.cut.piece_size + (8 if layout.dtype == torch.bfloat16 else 4)
+
+
+def _staged_bytes(layout: Layout, staged: int, levels: int, scores: int) -> int:
+    """Of shared memory, as wkv_reader.cuh lays it out; levels come with as many bonuses."""
+    size = layout.cut.piece_size
+    one_staged = 16 * (size + 8 + size + 4) + size
+    one_level = 4 * 16 * (size + 8) + 16 * layout.warps
+    return 4 * (staged * one_staged + levels * one_level + scores * 16 * 24)
+
+
+def forward_shared_bytes(layout: Layout) -> int:
+    values = 4 * CHUNK_TOKENS * _value_pitch(layout) * layout.dtype.itemsize
+    return values + _staged_bytes(layout, staged=3, levels=2, scores=2)
+
+
+def backward_shared_bytes(layout: Layout) -> int:
+    tokens = layout.tile_tokens
+    values = 2 * tokens * _value_pitch(layout) * layout.dtype.itemsize
+    states = 4 * (tokens // 32) * layout.cut.piece_size**2
+    return values + states + _staged_bytes(layout, staged=2, levels=1, scores=1 + tokens // CHUNK_TOKENS)
+
+
+def span_shared_bytes(layout: Layout) -> int:
+    return 4 * CHUNK_TOKENS * _value_pitch(layout) * layout.dtype.itemsize
