@@ -192,6 +192,14 @@ INFCTX_DEVICE void store_packet(void* address, const Packet<bytes>& packet INFCT
     *static_cast<Packet<bytes>*>(address) = packet;
 }
 
+// Asks for the 128 bytes around an address of global memory to come to the L2 cache, where it takes a third of the time
+// to have them.
+INFCTX_DEVICE void prefetch(const void* address) {
+#ifndef INFCTX_EMULATOR
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(address)));
+#endif
+}
+
 #ifndef INFCTX_EMULATOR
 // The address inside the shared window, which the instructions below want instead of a generic one.
 INFCTX_DEVICE uint32 shared_address(const void* shared) {

@@ -111,6 +111,34 @@ struct Span {
     INFCTX_DEVICE const Input* dy_of(int32 chunk) const { return shared.dy + chunk * chunk_values; }
 };
 
+// One row of bytes for each token of a tile, by all threads.
+template <typename Element>
+INFCTX_DEVICE void prefetch_rows(const Rows<const Element>& rows, int32 first_token) {
+    constexpr int32 lines = (num_channels * sizeof(Element) + 127) / 128;
+    for (int32 index = threadIdx.x; index < tile_tokens * lines; index += backward_threads) {
+        prefetch(rows.at(first_token + index / lines) + index % lines * (128 / sizeof(Element)));
+    }
+}
+
+// What the tile that comes next will ask for.
+INFCTX_DEVICE void prefetch_tile(const Span& span, int32 first) {
+    const Problem& problem = span.problem;
+    const BackwardInput& input = span.input;
+    const Place& place = span.place;
+    const int32 token = place.token_at(first);
+    prefetch_rows(find_rows(input.r, problem, place, place.first_key), token);
+    prefetch_rows(find_rows(input.k, problem, place, place.first_key), token);
+    prefetch_rows(find_rows(input.v, problem, place, place.first_value), token);
+    prefetch_rows(find_rows(input.dy, problem, place, place.first_value), token);
+    prefetch_rows(find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place), token);
+    const int64 tile = place.row * problem.num_tiles() + token / tile_tokens;
+    const float* state = find_matrix(input.kept, tile, problem, place);
+    constexpr int32 lines = num_channels * 4 / 128 > 0 ? num_channels * 4 / 128 : 1;
+    for (int32 index = threadIdx.x; index < num_channels * lines; index += backward_threads) {
+        prefetch(state + index / lines * problem.head_size() + index % lines * 32);
+    }
+}
+
 // v and dy of a tile, by both roles together: the one before is done with, and then this one is there.
 INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
     const auto v_rows = find_rows(span.input.v, span.problem, span.place, span.place.first_value);
@@ -120,6 +148,7 @@ INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
     start_copy(span.shared.v, v_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
     start_copy(span.shared.dy, dy_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
     cp_async_commit();
+    if (first > 0) prefetch_tile(span, first - tile_chunks);
     cp_async_wait<0>();
     sync_roles();
 }

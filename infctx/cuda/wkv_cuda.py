@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.cuda.driver import Argument, check_torch, load_kernels
@@ -26,6 +25,7 @@ from infctx.cuda.wkv_layout import (
     backward_shared_bytes,
     find_layout,
     forward_shared_bytes,
+    kept_shape,
     span_shared_bytes,
 )
 from infctx.errors import InputError
@@ -134,7 +134,7 @@ def _gpu(device: int) -> Machine:
 
 @torch.library.register_fake("infctx::wkv_forward", lib=_library)
 def _forward_shapes(r, k, v, w, u, state, starts, initial, keep):
-    kept = Layout.of(r, processors=1).kept_shape if keep else (0,)
+    kept = kept_shape(*r.shape, r.dtype) if keep else (0,)
     return torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state), state.new_empty(kept)
 
 
@@ -177,7 +177,7 @@ def forward(
     kernels = machine.load("wkv_forward.cu", layout.options)
     r, k, v = layout.inputs(r, k, v)
     w, (initial, initial_heads) = layout.decays(w), layout.initial(initial if starts is not None else None)
-    u = F.pad(u, (0, layout.cut.head_size - layout.channels)).contiguous()
+    u = layout.bonus(u)
     starts = None if starts is None else starts.contiguous().view(torch.uint8)
     numbers = (*layout.numbers, *w.stride()[:3], initial_heads)
     states = state = layout.matrices(state)
@@ -220,7 +220,7 @@ def backward(
     kernels = machine.load("wkv_backward.cu", layout.options)
     r, k, v, dy = layout.inputs(r, k, v, dy)
     w, (initial, initial_heads) = layout.decays(w), layout.initial(initial if starts is not None else None)
-    u = F.pad(u, (0, layout.cut.head_size - layout.channels)).contiguous()
+    u = layout.bonus(u)
     starts = None if starts is None else starts.contiguous().view(torch.uint8)
     numbers = (*layout.numbers, *w.stride()[:3])
     gradients = dfinal = layout.matrices(dfinal)

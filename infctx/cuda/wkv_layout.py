@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ CHUNK_TOKENS = 16
 
 SPAN_TOKENS = 64
 """Spans are multiples of this many tokens: of whole tiles, of every type of inputs."""
+
+TILE_TOKENS = {torch.bfloat16: 64, torch.float32: 32}
+"""Tokens from one state that is kept for the backward to the next."""
 
 PIECE_SIZES = (16, 32, 64)
 """Channels that a block of threads may handle; other heads are padded with zeros, and larger ones cut."""
@@ -80,7 +84,7 @@ class Layout:
     @property
     def tile_tokens(self) -> int:
         """The state is kept once in so many tokens."""
-        return 64 if self.dtype == torch.bfloat16 else 32
+        return TILE_TOKENS[self.dtype]
 
     @property
     def tiles(self) -> int:
@@ -88,7 +92,7 @@ class Layout:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        return (self.batch, self.heads, self.tiles, self.cut.head_size, self.cut.head_size)
+        return kept_shape(self.batch, self.tokens, self.heads, self.channels, self.dtype)
 
     def forward_bytes(self, keep: bool = True) -> float:
         """Read and written in device memory for a token and head, if nothing stays in a cache."""
@@ -158,10 +162,21 @@ class Layout:
             return self.matrices(initial[:1]), 0
         return self.matrices(initial), self.heads
 
+    def bonus(self, u: Tensor) -> Tensor:
+        missing = self.cut.head_size - self.channels
+        return _aligned(F.pad(u, (0, missing)) if missing else u.contiguous())
+
     def unpadded(self, x: Tensor) -> Tensor:
         return x[..., : self.channels, : self.channels].contiguous() if self.is_padded else x
 
 
+def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of the states that the backward wants, (B, H, tiles, N, N) with padding; also of symbolic sizes."""
+    size = Cut.of(channels).head_size
+    return batch, heads, -(-tokens // TILE_TOKENS[dtype]), size, size
+
+
+@functools.lru_cache(maxsize=1024)
 def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
     """Cuts time into as many spans as give every processor a block of threads, and memory traffic allows."""
     units = -(-tokens // SPAN_TOKENS)
