@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from infctx.cuda import wkv_cuda
+from infctx.model import wkv
 
 from emulator.emulator import Emulation, build
 
@@ -26,7 +27,8 @@ def emulated(
     processors: int = 1, order: str = "forward", sanitize: bool = False, source_folder: Path = SOURCES
 ) -> Iterator[list[str]]:
     """Runs `wkv_cuda` on a machine of so many processors (which decides into how many spans time is cut), with threads
-    in one of the emulator's orders; yields the names of the kernels that were launched."""
+    in one of the emulator's orders; yields the names of the kernels that were launched.  `infctx.wkv` takes the backend
+    cuda on a CPU as long as this lasts."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
@@ -35,10 +37,13 @@ def emulated(
         return _Launcher(build(source, defines, include=(source_folder,), sanitize=sanitize), order, launched)
 
     _machine.append(wkv_cuda.Machine(load, processors))
+    wkv.ONLY_ON["cuda"] = "cpu"
     try:
         yield launched
     finally:
         _machine.pop()
+        wkv.ONLY_ON["cuda"] = "cpu" if _machine else "cuda"
+        wkv.pick_backend.cache_clear()
 
 
 @dataclass

@@ -20,7 +20,7 @@ WEIGHT_BYTES = 16
 """A parameter in fp32: the weight, its gradient and two moments of Adam."""
 
 ACTIVATION_BYTES = {
-    # (version, bf16, compiled WKV): tensors that autograd saves in a block, in bytes a token and channel of the width,
+    # (version, bf16, WKV by kernels, not by plain torch): tensors that autograd saves in a block, in bytes a token and channel of the width,
     # when the weights learn and when they are frozen; counted with torch.autograd.graph.saved_tensors_hooks, the
     # weights' bf16 copies taken off (tests/test_plan.py)
     (5, False, True): (113, 62),
@@ -101,8 +101,8 @@ def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
     """What the backward pass holds of one token, in bytes: measured, see ACTIVATION_BYTES."""
     low = config.run.precision == "bf16"
     backend = config.model.backend
-    compiled = backend == "compiled" or (backend == "auto" and device_type == "cpu")
-    block = ACTIVATION_BYTES[sizes.version, low, compiled][config.model.freezes_weights] * sizes.width
+    kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in ("cpu", "cuda"))
+    block = ACTIVATION_BYTES[sizes.version, low, kernels][config.model.freezes_weights] * sizes.width
     ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
     if config.model.recompute_blocks:
         return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends
