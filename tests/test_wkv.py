@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import infctx
+from infctx.cuda.compile import KernelsUnavailable
 from infctx.errors import InputError
-from infctx.model.wkv import BACKENDS, pick_backend
+from infctx.model import wkv as wkv_module
+from infctx.model.wkv import BACKENDS, choose_backend, pick_backend
 from infctx.model.wkv_reference import wkv_reference
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]  # which test_wkv_cuda.py has
@@ -207,3 +209,63 @@ def test_the_choice_is_said_once(caplog):
         for _, device in itertools.product(range(3), ["cpu"]):
             assert pick_backend("auto", device) == "compiled"
     assert [record.message for record in caplog.records] == ["wkv backend on cpu: compiled"]
+
+
+def test_the_cuda_kernels_are_for_gpus():
+    inputs, _, _ = random_inputs(0, dtype=torch.float32, shape=(1, 20, 1, 16))
+    with pytest.raises(InputError, match="^wkv: backend 'cuda' runs on cuda, not on cpu; choose auto or chunked$"):
+        infctx.wkv(**inputs, backend="cuda")
+    assert pick_backend("cuda", "cuda") == "cuda"
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """What the kernels are compiled for, instead of a GPU; with a reason in `refuse` they cannot be had."""
+    for function in (pick_backend, wkv_module._cuda_or_chunked, wkv_module._warn_once):
+        function.cache_clear()
+
+    class Compilations(list):
+        refuse = None
+
+        def compile(self, *what):
+            self.append(what)
+            if self.refuse:
+                raise KernelsUnavailable(self.refuse)
+
+    asked = Compilations()
+    monkeypatch.setattr(wkv_module, "compile_kernels", asked.compile)
+    yield asked
+    for function in (pick_backend, wkv_module._cuda_or_chunked, wkv_module._warn_once):
+        function.cache_clear()
+
+
+def test_a_gpu_runs_the_kernels(compilations, caplog):
+    with caplog.at_level("INFO", logger="infctx"):
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            assert choose_backend("auto", "cuda", 0, dtype, 64) == "cuda"
+    assert compilations == [(0, torch.bfloat16, 64), (0, torch.float32, 64)]
+    assert [record.message for record in caplog.records] == ["wkv backend on cuda: cuda"]
+
+
+def test_without_kernels_a_gpu_runs_plain_torch_and_says_so_once(compilations, caplog):
+    compilations.refuse = "no NVRTC here; install one"
+    with caplog.at_level("WARNING", logger="infctx"):
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            assert choose_backend("auto", "cuda", 0, dtype, 64) == "chunked"
+    said = [record.message for record in caplog.records]
+    assert said == ["wkv runs in plain torch, many times slower: no NVRTC here; install one"]
+
+
+def test_what_the_kernels_do_not_take_runs_in_plain_torch(compilations):
+    assert choose_backend("auto", "cuda", 0, torch.float64, 64) == "chunked"
+    assert choose_backend("chunked", "cuda", 0, torch.bfloat16, 64) == "chunked"
+    assert not compilations
+
+
+def test_a_forced_backend_does_not_fall_back(compilations):
+    assert choose_backend("cuda", "cuda", 0, torch.float64, 64) == "cuda"  # and refuses fp64 by name
+    inputs, _, _ = random_inputs(0, shape=(1, 20, 1, 16))
+    with pytest.raises(
+        InputError, match="^wkv: backend 'cuda' takes bf16 and fp32, not torch.float64; choose chunked$"
+    ):
+        BACKENDS["cuda"](*(inputs[name] for name in NAMES[:-1]))

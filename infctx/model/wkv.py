@@ -55,12 +55,14 @@ def wkv(
     `starts` has a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
     """
     _check(r, k, v, w, u, state, starts, initial)
-    picked = _pick_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3])
+    picked = choose_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3])
     return BACKENDS[picked](r, k, v, w, u, state, starts, initial)
 
 
-@torch.compiler.assume_constant_result  # or torch.compile would trace the search for a compiler
-def _pick_backend(backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int) -> str:
+# Without this torch.compile would trace the search for a compiler.
+@torch.compiler.assume_constant_result
+def choose_backend(backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int) -> str:
+    """The name of the backend that runs tensors of this dtype and head size on this device."""
     if backend == "auto" and device_type == "cuda" and dtype in CUDA_DTYPES:
         backend = _cuda_or_chunked(device_index, dtype, channels)
     return pick_backend(backend, device_type)
@@ -71,9 +73,14 @@ def _cuda_or_chunked(device_index: int, dtype: torch.dtype, channels: int) -> st
     try:
         compile_kernels(device_index, dtype, channels)
     except KernelsUnavailable as error:
-        log.warning("wkv runs without the CUDA kernels, slowly: %s", error)
+        _warn_once(f"wkv runs in plain torch, many times slower: {error}")
         return "chunked"
     return "cuda"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 @functools.cache

@@ -20,9 +20,9 @@ WEIGHT_BYTES = 16
 """A parameter in fp32: the weight, its gradient and two moments of Adam."""
 
 ACTIVATION_BYTES = {
-    # (version, bf16, WKV by kernels, not by plain torch): tensors that autograd saves in a block, in bytes a token and channel of the width,
-    # when the weights learn and when they are frozen; counted with torch.autograd.graph.saved_tensors_hooks, the
-    # weights' bf16 copies taken off (tests/test_plan.py)
+    # (version, bf16, WKV by kernels rather than plain torch): tensors that autograd saves in a block, in bytes a token
+    # and channel of the width, when the weights learn and when they are frozen; counted with
+    # torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/test_plan.py)
     (5, False, True): (113, 62),
     (5, True, True): (58, 33),
     (6, False, True): (153, 97),
