@@ -181,9 +181,13 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
 // The state within a tile, walked again from what was kept of it.
 struct StateWalk {
     const Span& span;
-    Rows<const Input> k_rows;
+    Rows<const Input> k_rows;  // and of r, dr, dk
     Rows<const float> w_rows;
     KeySlab state;
+
+    INFCTX_DEVICE Own load_w(int32 token) const {
+        return to_own(load_own(w_rows.start, own_places(w_rows, span.slab, token, span.place.end_token)));
+    }
 
     INFCTX_DEVICE void start_tile(int32 first) {
         const int64 tile = span.place.row * span.problem.num_tiles() + span.place.token_at(first) / tile_tokens;
@@ -202,8 +206,8 @@ struct StateWalk {
 
     INFCTX_DEVICE void pass(int32 first, int32 chunk) {
         const int32 token = span.place.token_at(first + chunk);
-        const Own k = to_own(load_own(k_rows, span.slab, token, span.place.end_token));
-        const Decays decays = find_decays(to_own(load_own(w_rows, span.slab, token, span.place.end_token)));
+        const Own k = to_own(load_own(k_rows.start, own_places(k_rows, span.slab, token, span.place.end_token)));
+        const Decays decays = find_decays(load_w(token));
         state.advance(decays.whole, until_end(k, decays), span.v_of(chunk));
     }
 };
@@ -232,11 +236,9 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     const BackwardInput& input = span.input;
     const Shared& shared = span.shared;
     const int32 slab = span.slab;
-    const auto r_rows = find_rows(input.r, problem, place, place.first_key);
     const int64 part = place.first_value / num_channels;
+    // dr, dk and dw are of one shape.
     const auto dr_rows = find_parts(output.dr, problem, place, place.first_key, part);
-    const auto dk_rows = find_parts(output.dk, problem, place, place.first_key, part);
-    const auto dw_rows = find_parts(output.dw, problem, place, place.first_key, part);
     const float* u_pair = input.u + place.head * problem.head_size() + place.first_key + own_channel(slab);
 
     StateWalk walk = {span, find_rows(input.k, problem, place, place.first_key),
@@ -263,9 +265,9 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
                 walk.begin_document(first + chunk);
             }
             read_outside(d, walk.state, gradient, span.dy_of(chunk), span.v_of(chunk));
-            Own r = to_own(load_own(r_rows, slab, token, end));
-            Decays decays = find_decays(to_own(load_own(walk.w_rows, slab, token, end)));
-            Own k = to_own(load_own(walk.k_rows, slab, token, end));
+            Decays decays = find_decays(walk.load_w(token));
+            const OwnPlaces places = own_places(walk.k_rows, slab, token, end);
+            Own r = to_own(load_own(input.r, places)), k = to_own(load_own(input.k, places));
             const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load each time rather than two registers
             const Staged staged = find_staged(shared.staged + chunk % 2 * staged_floats);
             stage_chunk(staged, shared.levels, shared.bonuses, slab, until_end(k, decays), since_start(r, decays), r, k,
@@ -278,9 +280,11 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             sync_roles();
             find_inner_gradients(d, shared.dscores + chunk * chunk_scores, r, k, decays, u);
             store_du(output.du, span, first + chunk, d);
-            store_tokens(dr_rows, slab, token, end, d.r);
-            store_tokens(dk_rows, slab, token, end, d.k);
-            store_tokens(dw_rows, slab, token, end, d.w);
+            sync_warp();  // only so that the addresses are found here and not kept from above
+            const OwnPlaces results = own_places(dr_rows, slab, token, end);
+            store_own(output.dr, results, d.r);
+            store_own(output.dk, results, d.k);
+            store_own(output.dw, results, d.w);
             const Packet<8> whole = load_packet<8>(staged.decays + own_channel(slab));
             gradient.advance({bits_float(whole.x[0]), bits_float(whole.x[1])},
                              staged_own<write_pitch>(staged.writers, slab), span.dy_of(chunk));

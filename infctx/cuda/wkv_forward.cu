@@ -40,7 +40,6 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
     const Place place = find_place(problem, 0, num_spans);
     const auto r_rows = find_rows(r, problem, place, place.first_key);
-    const auto k_rows = find_rows(k, problem, place, place.first_key);
     const auto v_rows = find_rows(v, problem, place, place.first_value);
     const auto w_rows = find_decay_rows(w, w_batch, w_token, w_head, place);
     const auto y_rows = find_parts(y, problem, place, place.first_value, place.first_key / num_channels);
@@ -64,9 +63,15 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     Reader<false> reader;
     const int64 state_index = place.row * row_states + place.span * state_step;
     reader.load(find_matrix(states, state_index, problem, place), problem.head_size(), slab);
-    auto loaded_r = load_own(r_rows, slab, place.token_at(0), place.end_token);
-    auto loaded_k = load_own(k_rows, slab, place.token_at(0), place.end_token);
-    auto loaded_w = load_own(w_rows, slab, place.token_at(0), place.end_token);
+    Loaded<Input> loaded_r, loaded_k;
+    Loaded<float> loaded_w;
+    const auto load = [&](int32 chunk) {
+        const OwnPlaces places = own_places(r_rows, slab, place.token_at(chunk), place.end_token);
+        loaded_r = load_own(r, places);
+        loaded_k = load_own(k, places);
+        loaded_w = load_own(w, own_places(w_rows, slab, place.token_at(chunk), place.end_token));
+    };
+    load(0);
     copy_values(0);
     sync_block();
     for (int32 chunk = -2; chunk < num_chunks; ++chunk) {
@@ -91,11 +96,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
         if (chunk + 2 < num_chunks) {
             const Own r_own = to_own(loaded_r), k_own = to_own(loaded_k);
             const Decays decays = find_decays(to_own(loaded_w));
-            if (chunk + 3 < num_chunks) {
-                loaded_r = load_own(r_rows, slab, place.token_at(chunk + 3), place.end_token);
-                loaded_k = load_own(k_rows, slab, place.token_at(chunk + 3), place.end_token);
-                loaded_w = load_own(w_rows, slab, place.token_at(chunk + 3), place.end_token);
-            }
+            if (chunk + 3 < num_chunks) load(chunk + 3);
             stage_chunk(staged_at(chunk + 2), levels + (chunk + 2) % 2 * level_floats,
                         bonuses + (chunk + 2) % 2 * bonus_floats,
                         slab, since_start(r_own, decays), until_end(k_own, decays), r_own, k_own, decays, bonus);

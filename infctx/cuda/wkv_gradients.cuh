@@ -132,11 +132,13 @@ INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r,
         const float sum = sums[group].x[2 * channel + which];
         const float gradient = sum * level_factor<half>(decays, channel, group, which);
         const float path = sum * met.x[channel][group][which];
-        const bool left = is_left<half>(group, which);
-        d.k.x[channel][group][which] += left ? gradient : 0.0f;
-        d.r.x[channel][group][which] += left ? 0.0f : gradient;
-        d.writes.x[channel][group][which] += left ? path : 0.0f;
-        d.reads.x[channel][group][which] += left ? 0.0f : path;
+        if (is_left<half>(group, which)) {
+            d.k.x[channel][group][which] += gradient;
+            d.writes.x[channel][group][which] += path;
+        } else {
+            d.r.x[channel][group][which] += gradient;
+            d.reads.x[channel][group][which] += path;
+        }
     }
 }
 

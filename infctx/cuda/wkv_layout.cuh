@@ -112,7 +112,9 @@ INFCTX_DEVICE Rows<Element> find_parts(Element* start, const Problem& problem, c
                                        int64 part) {
     if (!in_pieces) return find_rows(start, problem, place, first_channel);
     const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * problem.head_size();
-    return find_rows(start + part * size, problem, place, first_channel);
+    auto rows = find_rows(start, problem, place, first_channel);
+    rows.offset += part * size;
+    return rows;
 }
 
 // Which chunks of the span begin a document.
@@ -152,22 +154,35 @@ struct Own {
 INFCTX_DEVICE int32 own_token(int32 group, int32 which) { return 8 * group + 2 * lane_place() + which; }
 INFCTX_DEVICE int32 own_channel(int32 slab) { return 16 * slab + 2 * lane_group(); }
 
+// Where the lane's numbers of a chunk lie in tensors of one shape: elements from the start, the same for all of them.
+struct OwnPlaces {
+    int64 first, stride;
+    int32 tokens_left;  // from the lane's first token to the end
+
+    INFCTX_DEVICE int64 at(int32 group, int32 which) const { return first + (8 * group + which) * stride; }
+    INFCTX_DEVICE bool inside(int32 group, int32 which) const { return 8 * group + which < tokens_left; }
+};
+
+template <typename Element>
+INFCTX_DEVICE OwnPlaces own_places(const Rows<Element>& rows, int32 slab, int32 first_token, int32 end) {
+    const int32 token = first_token + 2 * lane_place();
+    return {rows.offset + token * rows.stride + own_channel(slab), rows.stride, end - token};
+}
+
 // As it comes from memory: the conversion waits for the load, so it is done late.
 template <typename Element>
 struct Loaded {
     Packet<2 * sizeof(Element)> x[2][2];
 };
 
-// Tokens from `end` on are zeros.
+// Tokens from the end on are zeros.
 template <typename Element>
-INFCTX_DEVICE Loaded<Element> load_own(const Rows<const Element>& rows, int32 slab, int32 first_token,
-                                       int32 end) {
+INFCTX_DEVICE Loaded<Element> load_own(const Element* start, const OwnPlaces& places) {
     Loaded<Element> loaded;
     FOR_EACH_TOKEN(group, which) {
-        const int32 token = first_token + own_token(group, which);
         loaded.x[group][which] = {};
-        if (token < end) {
-            loaded.x[group][which] = load_packet<2 * sizeof(Element)>(rows.at(token) + own_channel(slab));
+        if (places.inside(group, which)) {
+            loaded.x[group][which] = load_packet<2 * sizeof(Element)>(start + places.at(group, which));
         }
     }
     return loaded;
@@ -193,12 +208,10 @@ INFCTX_DEVICE void store_pair(float* to, float first, float second) {
 }
 
 template <typename Element>
-INFCTX_DEVICE void store_tokens(const Rows<Element>& rows, int32 slab, int32 first_token, int32 end,
-                                const Own& own) {
+INFCTX_DEVICE void store_own(Element* start, const OwnPlaces& places, const Own& own) {
     FOR_EACH_TOKEN(group, which) {
-        const int32 token = first_token + own_token(group, which);
-        if (token < end) {
-            store_pair(rows.at(token) + own_channel(slab), own.x[0][group][which], own.x[1][group][which]);
+        if (places.inside(group, which)) {
+            store_pair(start + places.at(group, which), own.x[0][group][which], own.x[1][group][which]);
         }
     }
 }
@@ -376,16 +389,16 @@ INFCTX_DEVICE Own meet_at(const Own& r, const Own& k, const Decays& decays) {
     return own;
 }
 
-// The row of a token among the staged ones of a level: the left ones first, then the right ones.
-INFCTX_DEVICE int32 level_row(int32 token, int32 half) {
-    const int32 block = token / (2 * half);
-    return (token / half % 2 == 0 ? 0 : 8) + block * half + token % half;
-}
-
+// The rows of a level that is staged are the 8 tokens on the left, then the 8 on the right, block by block.
 template <int32 half>
 INFCTX_DEVICE void stage_level(float* rows, int32 slab, const Own& met) {
+    // Of a token's four bits the one worth `half` is the side, which comes first; 8 is the lane's group of tokens, 4 and 2
+    // are its place, 1 says which of its two tokens.
+    const int32 four = lane_place() / 2, two = lane_place() % 2;
+    const int32 row = half == 8 ? 4 * four + 2 * two : half == 4 ? 8 * four + 2 * two : 2 * four + (half == 2 ? 8 : 1) * two;
+    float* own = rows + row * read_pitch + own_channel(slab);
     FOR_EACH_TOKEN(group, which) {
-        float* to = rows + level_row(own_token(group, which), half) * read_pitch + own_channel(slab);
-        store_pair(to, met.x[0][group][which], met.x[1][group][which]);
+        const int32 further = (half == 8 ? 8 : 4) * group + (half == 1 ? 8 : 1) * which;
+        store_pair(own + further * read_pitch, met.x[0][group][which], met.x[1][group][which]);
     }
 }

@@ -64,15 +64,17 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     float log_decay[2] = {0.0f, 0.0f};
     bool cut = false;
     for (int32 step = 0; step < span_stages - 1; ++step) copy_values(step);
-    auto loaded_keys = load_own(key_rows, slab, token_at(0), place.end_token);
-    auto loaded_w = load_own(w_rows, slab, token_at(0), place.end_token);
+    const auto load = [&](int32 step, Loaded<Input>& loaded_keys, Loaded<float>& loaded_w) {
+        loaded_keys = load_own(key_rows.start, own_places(key_rows, slab, token_at(step), place.end_token));
+        loaded_w = load_own(w_rows.start, own_places(w_rows, slab, token_at(step), place.end_token));
+    };
+    Loaded<Input> loaded_keys;
+    Loaded<float> loaded_w;
+    load(0, loaded_keys, loaded_w);
     for (int32 step = 0; step < num_chunks; ++step) {
         const Own keys = to_own(loaded_keys);
         const Decays chunk = find_decays(to_own(loaded_w));
-        if (step + 1 < num_chunks) {
-            loaded_keys = load_own(key_rows, slab, token_at(step + 1), place.end_token);
-            loaded_w = load_own(w_rows, slab, token_at(step + 1), place.end_token);
-        }
+        if (step + 1 < num_chunks) load(step + 1, loaded_keys, loaded_w);
         const bool begins = starts.at(chunk_at<backward>(step, num_chunks));
         if (begins && !backward) {
             if (initial != nullptr) state.load(initial, problem.head_size(), slab); else state.clear();
