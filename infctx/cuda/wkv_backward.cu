@@ -8,17 +8,17 @@
 
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_sum_span_gradients(const Input* r, const Input* dy, const float* w, const uint8* starts, float* sums,
-                       float* decays, int64 num_batches, int64 num_tokens, int64 num_heads, int64 head_size,
+                       float* decays, int64 num_batches, int64 num_tokens, int64 num_heads,
                        int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token, int64 w_head) {
-    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
     const SpanInput input = {r, dy, w, w_batch, w_token, w_head, starts, nullptr, 0};
     sum_span<true>(problem, input, sums, decays, 1, num_spans - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 wkv_join_span_gradients(const float* dfinal, const float* sums, const float* decays, float* gradients, int64 rows,
-                        int64 spans, int64 head_size, int64 row_ends, int64 end_step) {
-    join_spans<true>(dfinal, sums, decays, gradients, rows, spans, head_size, row_ends, end_step);
+                        int64 spans, int64 row_ends, int64 end_step) {
+    join_spans<true>(dfinal, sums, decays, gradients, rows, spans, row_ends, end_step);
 }
 
 // Warps have two roles: half of them own key channels, the other half value channels.
@@ -53,7 +53,8 @@ INFCTX_DEVICE void put_state(float* to, const KeySlab& state) {
 #pragma unroll
     for (int32 n = 0; n < num_columns; ++n) {
         const float* x = state.x[n].x;
-        store_packet<16>(to + n * 128, Packet<16>{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}});
+        const Packet<16> packet = {{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}};
+        store_packet<16>(to + n * 128, packet);
     }
 }
 INFCTX_DEVICE void take_state(KeySlab& state, const float* from) {
@@ -65,15 +66,15 @@ INFCTX_DEVICE void take_state(KeySlab& state, const float* from) {
     }
 }
 
-INFCTX_DEVICE void add_to_matrix(float* matrix, int64 row_size, int32 slab, const KeySlab& more) {
+INFCTX_DEVICE void add_to_matrix(float* matrix, int32 slab, const KeySlab& more) {
     KeySlab sum;
-    sum.load(matrix, row_size, slab);
+    sum.load(matrix, slab);
 #pragma unroll
     for (int32 n = 0; n < num_columns; ++n) {
 #pragma unroll
         for (int32 i = 0; i < 4; ++i) sum.x[n].x[i] += more.x[n].x[i];
     }
-    sum.store(matrix, row_size, slab);
+    sum.store(matrix, slab);
 }
 
 struct BackwardInput {
@@ -97,15 +98,17 @@ struct Span {
     const BackwardInput& input;
     Place place;
     Shared shared;
-    Starts begins;
     int32 num_chunks, slab;
+
+    // Found each time: to keep where the flags lie would take registers.
+    INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place).at(chunk); }
 
     INFCTX_DEVICE int32 last_tile() const { return (num_chunks - 1) / tile_chunks * tile_chunks; }
     INFCTX_DEVICE int32 chunks_from(int32 first) const {
         return num_chunks - first < tile_chunks ? num_chunks - first : tile_chunks;
     }
     INFCTX_DEVICE const float* entering() const {
-        return find_matrix(input.gradients, place.row * problem.num_spans + place.span, problem, place);
+        return find_matrix(input.gradients, place.row * problem.num_spans + place.span, place);
     }
     INFCTX_DEVICE const Input* v_of(int32 chunk) const { return shared.v + chunk * chunk_values; }
     INFCTX_DEVICE const Input* dy_of(int32 chunk) const { return shared.dy + chunk * chunk_values; }
@@ -132,10 +135,10 @@ INFCTX_DEVICE void prefetch_tile(const Span& span, int32 first) {
     prefetch_rows(find_rows(input.dy, problem, place, place.first_value), token);
     prefetch_rows(find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place), token);
     const int64 tile = place.row * problem.num_tiles() + token / tile_tokens;
-    const float* state = find_matrix(input.kept, tile, problem, place);
+    const float* state = find_matrix(input.kept, tile, place);
     constexpr int32 lines = num_channels * 4 / 128 > 0 ? num_channels * 4 / 128 : 1;
     for (int32 index = threadIdx.x; index < num_channels * lines; index += backward_threads) {
-        prefetch(state + index / lines * problem.head_size() + index % lines * 32);
+        prefetch(state + index / lines * head_size + index % lines * 32);
     }
 }
 
@@ -159,7 +162,7 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
     const auto dv_rows = find_parts(output.dv, span.problem, place, place.first_value, place.first_key / num_channels);
     const Shared& shared = span.shared;
     Reader<true> reader;
-    reader.load(span.entering(), span.problem.head_size(), span.slab);
+    reader.load(span.entering(), span.slab);
     for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
         fetch_tile(span, first);
         const int32 chunks = span.chunks_from(first);
@@ -173,7 +176,7 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
             SumFragment results[2];
             reader.advance(results, find_staged(shared.staged + chunk % 2 * staged_floats), shared.scores, span.dy_of(chunk), span.slab);
             store_tokens(dv_rows, span.slab, span.place.token_at(first + chunk), place.end_token, results);
-            if (span.begins.at(first + chunk)) reader.clear();
+            if (span.begins_at(first + chunk)) reader.clear();
         }
     }
 }
@@ -191,16 +194,16 @@ struct StateWalk {
 
     INFCTX_DEVICE void start_tile(int32 first) {
         const int64 tile = span.place.row * span.problem.num_tiles() + span.place.token_at(first) / tile_tokens;
-        state.load(find_matrix(span.input.kept, tile, span.problem, span.place), span.problem.head_size(), span.slab);
+        state.load(find_matrix(span.input.kept, tile, span.place), span.slab);
     }
 
     INFCTX_DEVICE void begin_document(int32 chunk) {
-        if (!span.begins.at(chunk)) return;
+        if (!span.begins_at(chunk)) return;
         state.clear();
         if (span.input.initial != nullptr) {
             const int64 index = span.place.batch * span.input.initial_batch + span.place.head;
-            const float* initial = find_matrix(span.input.initial, index, span.problem, span.place);
-            state.load(initial, span.problem.head_size(), span.slab);
+            const float* initial = find_matrix(span.input.initial, index, span.place);
+            state.load(initial, span.slab);
         }
     }
 
@@ -225,7 +228,7 @@ INFCTX_DEVICE void store_du(float* du, const Span& span, int32 chunk, const Grad
     if (lane_place() != 0) return;
     const int64 part = in_pieces ? place.first_value / num_channels * problem.num_batches : 0;
     const int64 index = (part + place.batch) * problem.num_chunks() + place.token_at(chunk) / chunk_tokens;
-    float* to = du + (index * problem.num_heads + place.head) * problem.head_size() + place.first_key;
+    float* to = du + (index * problem.num_heads + place.head) * head_size + place.first_key;
     store_pair(to + own_channel(span.slab), sums[0], sums[1]);
 }
 
@@ -239,12 +242,12 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     const int64 part = place.first_value / num_channels;
     // dr, dk and dw are of one shape.
     const auto dr_rows = find_parts(output.dr, problem, place, place.first_key, part);
-    const float* u_pair = input.u + place.head * problem.head_size() + place.first_key + own_channel(slab);
+    const float* u_pair = input.u + place.head * head_size + place.first_key + own_channel(slab);
 
     StateWalk walk = {span, find_rows(input.k, problem, place, place.first_key),
                       find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place)};
     KeySlab gradient;
-    gradient.load(span.entering(), problem.head_size(), slab);
+    gradient.load(span.entering(), slab);
     Gradients d;
     for (int32 first = span.last_tile(); first >= 0; first -= tile_chunks) {
         const int32 chunks = span.chunks_from(first), last_pair = (chunks - 1) / 2 * 2;
@@ -288,17 +291,17 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             const Packet<8> whole = load_packet<8>(staged.decays + own_channel(slab));
             gradient.advance({bits_float(whole.x[0]), bits_float(whole.x[1])},
                              staged_own<write_pitch>(staged.writers, slab), span.dy_of(chunk));
-            if (span.begins.at(first + chunk)) {
+            if (span.begins_at(first + chunk)) {
                 if (output.dinitial != nullptr) {
                     const int64 index = place.row * problem.num_spans + place.span;
-                    add_to_matrix(find_matrix(output.dinitial, index, problem, place), problem.head_size(), slab, gradient);
+                    add_to_matrix(find_matrix(output.dinitial, index, place), slab, gradient);
                 }
                 gradient.clear();
             }
         }
     }
     if (place.span == 0) {
-        gradient.store(find_matrix(output.dstate, place.row, problem, place), problem.head_size(), slab);
+        gradient.store(find_matrix(output.dstate, place.row, place), slab);
     }
 }
 
@@ -306,17 +309,16 @@ extern "C" __global__ void __launch_bounds__(backward_threads)
 wkv_backward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const Input* dy,
              const float* gradients, const uint8* starts, const float* initial, const float* kept, Output* dr, Output* dk,
              Output* dv, float* dw, float* du, float* dstate, float* dinitial, int64 num_batches, int64 num_tokens,
-             int64 num_heads, int64 head_size, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
+             int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
              int64 w_head, int64 initial_batch) {
     DYNAMIC_SHARED(shared_bytes);
-    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
     const BackwardInput input = {r, k, v, dy, w, u, gradients, starts, initial, kept,
                                  w_batch, w_token, w_head, initial_batch};
     const BackwardOutput output = {dr, dk, dv, dw, du, dstate, dinitial};
     const Place place = find_place(problem, 0, num_spans);
     const Shared shared = find_shared(shared_bytes);
-    const Starts begins = find_starts(starts, problem, place);
-    const Span span = {problem, input, place, shared, begins, place.num_chunks(), warp_index() % num_slabs};
+    const Span span = {problem, input, place, shared, place.num_chunks(), warp_index() % num_slabs};
     for (int32 i = threadIdx.x; i < chunk_scores; i += backward_threads) shared.scores[i] = 0.0f;
     if (warp_index() < num_slabs) {
         run_keys(span, output);

@@ -278,5 +278,5 @@ def _launch_join(
 ) -> None:
     block = 256
     grid = -(-outside.numel() // block)
-    arguments = (outside, sums, decays, ends, layout.rows, layout.spans - 1, layout.cut.head_size, row_ends, end_step)
+    arguments = (outside, sums, decays, ends, layout.rows, layout.spans - 1, row_ends, end_step)
     kernels.launch(name, grid, block, 0, arguments)

@@ -7,17 +7,17 @@
 
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_sum_spans(const Input* k, const Input* v, const float* w, const uint8* starts, const float* initial, float* sums,
-              float* decays, int64 num_batches, int64 num_tokens, int64 num_heads, int64 head_size, int64 num_spans,
+              float* decays, int64 num_batches, int64 num_tokens, int64 num_heads, int64 num_spans,
               int64 span_tokens, int64 w_batch, int64 w_token, int64 w_head, int64 initial_batch) {
-    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
     const SpanInput input = {k, v, w, w_batch, w_token, w_head, starts, initial, initial_batch};
     sum_span<false>(problem, input, sums, decays, 0, num_spans - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 wkv_join_spans(const float* state, const float* sums, const float* decays, float* states, int64 rows, int64 spans,
-               int64 head_size, int64 row_ends, int64 end_step) {
-    join_spans<false>(state, sums, decays, states, rows, spans, head_size, row_ends, end_step);
+               int64 row_ends, int64 end_step) {
+    join_spans<false>(state, sums, decays, states, rows, spans, row_ends, end_step);
 }
 
 constexpr int32 value_stages = 4;
@@ -28,7 +28,7 @@ constexpr int32 staged_chunks = 3;
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const float* states,
             const uint8* starts, const float* initial, Output* y, float* final, float* kept, int64 num_batches,
-            int64 num_tokens, int64 num_heads, int64 head_size, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
+            int64 num_tokens, int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
             int64 w_head, int64 initial_batch, int64 row_states, int64 state_step) {
     DYNAMIC_SHARED(shared);
     Input* values = reinterpret_cast<Input*>(shared);
@@ -37,17 +37,17 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     float* bonuses = levels + 2 * level_floats;
     float* scores = bonuses + 2 * bonus_floats;
 
-    const Problem problem = {num_batches, num_tokens, num_heads, head_size, num_spans, span_tokens};
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
     const Place place = find_place(problem, 0, num_spans);
     const auto r_rows = find_rows(r, problem, place, place.first_key);
     const auto v_rows = find_rows(v, problem, place, place.first_value);
     const auto w_rows = find_decay_rows(w, w_batch, w_token, w_head, place);
     const auto y_rows = find_parts(y, problem, place, place.first_value, place.first_key / num_channels);
     const Starts begins = find_starts(starts, problem, place);
-    const float* initial_state = find_matrix(initial, place.batch * initial_batch + place.head, problem, place);
+    const float* initial_state = find_matrix(initial, place.batch * initial_batch + place.head, place);
     const int32 num_chunks = place.num_chunks();
     const int32 slab = warp_index();
-    const float* u_pair = u + place.head * problem.head_size() + place.first_key + own_channel(slab);
+    const float* u_pair = u + place.head * head_size + place.first_key + own_channel(slab);
     const float bonus[2] = {u_pair[0], u_pair[1]};
 
     const auto copy_values = [&](int32 chunk) {
@@ -62,7 +62,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     for (int32 i = threadIdx.x; i < 2 * chunk_scores; i += span_threads) scores[i] = 0.0f;
     Reader<false> reader;
     const int64 state_index = place.row * row_states + place.span * state_step;
-    reader.load(find_matrix(states, state_index, problem, place), problem.head_size(), slab);
+    reader.load(find_matrix(states, state_index, place), slab);
     Loaded<Input> loaded_r, loaded_k;
     Loaded<float> loaded_w;
     const auto load = [&](int32 chunk) {
@@ -78,11 +78,11 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
         copy_values(chunk + 3);
         if (chunk >= 0) {
             if (begins.at(chunk)) {
-                if (initial_state != nullptr) reader.load(initial_state, problem.head_size(), slab); else reader.clear();
+                if (initial_state != nullptr) reader.load(initial_state, slab); else reader.clear();
             }
             if (kept != nullptr && chunk % tile_chunks == 0 && (chunk > 0 || num_spans == 1)) {
                 const int64 tile = place.row * problem.num_tiles() + place.token_at(chunk) / tile_tokens;
-                reader.store(find_matrix(kept, tile, problem, place), problem.head_size(), slab);
+                reader.store(find_matrix(kept, tile, place), slab);
             }
             SumFragment results[2];
             reader.advance(results, staged_at(chunk), scores + chunk % 2 * chunk_scores,
@@ -106,6 +106,6 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     }
     cp_async_wait<0>();
     if (place.span == num_spans - 1) {
-        reader.store(find_matrix(final, place.row, problem, place), problem.head_size(), slab);
+        reader.store(find_matrix(final, place.row, place), slab);
     }
 }

@@ -21,19 +21,21 @@ constexpr int32 tile_chunks = 4;
 #endif
 
 // Where a head is cut into pieces, each leaves a part of the results by token (pieces, B, T, H, N) in fp32, to be added up.
-#ifdef HEAD_IN_PIECES
-constexpr bool in_pieces = true;
+#ifdef HEAD_PIECES
+constexpr int32 num_pieces = HEAD_PIECES;
 typedef float Output;
 #else
-constexpr bool in_pieces = false;
+constexpr int32 num_pieces = 1;
 typedef Input Output;
 #endif
+constexpr bool in_pieces = num_pieces > 1;
 
 constexpr int32 chunk_tokens = 16;
 constexpr int32 tile_tokens = tile_chunks * chunk_tokens;
 constexpr int32 num_channels = HEAD_SIZE;
 constexpr int32 num_slabs = num_channels / 16;
 constexpr int32 num_columns = num_channels / 8;  // fragments side by side
+constexpr int32 head_size = num_channels * num_pieces;  // all channels of a head
 static_assert(num_channels % 16 == 0 && num_channels <= 64, "larger heads are cut into pieces");
 
 // Rows of shared memory, in elements: each is what lets the lanes that read together meet no bank twice.
@@ -53,10 +55,8 @@ INFCTX_DEVICE int32 lane_place() { return opaque(lane_index()) % 4; }
 
 // Tokens are (B, T, H, N) without gaps, states (B, H, N, N), N a multiple of num_channels.
 struct Problem {
-    int64 num_batches, num_tokens, num_heads, all_channels, num_spans, span_tokens;
+    int64 num_batches, num_tokens, num_heads, num_spans, span_tokens;
 
-    INFCTX_DEVICE int64 head_size() const { return in_pieces ? all_channels : num_channels; }
-    INFCTX_DEVICE int32 pieces() const { return in_pieces ? static_cast<int32>(all_channels) / num_channels : 1; }
     INFCTX_DEVICE int64 num_chunks() const { return (num_tokens + chunk_tokens - 1) / chunk_tokens; }
     INFCTX_DEVICE int64 num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 };
@@ -74,20 +74,21 @@ struct Place {
 };
 
 INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 spans) {
-    const int32 pieces = problem.pieces(), heads = static_cast<int32>(problem.num_heads);
+    const int32 heads = static_cast<int32>(problem.num_heads);
     int32 index = static_cast<int32>(blockIdx.x);
     Place place;
-    place.first_value = in_pieces ? index % pieces * num_channels : 0;
-    index /= pieces;
-    place.first_key = in_pieces ? index % pieces * num_channels : 0;
-    index /= pieces;
+    place.first_value = index % num_pieces * num_channels;
+    index /= num_pieces;
+    place.first_key = index % num_pieces * num_channels;
+    index /= num_pieces;
     place.span = first_span + index % spans;
     place.row = index / spans;
     place.batch = place.row / heads;
     place.head = place.row % heads;
     place.first_token = static_cast<int32>(place.span * problem.span_tokens);
     place.end_token = place.first_token + static_cast<int32>(problem.span_tokens);
-    if (place.span == problem.num_spans - 1) place.end_token = static_cast<int32>(problem.num_tokens);  // it may be longer
+    // The last span takes what is left, which may be more.
+    if (place.span == problem.num_spans - 1) place.end_token = static_cast<int32>(problem.num_tokens);
     return place;
 }
 
@@ -103,15 +104,15 @@ struct Rows {
 
 template <typename Element>
 INFCTX_DEVICE Rows<Element> find_rows(Element* start, const Problem& problem, const Place& place, int64 first_channel) {
-    const int64 stride = problem.num_heads * problem.head_size();
-    return {start, place.batch * problem.num_tokens * stride + place.head * problem.head_size() + first_channel, stride};
+    const int64 stride = problem.num_heads * head_size;
+    return {start, place.batch * problem.num_tokens * stride + place.head * head_size + first_channel, stride};
 }
 
 template <typename Element>
 INFCTX_DEVICE Rows<Element> find_parts(Element* start, const Problem& problem, const Place& place, int64 first_channel,
                                        int64 part) {
     if (!in_pieces) return find_rows(start, problem, place, first_channel);
-    const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * problem.head_size();
+    const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * head_size;
     auto rows = find_rows(start, problem, place, first_channel);
     rows.offset += part * size;
     return rows;
@@ -131,9 +132,9 @@ INFCTX_DEVICE Starts find_starts(const uint8* flags, const Problem& problem, con
 
 // The block's piece of one of many (N, N) matrices, key by value.
 template <typename Element>
-INFCTX_DEVICE Element* find_matrix(Element* start, int64 index, const Problem& problem, const Place& place) {
+INFCTX_DEVICE Element* find_matrix(Element* start, int64 index, const Place& place) {
     if (start == nullptr) return nullptr;
-    return start + (index * problem.head_size() + place.first_key) * problem.head_size() + place.first_value;
+    return start + (index * head_size + place.first_key) * head_size + place.first_value;
 }
 
 // ---- what a lane owns of 16 channels and a chunk ----
@@ -395,7 +396,9 @@ INFCTX_DEVICE void stage_level(float* rows, int32 slab, const Own& met) {
     // Of a token's four bits the one worth `half` is the side, which comes first; 8 is the lane's group of tokens, 4 and 2
     // are its place, 1 says which of its two tokens.
     const int32 four = lane_place() / 2, two = lane_place() % 2;
-    const int32 row = half == 8 ? 4 * four + 2 * two : half == 4 ? 8 * four + 2 * two : 2 * four + (half == 2 ? 8 : 1) * two;
+    const int32 of_four = half == 8 ? 4 : half == 4 ? 8 : 2;
+    const int32 of_two = half == 8 || half == 4 ? 2 : half == 2 ? 8 : 1;
+    const int32 row = of_four * four + of_two * two;
     float* own = rows + row * read_pitch + own_channel(slab);
     FOR_EACH_TOKEN(group, which) {
         const int32 further = (half == 8 ? 8 : 4) * group + (half == 1 ? 8 : 1) * which;

@@ -66,7 +66,7 @@ class Layout:
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
         options = [f"-DHEAD_SIZE={self.cut.piece_size}"]
-        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + ["-DHEAD_IN_PIECES"] * (self.cut.pieces > 1)
+        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + [f"-DHEAD_PIECES={self.cut.pieces}"] * (self.cut.pieces > 1)
         return tuple(options)
 
     @property
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        return (self.batch, self.tokens, self.heads, self.cut.head_size, self.spans, self.span_tokens)
+        return (self.batch, self.tokens, self.heads, self.spans, self.span_tokens)
 
     @property
     def tile_tokens(self) -> int:

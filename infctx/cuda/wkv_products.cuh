@@ -150,21 +150,21 @@ struct KeySlab {
         for (int32 n = 0; n < num_columns; ++n) x[n] = {};
     }
 
-    INFCTX_DEVICE void load(const float* matrix, int64 row_size, int32 slab) {
+    INFCTX_DEVICE void load(const float* matrix, int32 slab) {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            const float* from = matrix + own_channel(slab) * row_size + 8 * n + 2 * lane_place();
-            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + row_size);
+            const float* from = matrix + own_channel(slab) * head_size + 8 * n + 2 * lane_place();
+            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + head_size);
             x[n] = {bits_float(first.x[0]), bits_float(first.x[1]), bits_float(second.x[0]), bits_float(second.x[1])};
         }
     }
 
-    INFCTX_DEVICE void store(float* matrix, int64 row_size, int32 slab) const {
+    INFCTX_DEVICE void store(float* matrix, int32 slab) const {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            float* to = matrix + own_channel(slab) * row_size + 8 * n + 2 * lane_place();
+            float* to = matrix + own_channel(slab) * head_size + 8 * n + 2 * lane_place();
             store_pair(to, x[n].x[0], x[n].x[1]);
-            store_pair(to + row_size, x[n].x[2], x[n].x[3]);
+            store_pair(to + head_size, x[n].x[2], x[n].x[3]);
         }
     }
 

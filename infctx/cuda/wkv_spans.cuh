@@ -43,7 +43,7 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
     const Starts starts = find_starts(input.starts, problem, place);
     const float* initial =
-        find_matrix(input.initial, place.batch * input.initial_batch + place.head, problem, place);
+        find_matrix(input.initial, place.batch * input.initial_batch + place.head, place);
     const int32 num_chunks = place.num_chunks();
     const int32 slab = warp_index();
 
@@ -77,7 +77,7 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
         if (step + 1 < num_chunks) load(step + 1, loaded_keys, loaded_w);
         const bool begins = starts.at(chunk_at<backward>(step, num_chunks));
         if (begins && !backward) {
-            if (initial != nullptr) state.load(initial, problem.head_size(), slab); else state.clear();
+            if (initial != nullptr) state.load(initial, slab); else state.clear();
         }
         cp_async_wait<span_stages - 2>();
         sync_block();
@@ -90,9 +90,9 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     }
     cp_async_wait<0>();
     const int64 index = static_cast<int64>(place.row) * spans + place.span - first_span;
-    state.store(find_matrix(sums, index, problem, place), problem.head_size(), slab);
+    state.store(find_matrix(sums, index, place), slab);
     if (place.first_value == 0 && lane_place() == 0) {
-        float* to = decays + index * problem.head_size() + place.first_key + own_channel(slab);
+        float* to = decays + index * head_size + place.first_key + own_channel(slab);
         to[0] = cut ? 0.0f : decay_of(log_decay[0]);
         to[1] = cut ? 0.0f : decay_of(log_decay[1]);
     }
@@ -103,7 +103,7 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
 // `row_ends` matrices that it has there.
 template <bool backward>
 INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
-                              int64 rows, int64 spans, int64 head_size, int64 row_ends, int64 end_step) {
+                              int64 rows, int64 spans, int64 row_ends, int64 end_step) {
     const int64 size = head_size * head_size;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= rows * size) return;
