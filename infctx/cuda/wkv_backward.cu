@@ -174,7 +174,8 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
             find_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab);
             sync_roles();
             SumFragment results[2];
-            reader.advance(results, find_staged(shared.staged + chunk % 2 * staged_floats), shared.scores, span.dy_of(chunk), span.slab);
+            const Staged staged = find_staged(shared.staged + chunk % 2 * staged_floats);
+            reader.advance(results, staged, shared.scores, span.dy_of(chunk), span.slab);
             store_tokens(dv_rows, span.slab, span.place.token_at(first + chunk), place.end_token, results);
             if (span.begins_at(first + chunk)) reader.clear();
         }
@@ -271,7 +272,7 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             Decays decays = find_decays(walk.load_w(token));
             const OwnPlaces places = own_places(walk.k_rows, slab, token, end);
             Own r = to_own(load_own(input.r, places)), k = to_own(load_own(input.k, places));
-            const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load each time rather than two registers
+            const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load rather than two registers
             const Staged staged = find_staged(shared.staged + chunk % 2 * staged_floats);
             stage_chunk(staged, shared.levels, shared.bonuses, slab, until_end(k, decays), since_start(r, decays), r, k,
                         decays, u);

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "wkv_layout.cuh"
+#include "wkv_decays.cuh"
 
 enum Precision { exact, rounded, full };
 
@@ -22,8 +22,8 @@ INFCTX_DEVICE Split split(float x) {
     if (precision == exact) return {float_bits(x), 0};
     // Tensor cores cut off what is behind 11 bits, 2^-11 / (2 ln 2) of a number on average, which is made good before.
     if (precision == rounded) return {float_bits(x * 1.00035222f), 0};
-    // Tensor cores do not look at the 13 lowest bits, so x itself is its large part.  The small part is rounded by adding
-    // half of what they look at; a NaN needs no care there, for the large part has it.
+    // Tensor cores do not look at the 13 lowest bits, so x itself is its large part.  The small part is rounded by
+    // adding half of the last bit that they look at; a NaN needs no care there, for the large part has it.
     return {float_bits(x), float_bits(x - tf32_value(float_bits(x))) + 0x1000u};
 }
 

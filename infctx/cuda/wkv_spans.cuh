@@ -98,8 +98,8 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     }
 }
 
-// One thread an element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside; or, from
-// the other end, backward.  outside (B, H, N, N); the ends of a head, spans + 1 of them, are every `end_step`-th of the
+// One thread an element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside; or,
+// from the other end, backward.  outside (B, H, N, N); the ends of a head, spans + 1 of them, are every `end_step`-th of the
 // `row_ends` matrices that it has there.
 template <bool backward>
 INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
