@@ -225,7 +225,7 @@ def compilations(monkeypatch):
         function.cache_clear()
 
     class Compilations(list):
-        refuse = None
+        refuse = wrong = None
 
         def compile(self, *what):
             self.append(what)
@@ -234,6 +234,8 @@ def compilations(monkeypatch):
 
     asked = Compilations()
     monkeypatch.setattr(wkv_module, "compile_kernels", asked.compile)
+    monkeypatch.setattr(wkv_module, "find_disagreement", lambda *what: asked.wrong)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     yield asked
     for function in (pick_backend, wkv_module._cuda_or_chunked, wkv_module._warn_once):
         function.cache_clear()
@@ -254,6 +256,18 @@ def test_without_kernels_a_gpu_runs_plain_torch_and_says_so_once(compilations, c
             assert choose_backend("auto", "cuda", 0, dtype, 64) == "chunked"
     said = [record.message for record in caplog.records]
     assert said == ["wkv runs in plain torch, many times slower: no NVRTC here; install one"]
+
+
+def test_kernels_that_are_wrong_are_not_used(compilations, caplog):
+    compilations.wrong = "the gradient of w differs by 3.0e-01 of its size"
+    with caplog.at_level("WARNING", logger="infctx"):
+        assert choose_backend("auto", "cuda", 1, torch.bfloat16, 64) == "chunked"
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "wkv runs in plain torch, many times slower: on GPU 1 the CUDA kernels are wrong for 64 channels in "
+        "torch.bfloat16: the gradient of w differs by 3.0e-01 of its size; please report this"
+    ]
+    assert choose_backend("cuda", "cuda", 1, torch.bfloat16, 64) == "cuda"  # whoever insists gets them
 
 
 def test_what_the_kernels_do_not_take_runs_in_plain_torch(compilations):

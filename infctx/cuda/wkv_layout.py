@@ -66,7 +66,9 @@ class Layout:
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
         options = [f"-DHEAD_SIZE={self.cut.piece_size}"]
-        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + [f"-DHEAD_PIECES={self.cut.pieces}"] * (self.cut.pieces > 1)
+        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + [f"-DHEAD_PIECES={self.cut.pieces}"] * (
+            self.cut.pieces > 1
+        )
         return tuple(options)
 
     @property

@@ -14,6 +14,7 @@ from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
 from infctx.model import START_SPACING
 from infctx.model.state import state_dtype
+from infctx.model.wkv_check import find_disagreement
 from infctx.model.wkv_chunked import wkv_chunked
 from infctx.model.wkv_compiled import wkv_compiled
 from infctx.model.wkv_reference import wkv_reference
@@ -74,6 +75,14 @@ def _cuda_or_chunked(device_index: int, dtype: torch.dtype, channels: int) -> st
         compile_kernels(device_index, dtype, channels)
     except KernelsUnavailable as error:
         _warn_once(f"wkv runs in plain torch, many times slower: {error}")
+        return "chunked"
+    wrong = find_disagreement(torch.device("cuda", device_index), dtype, channels)
+    if wrong:
+        name = torch.cuda.get_device_name(device_index)
+        _warn_once(
+            f"wkv runs in plain torch, many times slower: on {name} the CUDA kernels are wrong for {channels} channels "
+            f"in {dtype}: {wrong}; please report this"
+        )
         return "chunked"
     return "cuda"
 

@@ -1,0 +1,58 @@
+"""The CUDA kernels against plain torch on the device at hand, once before they are trusted.
+
+A GPU, its driver or its compiler can be one that nobody has run them on.  A small problem with everything in it takes
+milliseconds, and a wrong gradient would take weeks to notice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infctx.cuda.wkv_cuda import wkv_cuda
+from infctx.model import START_SPACING
+from infctx.model.wkv_chunked import wkv_chunked
+
+NUM_TOKENS = 150
+"""Three spans, and a last chunk that is not whole."""
+
+NAMES = ("y", "state", "r", "k", "v", "w", "u", "first state", "initial")
+
+
+def find_disagreement(device: torch.device | str, dtype: torch.dtype, channels: int) -> str | None:
+    """What the kernels compute otherwise than plain torch, with the relative error; None if they agree.
+
+    The rounding of bf16 results is 2e-3, of fp32 ones less than 1e-5.
+    """
+    inputs, starts, cotangents = _problem(device, dtype, channels)
+    found, expected = (_run(op, inputs, starts, cotangents) for op in (wkv_cuda, wkv_chunked))
+    for name, x, truth in zip(NAMES, found, expected, strict=True):
+        allowed = 1e-2 if truth.dtype == torch.bfloat16 else 1e-4
+        error = float((x.double() - truth.double()).norm() / truth.double().norm())
+        if not error <= allowed:
+            return f"{name if name in NAMES[:2] else f'the gradient of {name}'} differs by {error:.1e} of its size"
+    return None
+
+
+def _problem(
+    device: torch.device | str, dtype: torch.dtype, channels: int
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, to: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, to)
+
+    tokens, matrix = (1, NUM_TOKENS, 1, channels), (1, 1, channels, channels)
+    r, k, v = (draw(*tokens, to=dtype) for _ in range(3))
+    inputs = [r, k, v, -torch.exp(draw(*tokens) - 2), draw(1, channels), draw(*matrix), draw(*matrix)]
+    starts = torch.zeros(1, -(-NUM_TOKENS // START_SPACING), dtype=torch.bool, device=device)
+    starts[0, 5] = True
+    return inputs, starts, [draw(*tokens, to=dtype), draw(*matrix)]
+
+
+@torch.enable_grad()
+def _run(op, inputs: list[Tensor], starts: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    *others, initial = leaves
+    outputs = op(*others, starts, initial)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, cotangents)]
