@@ -16,15 +16,16 @@ MODEL ?= runs/finch-tiny
 STORE ?= data/python/held_out
 PROMPT ?= def
 ARGS ?=
+GPU_PYTHON = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare train tune evaluate generate export test lint
+.PHONY: help install prepare train tune evaluate generate export test lint gpu-check
 
 help:  ## lists the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 	@echo 'Options of a command go into ARGS="..."; settings of a run too: make train ARGS="optimizer.steps=50"'
 
 install: $(VENV)/installed  ## sets up .venv with all that the commands need
@@ -56,6 +57,11 @@ lint: $(VENV)/installed-test  ## style, formatting, sizes of files and functions
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/python tools/check_size.py
+
+# With the torch that is there: nothing is installed.
+gpu-check:  ## checks and times the kernels on a GPU, in minutes: make gpu-check ARGS="--output table.md"
+	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(0 if find_spec("torch") else f"gpu-check needs torch, which {sys.executable} has not; name a Python that has: make gpu-check PYTHON=python3.11")'
+	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV); this takes a minute or two ...'

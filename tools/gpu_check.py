@@ -1,0 +1,296 @@
+"""Checks and times the WKV kernels on this machine's GPU, within minutes; needs torch alone.
+
+    make gpu-check                                        docs/benchmarks/wkv-<device>.md
+    python tools/gpu_check.py --output table.md --only accuracy
+
+One line a check: PASS, FAIL, or SKIP where it cannot be made.  Exit code 0: none failed; 1: some did; 2: no GPU.
+The work is done in processes of its own: one that crashes or hangs is a FAIL, and the next check goes on in a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# A bare machine has torch, and infctx only as this folder.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gpu_correctness
+import gpu_launches
+import torch
+from bench_wkv import default_output
+from gpu_correctness import Check, Subject, Verdict
+from wkv_table import find_facts
+
+from infctx.cuda.compile import KernelsUnavailable
+from infctx.cuda.driver import check_torch
+from infctx.files import atomic_file
+
+LONGEST_CHECK_SECONDS = 120
+LONGEST_ROW_SECONDS = 240
+"""Of the benchmark; the first of fla's compiles it."""
+CHECKS_SHARE = 0.6
+"""Of the time, for the checks before the benchmark."""
+SANITIZER_SHARE = 0.2
+"""Of the time, kept for compute-sanitizer behind it."""
+WORDS = {True: "PASS", False: "FAIL", None: "SKIP"}
+DEVICE_LOST = 3
+"""Exit code of a process in which CUDA does not work any more."""
+
+
+@dataclass(frozen=True)
+class Result:
+    word: str
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.name}: {self.text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        check_torch()
+    except KernelsUnavailable as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
+    if options.checks is not None:
+        return run_checks([all_checks()[int(number)] for number in options.checks.split(",")], subject())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here end too
+    began = time.monotonic()
+    seconds = 60 * options.minutes
+    checks = all_checks()
+    names = [check.name for check in checks]
+    wanted = [number for number, name in enumerate(names) if re.search(options.only, name)]
+    late = [number for number in wanted if name_is_late(names[number])]
+    early = [number for number in wanted if number not in late]
+
+    def run(numbers: Sequence[int], until: float) -> list[Result]:
+        return run_in_processes(numbers, names, command_of, seconds_left=lambda: until - (time.monotonic() - began))
+
+    results = run(early, CHECKS_SHARE * seconds)
+    speed = ""
+    if not options.no_speed:
+        kept = SANITIZER_SHARE * seconds if late and gpu_launches.has_sanitizer() else 10
+        speed = run_benchmark(seconds - kept - (time.monotonic() - began), options)
+    results += run(late, seconds)
+    output = options.output or default_output(torch.cuda.get_device_name())
+    with atomic_file(output) as temporary:
+        temporary.write_text(report(results, speed, options.commit), encoding="utf-8")
+    print(f"{summary(results)}; {time.monotonic() - began:.0f} s; written to {output}")
+    return exit_code(results)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="default: docs/benchmarks/wkv-<device>.md")
+    parser.add_argument("--minutes", type=float, default=7, help="of all; what is not begun by then is not run")
+    parser.add_argument("--only", default="", metavar="WORDS", help="checks whose name has this regular expression")
+    parser.add_argument("--no-speed", action="store_true", help="no benchmark")
+    parser.add_argument("--all", action="store_true", help="benchmark: fla at every size")
+    parser.add_argument("--commit", help="to be named in the heading, where there is no git")
+    parser.add_argument("--checks", help=argparse.SUPPRESS)  # numbers of those that this process runs itself
+    return parser.parse_args(arguments)
+
+
+def all_checks() -> list[Check]:
+    return [
+        *gpu_launches.compile_checks(),
+        *gpu_correctness.checks(),
+        *gpu_launches.checks(),
+        *gpu_launches.sanitizer_checks(),
+    ]
+
+
+def name_is_late(name: str) -> bool:
+    return name in {check.name for check in gpu_launches.sanitizer_checks()}
+
+
+def subject() -> Subject:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_float32_matmul_precision("highest")
+    return Subject(device, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# ---- in the process that does the work ----
+
+
+def run_checks(checks: Sequence[Check], subject: Subject) -> int:
+    """One line each; DEVICE_LOST once CUDA does not work any more."""
+    for check in checks:
+        result, lost = run_check(check, subject), False
+        if subject.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(subject.device)
+                torch.cuda.empty_cache()
+            except RuntimeError as problem:
+                lost = True
+                if result.word != "FAIL":
+                    result = Result("FAIL", check.name, f"afterwards CUDA did not work any more: {problem}")
+        print(one_line(result), flush=True)
+        if lost:
+            return DEVICE_LOST
+    return 0
+
+
+def run_check(check: Check, subject: Subject) -> Result:
+    try:
+        verdict = check.run(subject)
+    except Exception as problem:
+        verdict = Verdict(False, f"{type(problem).__name__}: {problem}")
+    return Result(WORDS[verdict.passed], check.name, verdict.text)
+
+
+def one_line(result: Result) -> str:
+    return " ".join(str(result).split())
+
+
+# ---- in the process that was asked ----
+
+
+def run_in_processes(
+    numbers: Sequence[int],
+    names: Sequence[str],
+    command: Callable[[Sequence[int]], list[str]],
+    seconds_left: Callable[[], float],
+) -> list[Result]:
+    """Runs the checks of these numbers in one process, and in another one from where the first broke off."""
+    results: list[Result] = []
+
+    def add(result: Result) -> None:
+        results.append(result)
+        print(result, flush=True)
+
+    while len(results) < len(numbers):
+        rest = numbers[len(results) :]
+        if seconds_left() <= 0:
+            for number in rest:
+                add(Result("SKIP", names[number], "no time was left"))
+            break
+        before = len(results)
+        ending = ""
+        for line in lines_of(command(rest), seconds_left):
+            word, _, others = line.partition(" ")
+            current = names[numbers[len(results)]] if len(results) < len(numbers) else None
+            if isinstance(line, Ending):
+                ending = str(line)
+            elif current is not None and word in WORDS.values() and others.startswith(f"{current}: "):
+                results.append(Result(word, current, others.removeprefix(f"{current}: ")))
+                print(line, flush=True)
+            else:
+                print(line, flush=True)
+        if len(results) < len(numbers) and (ending != f"exit code {DEVICE_LOST}" or len(results) == before):
+            word = "SKIP" if ending == OUT_OF_TIME else "FAIL"
+            add(Result(word, names[numbers[len(results)]], f"its process ended: {ending}"))
+    return results
+
+
+class Ending(str):
+    """How a process ended: the last that `lines_of` yields."""
+
+
+OUT_OF_TIME = "no time was left"
+
+
+def lines_of(
+    command: list[str], seconds_left: Callable[[], float], longest: float = LONGEST_CHECK_SECONDS
+) -> Iterator[str]:
+    """What a process prints, line by line, and an Ending; it is killed if it says nothing for too long."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, errors="replace", text=True, start_new_session=True)
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            said.put(line.rstrip("\n"))
+        said.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    ending, ended = "", False
+    try:
+        while not (ended or ending):
+            left = seconds_left()
+            try:
+                line = said.get(timeout=max(0.0, min(longest, left)))
+            except queue.Empty:
+                ending = f"it said nothing for {longest:g} s" if left > longest else OUT_OF_TIME
+                continue
+            ended = line is None
+            if not ended:
+                yield line
+    finally:  # also where whoever reads the lines was interrupted
+        stop(process, kill=not ended)
+        reader.join(timeout=5)
+        if not reader.is_alive():  # what the process started may hold its output open
+            process.stdout.close()
+    code = process.returncode
+    yield Ending(ending or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"))
+
+
+def stop(process: subprocess.Popen, kill: bool) -> None:
+    """Waits for its end, or brings it about; with it go the processes that it started."""
+    if kill:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def command_of(numbers: Sequence[int]) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--checks", ",".join(map(str, numbers))]
+
+
+def run_benchmark(seconds: float, options: argparse.Namespace) -> str:
+    """The Markdown of `bench_wkv.py`, as far as it came."""
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "speed.md"
+        command = [sys.executable, str(Path(__file__).with_name("bench_wkv.py").resolve()), "--output", str(output)]
+        command += ["--minutes", f"{max(0.0, seconds) / 60:.2f}", *["--all"] * options.all]
+        command += ["--commit", options.commit] if options.commit else []
+        # It ends by itself, but for a last row that may take as long as it takes.
+        for line in lines_of(command, lambda: end + 30 - time.monotonic(), longest=LONGEST_ROW_SECONDS):
+            if not isinstance(line, Ending):
+                print(line, flush=True)
+            elif line != "exit code 0":
+                print(f"the benchmark ended: {line}", flush=True)
+        return output.read_text(encoding="utf-8") if output.exists() else ""
+
+
+# ---- what comes out ----
+
+
+def exit_code(results: Sequence[Result]) -> int:
+    return int(any(result.word == "FAIL" for result in results))
+
+
+def summary(results: Sequence[Result]) -> str:
+    counts = {word: sum(result.word == word for result in results) for word in WORDS.values()}
+    return "{PASS} checks passed, {FAIL} failed, {SKIP} were not made".format(**counts)
+
+
+def report(results: Sequence[Result], speed: str, commit: str | None) -> str:
+    """Markdown: the benchmark's, with the checks behind it."""
+    if not speed:
+        facts = find_facts(commit)
+        lines = [f"# WKV kernels on {facts['device']}", "", "| | |", "|---|---|"]
+        speed = "\n".join(lines + [f"| {name} | {value} |" for name, value in facts.items()]) + "\n"
+    rows = [f"| {result.word} | {result.name} | {result.text.replace('|', '/')} |" for result in results]
+    table = ["## Checks", "", f"{summary(results)}.", "", "| | check | found |", "|---|---|---|", *rows]
+    return "\n".join([speed, *table]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
