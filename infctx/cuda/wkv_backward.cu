@@ -118,7 +118,10 @@ struct Span {
 template <typename Element>
 INFCTX_DEVICE void prefetch_rows(const Rows<const Element>& rows, int32 first_token) {
     constexpr int32 lines = (num_channels * sizeof(Element) + 127) / 128;
-    for (int32 index = threadIdx.x; index < tile_tokens * lines; index += backward_threads) {
+#pragma unroll
+    for (int32 turn = 0; turn < (tile_tokens * lines + backward_threads - 1) / backward_threads; ++turn) {
+        const int32 index = threadIdx.x + turn * backward_threads;
+        if (tile_tokens * lines % backward_threads != 0 && index >= tile_tokens * lines) break;
         prefetch(rows.at(first_token + index / lines) + index % lines * (128 / sizeof(Element)));
     }
 }
@@ -148,8 +151,8 @@ INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
     const auto dy_rows = find_rows(span.input.dy, span.problem, span.place, span.place.first_value);
     const int32 token = span.place.token_at(first), end = span.place.end_token;
     sync_roles();
-    start_copy(span.shared.v, v_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
-    start_copy(span.shared.dy, dy_rows, tile_tokens, token, end, threadIdx.x, backward_threads);
+    start_copy<tile_tokens, backward_threads>(span.shared.v, v_rows, token, end, threadIdx.x);
+    start_copy<tile_tokens, backward_threads>(span.shared.dy, dy_rows, token, end, threadIdx.x);
     cp_async_commit();
     if (first > 0) prefetch_tile(span, first - tile_chunks);
     cp_async_wait<0>();

@@ -52,8 +52,8 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
 
     const auto copy_values = [&](int32 chunk) {
         if (chunk < num_chunks) {
-            start_copy(values + chunk % value_stages * chunk_values, v_rows, chunk_tokens, place.token_at(chunk),
-                       place.end_token, threadIdx.x, span_threads);
+            start_copy<chunk_tokens, span_threads>(values + chunk % value_stages * chunk_values, v_rows,
+                                                   place.token_at(chunk), place.end_token, threadIdx.x);
         }
         cp_async_commit();
     };

@@ -122,12 +122,13 @@ INFCTX_DEVICE Rows<Element> find_parts(Element* start, const Problem& problem, c
 struct Starts {
     const uint8* flags;
 
-    INFCTX_DEVICE bool at(int32 chunk) const { return flags != nullptr && flags[chunk] != 0; }
+    int64 first;
+
+    INFCTX_DEVICE bool at(int32 chunk) const { return flags != nullptr && flags[first + chunk] != 0; }
 };
 
 INFCTX_DEVICE Starts find_starts(const uint8* flags, const Problem& problem, const Place& place) {
-    if (flags == nullptr) return {nullptr};
-    return {flags + place.batch * problem.num_chunks() + place.first_token / chunk_tokens};
+    return {flags, place.batch * problem.num_chunks() + place.first_token / chunk_tokens};
 }
 
 // The block's piece of one of many (N, N) matrices, key by value.
@@ -238,11 +239,14 @@ INFCTX_DEVICE Own staged_own(const float* rows, int32 slab) {
 }
 
 // Starts copying rows of inputs, zeros from `end` on; `thread` of `threads` takes part.
-INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 count, int32 first_token, int32 end,
-                              int32 thread, int32 threads) {
+template <int32 count, int32 threads>
+INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 first_token, int32 end, int32 thread) {
     constexpr int32 packet = 16 / sizeof(Input);
     constexpr int32 packets = num_channels / packet;
-    for (int32 index = thread; index < count * packets; index += threads) {
+#pragma unroll
+    for (int32 turn = 0; turn < (count * packets + threads - 1) / threads; ++turn) {
+        const int32 index = thread + turn * threads;
+        if (count * packets % threads != 0 && index >= count * packets) break;
         const int32 token = first_token + index / packets;
         const int32 column = index % packets * packet;
         const bool inside = token < end;

@@ -64,14 +64,14 @@ INFCTX_DEVICE void find_scores(float* scores, const float* levels, const float* 
             if (of_outputs == full) mma_tf32(sum, right_side, left_side.small);
             mma_tf32(sum, right_side, left_side.large);
         }
-        const int32 half = 8 >> level;
-        const int32 right = group / half * 2 * half + half + group % half;
+        const int32 half = 8 >> level, shift = 3 - level;  // of blocks of 2 half tokens
+        const int32 right = (group >> shift << (shift + 1)) + half + (group & (half - 1));
 #pragma unroll
         for (int32 i = 0; i < 2; ++i) {
             const int32 column = 2 * place + i;
-            const int32 left = column / half * 2 * half + column % half;
+            const int32 left = (column >> shift << (shift + 1)) + (column & (half - 1));
             const float score = sum.x[i] + sum.x[i + 2];
-            if (group / half == column / half) {
+            if (group >> shift == column >> shift) {
                 scores[backward ? left * score_pitch + right : right * score_pitch + left] = score;
             }
         }

@@ -49,9 +49,9 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
 
     const auto copy_values = [&](int32 step) {
         if (step < num_chunks) {
-            start_copy(stages + step % span_stages * chunk_values, value_rows, chunk_tokens,
-                       place.token_at(chunk_at<backward>(step, num_chunks)), place.end_token,
-                       threadIdx.x, span_threads);
+            start_copy<chunk_tokens, span_threads>(
+                stages + step % span_stages * chunk_values, value_rows,
+                place.token_at(chunk_at<backward>(step, num_chunks)), place.end_token, threadIdx.x);
         }
         cp_async_commit();
     };
