@@ -88,7 +88,7 @@ struct BackwardInput {
 };
 
 struct BackwardOutput {
-    Output *dr, *dk, *dv;
+    Input *dr, *dk, *dv;
     float *dw, *du, *dstate, *dinitial;
 };
 
@@ -108,7 +108,7 @@ struct Span {
         return num_chunks - first < tile_chunks ? num_chunks - first : tile_chunks;
     }
     INFCTX_DEVICE const float* entering() const {
-        return find_matrix(input.gradients, place.row * problem.num_spans + place.span, place);
+        return find_matrix(input.gradients, place.row * problem.num_spans + place.span);
     }
     INFCTX_DEVICE const Input* v_of(int32 chunk) const { return shared.v + chunk * chunk_values; }
     INFCTX_DEVICE const Input* dy_of(int32 chunk) const { return shared.dy + chunk * chunk_values; }
@@ -132,23 +132,23 @@ INFCTX_DEVICE void prefetch_tile(const Span& span, int32 first) {
     const BackwardInput& input = span.input;
     const Place& place = span.place;
     const int32 token = place.token_at(first);
-    prefetch_rows(find_rows(input.r, problem, place, place.first_key), token);
-    prefetch_rows(find_rows(input.k, problem, place, place.first_key), token);
-    prefetch_rows(find_rows(input.v, problem, place, place.first_value), token);
-    prefetch_rows(find_rows(input.dy, problem, place, place.first_value), token);
+    prefetch_rows(find_rows(input.r, problem, place), token);
+    prefetch_rows(find_rows(input.k, problem, place), token);
+    prefetch_rows(find_rows(input.v, problem, place), token);
+    prefetch_rows(find_rows(input.dy, problem, place), token);
     prefetch_rows(find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place), token);
     const int64 tile = place.row * problem.num_tiles() + token / tile_tokens;
-    const float* state = find_matrix(input.kept, tile, place);
+    const float* state = find_matrix(input.kept, tile);
     constexpr int32 lines = num_channels * 4 / 128 > 0 ? num_channels * 4 / 128 : 1;
     for (int32 index = threadIdx.x; index < num_channels * lines; index += backward_threads) {
-        prefetch(state + index / lines * head_size + index % lines * 32);
+        prefetch(state + index / lines * num_channels + index % lines * 32);
     }
 }
 
 // v and dy of a tile, by both roles together: the one before is done with, and then this one is there.
 INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
-    const auto v_rows = find_rows(span.input.v, span.problem, span.place, span.place.first_value);
-    const auto dy_rows = find_rows(span.input.dy, span.problem, span.place, span.place.first_value);
+    const auto v_rows = find_rows(span.input.v, span.problem, span.place);
+    const auto dy_rows = find_rows(span.input.dy, span.problem, span.place);
     const int32 token = span.place.token_at(first), end = span.place.end_token;
     sync_roles();
     start_copy<tile_tokens, backward_threads>(span.shared.v, v_rows, token, end, threadIdx.x);
@@ -162,7 +162,7 @@ INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
 // Reads with the state's gradient, which is dv.
 INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
     const Place& place = span.place;
-    const auto dv_rows = find_parts(output.dv, span.problem, place, place.first_value, place.first_key / num_channels);
+    const auto dv_rows = find_rows(output.dv, span.problem, place);
     const Shared& shared = span.shared;
     Reader<true> reader;
     reader.load(span.entering(), span.slab);
@@ -198,7 +198,7 @@ struct StateWalk {
 
     INFCTX_DEVICE void start_tile(int32 first) {
         const int64 tile = span.place.row * span.problem.num_tiles() + span.place.token_at(first) / tile_tokens;
-        state.load(find_matrix(span.input.kept, tile, span.place), span.slab);
+        state.load(find_matrix(span.input.kept, tile), span.slab);
     }
 
     INFCTX_DEVICE void begin_document(int32 chunk) {
@@ -206,7 +206,7 @@ struct StateWalk {
         state.clear();
         if (span.input.initial != nullptr) {
             const int64 index = span.place.batch * span.input.initial_batch + span.place.head;
-            const float* initial = find_matrix(span.input.initial, index, span.place);
+            const float* initial = find_matrix(span.input.initial, index);
             state.load(initial, span.slab);
         }
     }
@@ -230,9 +230,8 @@ INFCTX_DEVICE void store_du(float* du, const Span& span, int32 chunk, const Grad
         sums[channel] += shuffle_xor(sums[channel], 2);
     }
     if (lane_place() != 0) return;
-    const int64 part = in_pieces ? place.first_value / num_channels * problem.num_batches : 0;
-    const int64 index = (part + place.batch) * problem.num_chunks() + place.token_at(chunk) / chunk_tokens;
-    float* to = du + (index * problem.num_heads + place.head) * head_size + place.first_key;
+    const int64 index = static_cast<int64>(place.batch) * problem.num_chunks() + place.token_at(chunk) / chunk_tokens;
+    float* to = du + (index * problem.num_heads + place.head) * num_channels;
     store_pair(to + own_channel(span.slab), sums[0], sums[1]);
 }
 
@@ -243,12 +242,11 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     const BackwardInput& input = span.input;
     const Shared& shared = span.shared;
     const int32 slab = span.slab;
-    const int64 part = place.first_value / num_channels;
     // dr, dk and dw are of one shape.
-    const auto dr_rows = find_parts(output.dr, problem, place, place.first_key, part);
-    const float* u_pair = input.u + place.head * head_size + place.first_key + own_channel(slab);
+    const auto dr_rows = find_rows(output.dr, problem, place);
+    const float* u_pair = input.u + place.head * num_channels + own_channel(slab);
 
-    StateWalk walk = {span, find_rows(input.k, problem, place, place.first_key),
+    StateWalk walk = {span, find_rows(input.k, problem, place),
                       find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place)};
     KeySlab gradient;
     gradient.load(span.entering(), slab);
@@ -298,21 +296,21 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             if (span.begins_at(first + chunk)) {
                 if (output.dinitial != nullptr) {
                     const int64 index = place.row * problem.num_spans + place.span;
-                    add_to_matrix(find_matrix(output.dinitial, index, place), slab, gradient);
+                    add_to_matrix(find_matrix(output.dinitial, index), slab, gradient);
                 }
                 gradient.clear();
             }
         }
     }
     if (place.span == 0) {
-        gradient.store(find_matrix(output.dstate, place.row, place), slab);
+        gradient.store(find_matrix(output.dstate, place.row), slab);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(backward_threads)
 wkv_backward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const Input* dy,
-             const float* gradients, const uint8* starts, const float* initial, const float* kept, Output* dr, Output* dk,
-             Output* dv, float* dw, float* du, float* dstate, float* dinitial, int64 num_batches, int64 num_tokens,
+             const float* gradients, const uint8* starts, const float* initial, const float* kept, Input* dr, Input* dk,
+             Input* dv, float* dw, float* du, float* dstate, float* dinitial, int64 num_batches, int64 num_tokens,
              int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
              int64 w_head, int64 initial_batch) {
     DYNAMIC_SHARED(shared_bytes);

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.cuda.driver import Argument, check_torch, load_kernels
 from infctx.cuda.wkv_layout import (
     CHUNK_TOKENS,
+    HEAD_SIZES,
     Layout,
     backward_shared_bytes,
     find_layout,
@@ -66,14 +68,56 @@ def wkv_cuda(
     """
     if r.dtype not in DTYPES:
         raise InputError(f"wkv: backend 'cuda' takes bf16 and fp32, not {r.dtype}; choose chunked")
+    if r.shape[3] > HEAD_SIZES[-1]:
+        return _in_pieces(r, k, v, w, u, state, starts, initial)
     inputs = (r, k, v, w, u.float(), state, starts, initial)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _WKV.apply(*inputs)
     return torch.ops.infctx.wkv_forward(*inputs, False)[:2]
 
 
+def _in_pieces(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Heads above 64 channels, which no published model has: every 64 keys by 64 values are a head of their own, in
+    fp32, and y is the sum over the keys'."""
+    B, T, H, N = r.shape
+    size = HEAD_SIZES[-1]
+    pieces = -(-N // size)
+    missing = pieces * size - N
+
+    def by_key(x: Tensor) -> Tensor:
+        """(..., H, N) -> (..., H * keys * values, 64)"""
+        x = F.pad(x.float(), (0, missing)).unflatten(-1, (pieces, 1, size))
+        return x.expand(*x.shape[:-2], pieces, size).flatten(-4, -2)
+
+    def by_value(x: Tensor) -> Tensor:
+        x = F.pad(x.float(), (0, missing)).unflatten(-1, (1, pieces, size))
+        return x.expand(*x.shape[:-3], pieces, pieces, size).flatten(-4, -2)
+
+    def matrices(x: Tensor) -> Tensor:
+        """(B, H, N, N) -> (B, H * keys * values, 64, 64)"""
+        x = F.pad(x, (0, missing, 0, missing)).unflatten(3, (pieces, size)).unflatten(2, (pieces, size))
+        return x.transpose(3, 4).flatten(1, 3)
+
+    initial = None if initial is None else matrices(initial)
+    y, state = wkv_cuda(by_key(r), by_key(k), by_value(v), by_key(w), by_key(u), matrices(state), starts, initial)
+    y = y.unflatten(2, (H, pieces, pieces)).sum(3).flatten(3)[..., :N].to(r.dtype)
+    state = state.unflatten(1, (H, pieces, pieces)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return y, state[..., :N, :N]
+
+
 def compile_kernels(device: int, dtype: torch.dtype, channels: int) -> None:
     """Has the kernels of both directions ready, so that no later call compiles; raises KernelsUnavailable."""
+    if channels > HEAD_SIZES[-1]:
+        dtype, channels = torch.float32, HEAD_SIZES[-1]
     machine, layout = _gpu(device), find_layout(1, 1, 1, channels, dtype, processors=1)
     for source in ("wkv_forward.cu", "wkv_backward.cu"):
         machine.load(source, layout.options)
@@ -196,9 +240,9 @@ def forward(
     final = torch.empty_like(state)
     arguments = (r, k, v, w, u, states, starts, initial, y, final, kept if keep else None, *numbers)
     arguments = (*arguments, row_states, state_step)
-    grid, block = layout.blocks(layout.spans), 32 * layout.warps
+    grid, block = layout.rows * layout.spans, 32 * layout.warps
     kernels.launch("wkv_forward", grid, block, forward_shared_bytes(layout), arguments)
-    return layout.whole(y, layout.dtype), layout.unpadded(final), kept
+    return layout.whole(y), layout.unpadded(final), kept
 
 
 def backward(
@@ -232,16 +276,15 @@ def backward(
     dr, dk, dv = (layout.tokens_like(r) for _ in range(3))
     dw = layout.tokens_like(r, dtype=torch.float32)
     chunks = -(-layout.tokens // CHUNK_TOKENS)
-    du = r.new_empty((layout.cut.pieces * layout.batch * chunks, *u.shape), dtype=torch.float32)
+    du = r.new_empty((layout.batch * chunks, *u.shape), dtype=torch.float32)
     dstate = torch.empty_like(dfinal)
-    size = layout.cut.head_size
+    size = layout.head_size
     matrices = (layout.batch, layout.heads, layout.spans, size, size)
     dinitial = dfinal.new_zeros(matrices) if learns and starts is not None else None
     arguments = (r, k, v, w, u, dy, gradients, starts, initial, kept, dr, dk, dv, dw, du, dstate, dinitial)
-    grid, block = layout.blocks(layout.spans), 64 * layout.warps
+    grid, block = layout.rows * layout.spans, 64 * layout.warps
     kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), (*arguments, *numbers, initial_heads))
-    dr, dk, dv = (layout.whole(x, layout.dtype) for x in (dr, dk, dv))
-    dw = layout.whole(dw, torch.float32)
+    dr, dk, dv, dw = (layout.whole(x) for x in (dr, dk, dv, dw))
     du = du.sum(0)[..., : layout.channels].contiguous()
     dinitial = dfinal.new_zeros(matrices) if learns and dinitial is None else dinitial
     dinitial = layout.unpadded(dinitial.sum(2)) if learns else dfinal.new_empty(0)
@@ -250,18 +293,18 @@ def backward(
 
 def _span_buffers(layout: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
     """What all spans but one leave, and by how much they decay what was before."""
-    size, rows = layout.cut.head_size, layout.rows
+    size, rows = layout.head_size, layout.rows
     return state.new_empty((rows, layout.spans - 1, size, size)), state.new_empty((rows, layout.spans - 1, size))
 
 
 def _span_ends(layout: Layout, state: Tensor) -> Tensor:
     """What each span begins with."""
-    size = layout.cut.head_size
+    size = layout.head_size
     return state.new_empty((layout.rows, layout.spans, size, size))
 
 
 def _launch_spans(kernels: Launcher, name: str, layout: Layout, arguments: Sequence[Argument]) -> None:
-    grid = layout.blocks(layout.spans - 1)
+    grid = layout.rows * (layout.spans - 1)
     kernels.launch(name, grid, 32 * layout.warps, span_shared_bytes(layout), arguments)
 
 

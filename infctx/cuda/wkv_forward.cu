@@ -27,7 +27,7 @@ constexpr int32 staged_chunks = 3;
 // passes through three steps, each in its turn of the loop: staged by all warps, scores found, read.
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const float* states,
-            const uint8* starts, const float* initial, Output* y, float* final, float* kept, int64 num_batches,
+            const uint8* starts, const float* initial, Input* y, float* final, float* kept, int64 num_batches,
             int64 num_tokens, int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
             int64 w_head, int64 initial_batch, int64 row_states, int64 state_step) {
     DYNAMIC_SHARED(shared);
@@ -39,15 +39,15 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
 
     const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
     const Place place = find_place(problem, 0, num_spans);
-    const auto r_rows = find_rows(r, problem, place, place.first_key);
-    const auto v_rows = find_rows(v, problem, place, place.first_value);
+    const auto r_rows = find_rows(r, problem, place);
+    const auto v_rows = find_rows(v, problem, place);
     const auto w_rows = find_decay_rows(w, w_batch, w_token, w_head, place);
-    const auto y_rows = find_parts(y, problem, place, place.first_value, place.first_key / num_channels);
+    const auto y_rows = find_rows(y, problem, place);
     const Starts begins = find_starts(starts, problem, place);
-    const float* initial_state = find_matrix(initial, place.batch * initial_batch + place.head, place);
+    const float* initial_state = find_matrix(initial, place.batch * initial_batch + place.head);
     const int32 num_chunks = place.num_chunks();
     const int32 slab = warp_index();
-    const float* u_pair = u + place.head * head_size + place.first_key + own_channel(slab);
+    const float* u_pair = u + place.head * num_channels + own_channel(slab);
     const float bonus[2] = {u_pair[0], u_pair[1]};
 
     const auto copy_values = [&](int32 chunk) {
@@ -62,7 +62,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     for (int32 i = threadIdx.x; i < 2 * chunk_scores; i += span_threads) scores[i] = 0.0f;
     Reader<false> reader;
     const int64 state_index = place.row * row_states + place.span * state_step;
-    reader.load(find_matrix(states, state_index, place), slab);
+    reader.load(find_matrix(states, state_index), slab);
     Loaded<Input> loaded_r, loaded_k;
     Loaded<float> loaded_w;
     const auto load = [&](int32 chunk) {
@@ -82,7 +82,7 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
             }
             if (kept != nullptr && chunk % tile_chunks == 0 && (chunk > 0 || num_spans == 1)) {
                 const int64 tile = place.row * problem.num_tiles() + place.token_at(chunk) / tile_tokens;
-                reader.store(find_matrix(kept, tile, place), slab);
+                reader.store(find_matrix(kept, tile), slab);
             }
             SumFragment results[2];
             reader.advance(results, staged_at(chunk), scores + chunk % 2 * chunk_scores,
@@ -106,6 +106,6 @@ wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, cons
     }
     cp_async_wait<0>();
     if (place.span == num_spans - 1) {
-        reader.store(find_matrix(final, place.row, place), slab);
+        reader.store(find_matrix(final, place.row), slab);
     }
 }

@@ -145,12 +145,16 @@ INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r,
 // From inside of the chunk, after which d is whole.
 INFCTX_DEVICE void find_inner_gradients(Gradients& d, const float* dscores, const Own& r, const Own& k,
                                         const Decays& decays, const float (&u)[2]) {
+    // The warp meets only so that compilers take level by level, and fewer registers.
     meet_halves<8>(d, dscores, r, k, decays);
     cross_halves<4>(d);
+    sync_warp();
     meet_halves<4>(d, dscores, r, k, decays);
     cross_halves<2>(d);
+    sync_warp();
     meet_halves<2>(d, dscores, r, k, decays);
     cross_halves<1>(d);
+    sync_warp();
     meet_halves<1>(d, dscores, r, k, decays);
     d.u[0] = 0.0f, d.u[1] = 0.0f;
     FOR_EACH_OWN(channel, group, which) {

@@ -2,7 +2,6 @@
 //
 // Time is cut three times: a *chunk* is 16 tokens, where documents may start; a *tile* is a few chunks, and the state at
 // its beginning is kept for the backward; a *span* is many tiles, and one block of threads walks through it.
-// Channels are cut once: a block handles HEAD_SIZE key channels by as many value channels, a *piece* of a larger head.
 //
 // A warp's *slab* is 16 channels.  Lane 4g + t owns, of a slab and a chunk, the channels 2g and 2g + 1 of the tokens
 // 2t, 2t + 1, 8 + 2t, 8 + 2t + 1: `Own`.  As the left operand of an mma, channels by tokens, that is what the lane has
@@ -20,23 +19,12 @@ typedef bf16 Input;
 constexpr int32 tile_chunks = 4;
 #endif
 
-// Where a head is cut into pieces, each leaves a part of the results by token, (pieces, B, T, H, N) in fp32.
-#ifdef HEAD_PIECES
-constexpr int32 num_pieces = HEAD_PIECES;
-typedef float Output;
-#else
-constexpr int32 num_pieces = 1;
-typedef Input Output;
-#endif
-constexpr bool in_pieces = num_pieces > 1;
-
 constexpr int32 chunk_tokens = 16;
 constexpr int32 tile_tokens = tile_chunks * chunk_tokens;
 constexpr int32 num_channels = HEAD_SIZE;
 constexpr int32 num_slabs = num_channels / 16;
 constexpr int32 num_columns = num_channels / 8;  // fragments side by side
-constexpr int32 head_size = num_channels * num_pieces;  // all channels of a head
-static_assert(num_channels % 16 == 0 && num_channels <= 64, "larger heads are cut into pieces");
+static_assert(num_channels % 16 == 0 && num_channels <= 64, "wkv_cuda.py pads heads, and cuts those that are larger");
 
 // Rows of shared memory, in elements: each is what lets the lanes that read together meet no bank twice.
 constexpr int32 value_pitch = sizeof(Input) == 2 ? num_channels + 8 : num_channels + 4;  // of r k v dy as they came
@@ -53,7 +41,7 @@ INFCTX_DEVICE int32 lane_place() { return opaque(lane_index()) % 4; }
 
 // ---- the problem ----
 
-// Tokens are (B, T, H, N) without gaps, states (B, H, N, N), N a multiple of num_channels.
+// Tokens are (B, T, H, N) without gaps, states (B, H, N, N); N is num_channels.
 struct Problem {
     int64 num_batches, num_tokens, num_heads, num_spans, span_tokens;
 
@@ -61,12 +49,11 @@ struct Problem {
     INFCTX_DEVICE int64 num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 };
 
-// What a block works on: blocks are numbered by batch, head, span, piece of keys, piece of values.
+// What a block works on: blocks are numbered by batch, head, span.
 // Each number alone is below 2^31; offsets of elements are not.
 struct Place {
     int32 batch, head, row;  // row = batch * H + head
     int32 span;
-    int32 first_key, first_value;
     int32 first_token, end_token;
 
     INFCTX_DEVICE int32 num_chunks() const { return (end_token - first_token + chunk_tokens - 1) / chunk_tokens; }
@@ -77,10 +64,6 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     const int32 heads = static_cast<int32>(problem.num_heads);
     int32 index = static_cast<int32>(blockIdx.x);
     Place place;
-    place.first_value = index % num_pieces * num_channels;
-    index /= num_pieces;
-    place.first_key = index % num_pieces * num_channels;
-    index /= num_pieces;
     place.span = first_span + index % spans;
     place.row = index / spans;
     place.batch = place.row / heads;
@@ -92,7 +75,7 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     return place;
 }
 
-// The channels of one head's piece, token by token.  The offset is apart from `start`, so that tensors of one shape
+// The channels of one head, token by token.  The offset is apart from `start`, so that tensors of one shape
 // share its registers.
 template <typename Element>
 struct Rows {
@@ -103,25 +86,14 @@ struct Rows {
 };
 
 template <typename Element>
-INFCTX_DEVICE Rows<Element> find_rows(Element* start, const Problem& problem, const Place& place, int64 first_channel) {
-    const int64 stride = problem.num_heads * head_size;
-    return {start, place.batch * problem.num_tokens * stride + place.head * head_size + first_channel, stride};
-}
-
-template <typename Element>
-INFCTX_DEVICE Rows<Element> find_parts(Element* start, const Problem& problem, const Place& place, int64 first_channel,
-                                       int64 part) {
-    if (!in_pieces) return find_rows(start, problem, place, first_channel);
-    const int64 size = problem.num_batches * problem.num_tokens * problem.num_heads * head_size;
-    auto rows = find_rows(start, problem, place, first_channel);
-    rows.offset += part * size;
-    return rows;
+INFCTX_DEVICE Rows<Element> find_rows(Element* start, const Problem& problem, const Place& place) {
+    const int64 stride = problem.num_heads * num_channels;
+    return {start, place.batch * problem.num_tokens * stride + place.head * num_channels, stride};
 }
 
 // Which chunks of the span begin a document.
 struct Starts {
     const uint8* flags;
-
     int64 first;
 
     INFCTX_DEVICE bool at(int32 chunk) const { return flags != nullptr && flags[first + chunk] != 0; }
@@ -131,11 +103,11 @@ INFCTX_DEVICE Starts find_starts(const uint8* flags, const Problem& problem, con
     return {flags, place.batch * problem.num_chunks() + place.first_token / chunk_tokens};
 }
 
-// The block's piece of one of many (N, N) matrices, key by value.
+// One of many (N, N) matrices, key by value.
 template <typename Element>
-INFCTX_DEVICE Element* find_matrix(Element* start, int64 index, const Place& place) {
+INFCTX_DEVICE Element* find_matrix(Element* start, int64 index) {
     if (start == nullptr) return nullptr;
-    return start + (index * head_size + place.first_key) * head_size + place.first_value;
+    return start + index * num_channels * num_channels;
 }
 
 // ---- what a lane owns of 16 channels and a chunk ----

@@ -18,8 +18,8 @@ SPAN_TOKENS = 64
 TILE_TOKENS = {torch.bfloat16: 64, torch.float32: 32}
 """Tokens from one state that is kept for the backward to the next."""
 
-PIECE_SIZES = (16, 32, 64)
-"""Channels that a block of threads may handle; other heads are padded with zeros, and larger ones cut."""
+HEAD_SIZES = (16, 32, 64)
+"""Channels of a head that there are kernels for; others are padded with zeros."""
 
 MAX_TRAFFIC = 1.36
 """How many times the memory traffic of one span all of them may have, where the heads alone fill a fifth of the
@@ -27,21 +27,9 @@ processors: each span but the last reads k, v and w once more.  Of bf16 with 64 
 and head."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A head of `head_size` channels, zeros among them, in `pieces` times as many pieces of `piece_size`."""
-
-    head_size: int
-    piece_size: int
-
-    @property
-    def pieces(self) -> int:
-        return self.head_size // self.piece_size
-
-    @staticmethod
-    def of(channels: int) -> Cut:
-        size = next((size for size in PIECE_SIZES if size >= channels), PIECE_SIZES[-1])
-        return Cut(-(-channels // size) * size, size)
+def padded_size(channels: int) -> int:
+    """The channels of a head as the kernels want them, with zeros among them."""
+    return next(size for size in HEAD_SIZES if size >= channels)
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Layout:
     heads: int
     channels: int
     dtype: torch.dtype
-    cut: Cut
+    head_size: int
     spans: int
     span_tokens: int
 
@@ -65,11 +53,7 @@ class Layout:
     @property
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
-        options = [f"-DHEAD_SIZE={self.cut.piece_size}"]
-        options += ["-DINPUT_FLOAT"] * (self.dtype == torch.float32) + [f"-DHEAD_PIECES={self.cut.pieces}"] * (
-            self.cut.pieces > 1
-        )
-        return tuple(options)
+        return (f"-DHEAD_SIZE={self.head_size}", *(["-DINPUT_FLOAT"] if self.dtype == torch.float32 else []))
 
     @property
     def rows(self) -> int:
@@ -77,7 +61,7 @@ class Layout:
 
     @property
     def warps(self) -> int:
-        return self.cut.piece_size // 16
+        return self.head_size // 16
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -98,7 +82,7 @@ class Layout:
 
     def forward_bytes(self, keep: bool = True) -> float:
         """Read and written in device memory for a token and head, if nothing stays in a cache."""
-        size, row = self.cut.head_size, self.cut.head_size * self.dtype.itemsize
+        size, row = self.head_size, self.head_size * self.dtype.itemsize
         state, w = 4 * size**2, 4 * size
         again = (self.spans - 1) * self.span_tokens / self.tokens  # the last one is not summed
         by_token = 4 * row + w + again * (2 * row + w)
@@ -110,7 +94,7 @@ class Layout:
 
     def backward_bytes(self) -> float:
         """The same for the backward."""
-        size, row = self.cut.head_size, self.cut.head_size * self.dtype.itemsize
+        size, row = self.head_size, self.head_size * self.dtype.itemsize
         state, w = 4 * size**2, 4 * size
         again = 1 - self.span_tokens / self.tokens if self.spans > 1 else 0.0  # the first one is not
         by_token = 7 * row + 2 * w + again * (2 * row + w) + 2 * w / CHUNK_TOKENS
@@ -119,41 +103,33 @@ class Layout:
             states += 2 * (self.spans - 1) + 2 * self.spans
         return by_token + states * state / self.tokens
 
-    def blocks(self, spans: int) -> int:
-        return self.rows * spans * self.cut.pieces**2
+    def tokens_like(self, r: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for results by token, padded."""
+        return r.new_empty((self.batch, self.tokens, self.heads, self.head_size), dtype=dtype or self.dtype)
 
-    def tokens_like(self, r: Tensor, parts: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for results by token: (B, T, H, N), or a part for each piece, which are fp32."""
-        shape = (self.batch, self.tokens, self.heads, self.cut.head_size)
-        if parts and self.cut.pieces > 1:
-            return r.new_empty((self.cut.pieces, *shape), dtype=torch.float32)
-        return r.new_empty(shape, dtype=dtype or self.dtype)
-
-    def whole(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Results by token as the caller knows them: parts added up, padding gone."""
-        if x.ndim == 5:
-            x = x.sum(0)
-        return x[..., : self.channels].to(dtype).contiguous()
+    def whole(self, x: Tensor) -> Tensor:
+        """Results by token without padding."""
+        return x[..., : self.channels].contiguous()
 
     @property
     def is_padded(self) -> bool:
-        return self.cut.head_size != self.channels
+        return self.head_size != self.channels
 
     def inputs(self, *tensors: Tensor) -> list[Tensor]:
         """By token, each in one piece of memory, padded with zeros."""
-        missing = self.cut.head_size - self.channels
+        missing = self.head_size - self.channels
         return [_aligned(F.pad(x, (0, missing)) if missing else x.contiguous()) for x in tensors]
 
     def decays(self, w: Tensor) -> Tensor:
         """Any strides but over channels, which lie side by side."""
-        missing = self.cut.head_size - self.channels
+        missing = self.head_size - self.channels
         if missing:
             return F.pad(w, (0, missing))
         fits = w.stride(3) == 1 and all(stride % 2 == 0 for stride in w.stride()[:3]) and w.data_ptr() % 8 == 0
         return w if fits else w.clone(memory_format=torch.contiguous_format)
 
     def matrices(self, x: Tensor) -> Tensor:
-        missing = self.cut.head_size - self.channels
+        missing = self.head_size - self.channels
         return _aligned(F.pad(x, (0, missing, 0, missing)) if missing else x.contiguous())
 
     def initial(self, initial: Tensor | None) -> tuple[Tensor | None, int]:
@@ -165,7 +141,7 @@ class Layout:
         return self.matrices(initial), self.heads
 
     def bonus(self, u: Tensor) -> Tensor:
-        missing = self.cut.head_size - self.channels
+        missing = self.head_size - self.channels
         return _aligned(F.pad(u, (0, missing)) if missing else u.contiguous())
 
     def unpadded(self, x: Tensor) -> Tensor:
@@ -174,7 +150,7 @@ class Layout:
 
 def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Of the states that the backward wants, (B, H, tiles, N, N) with padding; also of symbolic sizes."""
-    size = Cut.of(channels).head_size
+    size = padded_size(channels)
     return batch, heads, -(-tokens // TILE_TOKENS[dtype]), size, size
 
 
@@ -182,11 +158,10 @@ def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.
 def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
     """Cuts time into as many spans as give every processor a block of threads, and memory traffic allows."""
     units = -(-tokens // SPAN_TOKENS)
-    cut = Cut.of(channels)
-    blocks = batch * heads * cut.pieces**2
+    blocks = batch * heads
 
     def layout(spans: int) -> Layout:
-        return Layout(batch, tokens, heads, channels, dtype, cut, spans, units // spans * SPAN_TOKENS)
+        return Layout(batch, tokens, heads, channels, dtype, padded_size(channels), spans, units // spans * SPAN_TOKENS)
 
     whole = layout(1)
     for spans in range(min(units, max(1, processors // blocks)), 1, -1):
@@ -201,12 +176,12 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _value_pitch(layout: Layout) -> int:
-    return layout.cut.piece_size + (8 if layout.dtype == torch.bfloat16 else 4)
+    return layout.head_size + (8 if layout.dtype == torch.bfloat16 else 4)
 
 
 def _staged_bytes(layout: Layout, staged: int, levels: int, scores: int) -> int:
     """Of shared memory, as wkv_reader.cuh lays it out; levels come with as many bonuses."""
-    size = layout.cut.piece_size
+    size = layout.head_size
     one_staged = 16 * (size + 8 + size + 4) + size
     one_level = 4 * 16 * (size + 8) + 16 * layout.warps
     return 4 * (staged * one_staged + levels * one_level + scores * 16 * 24)
@@ -220,7 +195,7 @@ def forward_shared_bytes(layout: Layout) -> int:
 def backward_shared_bytes(layout: Layout) -> int:
     tokens = layout.tile_tokens
     values = 2 * tokens * _value_pitch(layout) * layout.dtype.itemsize
-    states = 4 * (tokens // 32) * layout.cut.piece_size**2
+    states = 4 * (tokens // 32) * layout.head_size**2
     return values + states + _staged_bytes(layout, staged=2, levels=1, scores=1 + tokens // CHUNK_TOKENS)
 
 

@@ -9,7 +9,7 @@
 
 enum Precision { exact, rounded, full };
 
-constexpr Precision of_inputs = sizeof(Input) == 2 ? exact : full;     // r k v dy as they came
+constexpr Precision of_inputs = sizeof(Input) == 2 ? exact : full;     // v and dy as they came
 constexpr Precision of_outputs = sizeof(Input) == 2 ? rounded : full;  // for what leaves as Input
 constexpr Precision of_states = full;                                  // for states and what leaves as fp32
 
@@ -22,9 +22,10 @@ INFCTX_DEVICE Split split(float x) {
     if (precision == exact) return {float_bits(x), 0};
     // Tensor cores cut off what is behind 11 bits, 2^-11 / (2 ln 2) of a number on average, which is made good before.
     if (precision == rounded) return {float_bits(x * 1.00035222f), 0};
-    // Tensor cores do not look at the 13 lowest bits, so x itself is its large part.  The small part is rounded by
-    // adding half of the last bit that they look at; a NaN needs no care there, for the large part has it.
-    return {float_bits(x), float_bits(x - tf32_value(float_bits(x))) + 0x1000u};
+    // Tensor cores do not look at the 13 lowest bits: half of the last bit that they look at is added, and what that
+    // leaves is small, of either sign, and exact.  A NaN that turns into another number there is one in the small part.
+    const uint32 large = float_bits(x) + 0x1000u;
+    return {large, float_bits(x - tf32_value(large))};
 }
 
 template <Precision precision>
@@ -153,8 +154,8 @@ struct KeySlab {
     INFCTX_DEVICE void load(const float* matrix, int32 slab) {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            const float* from = matrix + own_channel(slab) * head_size + 8 * n + 2 * lane_place();
-            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + head_size);
+            const float* from = matrix + own_channel(slab) * num_channels + 8 * n + 2 * lane_place();
+            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + num_channels);
             x[n] = {bits_float(first.x[0]), bits_float(first.x[1]), bits_float(second.x[0]), bits_float(second.x[1])};
         }
     }
@@ -162,9 +163,9 @@ struct KeySlab {
     INFCTX_DEVICE void store(float* matrix, int32 slab) const {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            float* to = matrix + own_channel(slab) * head_size + 8 * n + 2 * lane_place();
+            float* to = matrix + own_channel(slab) * num_channels + 8 * n + 2 * lane_place();
             store_pair(to, x[n].x[0], x[n].x[1]);
-            store_pair(to + head_size, x[n].x[2], x[n].x[3]);
+            store_pair(to + num_channels, x[n].x[2], x[n].x[3]);
         }
     }
 

@@ -94,20 +94,20 @@ struct Reader {
 
     // The matrix is key by value, as everywhere in memory.
     INFCTX_DEVICE void load(const float* matrix, int32 slab) {
-        matrix += 2 * lane_place() * head_size + 16 * slab + lane_group();
+        matrix += 2 * lane_place() * num_channels + 16 * slab + lane_group();
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
 #pragma unroll
-            for (int32 i = 0; i < 4; ++i) state[n].x[i] = matrix[(8 * n + i % 2) * head_size + i / 2 * 8];
+            for (int32 i = 0; i < 4; ++i) state[n].x[i] = matrix[(8 * n + i % 2) * num_channels + i / 2 * 8];
         }
     }
 
     INFCTX_DEVICE void store(float* matrix, int32 slab) const {
-        matrix += 2 * lane_place() * head_size + 16 * slab + lane_group();
+        matrix += 2 * lane_place() * num_channels + 16 * slab + lane_group();
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
 #pragma unroll
-            for (int32 i = 0; i < 4; ++i) matrix[(8 * n + i % 2) * head_size + i / 2 * 8] = state[n].x[i];
+            for (int32 i = 0; i < 4; ++i) matrix[(8 * n + i % 2) * num_channels + i / 2 * 8] = state[n].x[i];
         }
     }
 

@@ -28,7 +28,7 @@ INFCTX_DEVICE int32 chunk_at(int32 step, int32 num_chunks) {
 
 INFCTX_DEVICE Rows<const float> find_decay_rows(const float* w, int64 batch_stride, int64 token_stride,
                                                 int64 head_stride, const Place& place) {
-    return {w, place.batch * batch_stride + place.head * head_stride + place.first_key, token_stride};
+    return {w, place.batch * batch_stride + place.head * head_stride, token_stride};
 }
 
 // sums (B, H, spans, N, N) and decays (B, H, spans, N) of `spans` spans from `first_span` on, walking from zeros.
@@ -38,12 +38,12 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     DYNAMIC_SHARED(shared);
     Input* stages = reinterpret_cast<Input*>(shared);
     const Place place = find_place(problem, first_span, spans);
-    const auto key_rows = find_rows(input.keys, problem, place, place.first_key);
-    const auto value_rows = find_rows(input.values, problem, place, place.first_value);
+    const auto key_rows = find_rows(input.keys, problem, place);
+    const auto value_rows = find_rows(input.values, problem, place);
     const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
     const Starts starts = find_starts(input.starts, problem, place);
     const float* initial =
-        find_matrix(input.initial, place.batch * input.initial_batch + place.head, place);
+        find_matrix(input.initial, place.batch * input.initial_batch + place.head);
     const int32 num_chunks = place.num_chunks();
     const int32 slab = warp_index();
 
@@ -90,9 +90,9 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     }
     cp_async_wait<0>();
     const int64 index = static_cast<int64>(place.row) * spans + place.span - first_span;
-    state.store(find_matrix(sums, index, place), slab);
-    if (place.first_value == 0 && lane_place() == 0) {
-        float* to = decays + index * head_size + place.first_key + own_channel(slab);
+    state.store(find_matrix(sums, index), slab);
+    if (lane_place() == 0) {
+        float* to = decays + index * num_channels + own_channel(slab);
         to[0] = cut ? 0.0f : decay_of(log_decay[0]);
         to[1] = cut ? 0.0f : decay_of(log_decay[1]);
     }
@@ -104,18 +104,18 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
 template <bool backward>
 INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
                               int64 rows, int64 spans, int64 row_ends, int64 end_step) {
-    const int64 size = head_size * head_size;
+    const int64 size = num_channels * num_channels;
     const int64 index = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= rows * size) return;
     const int64 row = index / size, element = index % size;
     float value = outside[index];
     ends += row * row_ends * size + element;
     sums += row * spans * size + element;
-    decays += row * spans * head_size + element / head_size;
+    decays += row * spans * num_channels + element / num_channels;
     for (int64 step = 0; step < spans; ++step) {
         const int64 span = backward ? spans - 1 - step : step;
         ends[(backward ? span + 1 : span) * end_step * size] = value;
-        value = multiply_add(decays[span * head_size], value, sums[span * size]);
+        value = multiply_add(decays[span * num_channels], value, sums[span * size]);
     }
     ends[(backward ? 0 : spans) * end_step * size] = value;
 }
