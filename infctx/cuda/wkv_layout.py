@@ -1,4 +1,4 @@
-"""How a call of the WKV kernels is laid out: heads in pieces, time in spans, shared memory, memory traffic."""
+"""How a call of the WKV kernels is laid out: time in spans, padding, shared memory, memory traffic."""
 
 from __future__ import annotations
 
