@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from test_wkv import random_inputs
+from torch import Tensor
 
 from infctx.cuda import wkv_cuda
 from infctx.model import wkv
 
-from emulator.emulator import Emulation, build
+from emulator.emulator import Argument, Emulation, build
 
+NAMES = ("r", "k", "v", "w", "u", "state")
+DTYPES = [torch.float32, torch.bfloat16]
+FP32_BAR = 2e-6  # relative RMS of fp32 arithmetic; ours is 3e-7
 SOURCES = Path(wkv_cuda.__file__).parent
 
 _machine: list[wkv_cuda.Machine] = []
@@ -24,17 +30,23 @@ _library.impl("wkv_backward", lambda *inputs: wkv_cuda.backward(_machine[-1], *i
 
 @contextlib.contextmanager
 def emulated(
-    processors: int = 1, order: str = "forward", sanitize: bool = False, source_folder: Path = SOURCES
+    processors: int = 1,
+    order: str = "forward",
+    sanitize: bool = False,
+    source_folder: Path = SOURCES,
+    cache: Path | None = None,
+    arguments: dict[str, Sequence[Argument]] | None = None,
 ) -> Iterator[list[str]]:
     """Runs `wkv_cuda` on a machine of so many processors (which decides into how many spans time is cut), with threads
-    in one of the emulator's orders; yields the names of the kernels that were launched.  `infctx.wkv` takes the backend
-    cuda on a CPU as long as this lasts."""
+    in one of the emulator's orders; yields the names of the kernels that were launched.  Kernels of another folder,
+    compiled into another cache, may stand in; `arguments` becomes what each kernel was launched with last.
+    `infctx.wkv` takes the backend cuda on a CPU as long as this lasts."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
         defines = [option.removeprefix("-D") for option in options]
-        source = source_folder / file_name
-        return _Launcher(build(source, defines, include=(source_folder,), sanitize=sanitize), order, launched)
+        emulation = build(source_folder / file_name, defines, (source_folder,), sanitize, cache)
+        return _Launcher(emulation, order, launched, {} if arguments is None else arguments)
 
     _machine.append(wkv_cuda.Machine(load, processors))
     wkv.ONLY_ON["cuda"] = "cpu"
@@ -51,7 +63,44 @@ class _Launcher:
     emulation: Emulation
     order: str
     launched: list[str]
+    arguments: dict[str, Sequence[Argument]]
 
     def launch(self, name, grid, block, shared_bytes=0, arguments=()):
         self.launched.append(name)
+        self.arguments[name] = arguments
         self.emulation.launch(name, grid, block, shared_bytes, arguments, self.order)
+
+
+def values_and_gradients(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    starts: Tensor | None,
+    cotangents: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """y, S_T, and the gradients of all inputs under both outputs' cotangents; `initial` may be left out."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    initial = leaves.get("initial")
+    y, state = op(*(leaves[name] for name in NAMES), starts, initial)
+    torch.autograd.backward((y, state), (cotangents[0].to(y.dtype), cotangents[1].to(state.dtype)))
+    zeros = {name: torch.zeros_like(x) for name, x in leaves.items() if x.grad is None}
+    gradients = {f"d{name}": zeros.get(name, x.grad) for name, x in leaves.items()}
+    return {"y": y.detach(), "S_T": state.detach()} | gradients
+
+
+def make_inputs(
+    seed: int, dtype: torch.dtype, shape: Sequence[int], decay: str | float = "ordinary"
+) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+    """`random_inputs` with r, k, v and the cotangent of y in `dtype`, all else in fp32."""
+    known = decay if decay in ("ordinary", "extreme") else "ordinary"
+    inputs, starts, cotangents = random_inputs(seed, known, torch.float32, shape)
+    if decay == "slow":
+        inputs["w"] = inputs["w"] * math.exp(-5)  # -exp(z - 7)
+    elif isinstance(decay, float):
+        inputs["w"] = torch.full_like(inputs["w"], decay)
+    for name in ("r", "k", "v"):
+        inputs[name] = inputs[name].to(dtype)
+    return inputs, starts, [cotangents[0].to(dtype), cotangents[1]]
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
