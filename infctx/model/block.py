@@ -8,6 +8,7 @@ from infctx.model.channel_mix import ChannelMix
 from infctx.model.layers import LayerNorm
 from infctx.model.sizes import Sizes
 from infctx.model.time_mix import TimeMix
+from infctx.model.time_parallel import Exchange
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """(wkv (B, H, N, N), time_shift (B, D), channel_shift (B, D)) of one layer."""
@@ -24,12 +25,21 @@ class Block(nn.Module):
         self.channel_mix = ChannelMix(sizes)
 
     def forward(
-        self, x: Tensor, state: LayerState, starts: Tensor | None, initial: LayerState | None
+        self,
+        x: Tensor,
+        state: LayerState,
+        starts: Tensor | None,
+        initial: LayerState | None,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """x (B, T, D) and the layer's state -> the same after the segment."""
+        """x (B, T, D) and the layer's state -> the same after the segment; exchange: where x is a slice of it."""
         wkv, time_shift, channel_shift = state
         first_wkv, first_time_shift, first_channel_shift = initial or (None, None, None)
-        change, wkv, time_shift = self.time_mix(self.time_norm(x), wkv, time_shift, starts, first_wkv, first_time_shift)
+        change, wkv, time_shift = self.time_mix(
+            self.time_norm(x), wkv, time_shift, starts, first_wkv, first_time_shift, exchange
+        )
         x = x + change
-        change, channel_shift = self.channel_mix(self.channel_norm(x), channel_shift, starts, first_channel_shift)
+        change, channel_shift = self.channel_mix(
+            self.channel_norm(x), channel_shift, starts, first_channel_shift, exchange
+        )
         return x + change, (wkv, time_shift, channel_shift)

@@ -12,6 +12,7 @@ from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers, state_dtype
+from infctx.model.time_parallel import Exchange, TimeRanks
 
 
 class RWKV(nn.Module):
@@ -20,6 +21,7 @@ class RWKV(nn.Module):
     compute_dtype: what activations are computed in, None for the dtype of the weights; the state and the decays stay
         fp32 (fp64 in an fp64 model).
     recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass.
+    time_ranks: the ranks that share the time of a segment, each with a slice of it; None: this one has all of it.
     """
 
     def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
@@ -27,6 +29,7 @@ class RWKV(nn.Module):
         self.sizes = sizes
         self.compute_dtype: torch.dtype | None = None
         self.recompute_blocks = False
+        self.time_ranks: TimeRanks | None = None
         self.embedding = nn.Embedding(sizes.vocab_size, sizes.width)
         self.embedding_norm = LayerNorm(sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, backend) for _ in range(sizes.num_layers))
@@ -39,13 +42,21 @@ class RWKV(nn.Module):
         self.initial_units: State | None = None  # what these parameters are in units of; None: one
         self.weights_fingerprint: str | None = None  # of frozen weights, `infctx.model.weights.fingerprint`
 
-    def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
-        """Runs one segment.
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        starts: Tensor | None = None,
+        exchanges: list[Exchange] | None = None,
+    ) -> tuple[Tensor, State]:
+        """Runs one segment, or with time_ranks this rank's slice of it.
 
-        tokens: (B, T) int64; any T >= 1
-        state:  what the segment before handed on; None for the initial state
-        starts: (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
-        Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token.
+        tokens:    (B, T) int64; any T >= 1, with time_ranks a multiple of 16 on every rank but the last
+        state:     what the segment before handed on; None for the initial state (with time_ranks it must be given)
+        starts:    (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
+        exchanges: with time_ranks, an empty list to keep what the other ranks tell in this segment, or the same list
+                   again to run the segment again and ask nobody; None where it is run but once
+        Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token of the segment.
         """
         self._check(tokens, state, starts)
         starts_learned = starts is not None and any(part is not None for part in self.initial_parts())
@@ -54,13 +65,15 @@ class RWKV(nn.Module):
             state = initial
         embedded = self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
         x = self.embedding_norm(embedded)  # (B, T, D)
-        first = initial.layers() if starts_learned else [None] * len(self.blocks)
+        nothing = [None] * len(self.blocks)
+        first = initial.layers() if starts_learned else nothing
+        exchanges = nothing if self.time_ranks is None else self.time_ranks.exchanges(exchanges, len(self.blocks))
         layers = []
-        for block, layer, first_layer in zip(self.blocks, state.layers(), first, strict=True):
+        for block, layer, first_layer, exchange in zip(self.blocks, state.layers(), first, exchanges, strict=True):
             if self.recompute_blocks and torch.is_grad_enabled():
-                x, layer = checkpoint(block, x, layer, starts, first_layer, use_reentrant=False)
+                x, layer = checkpoint(block, x, layer, starts, first_layer, exchange, use_reentrant=False)
             else:
-                x, layer = block(x, layer, starts, first_layer)
+                x, layer = block(x, layer, starts, first_layer, exchange)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
 
@@ -71,6 +84,8 @@ class RWKV(nn.Module):
         borders = (batch, -(-num_tokens // START_SPACING))
         if starts is not None and (starts.shape != borders or starts.dtype != torch.bool):
             raise InputError(f"model: starts must be bool {borders}, not {starts.dtype} {tuple(starts.shape)}")
+        if state is None and self.time_ranks is not None:
+            raise InputError("model: with time_ranks the state before the segment must be given; zeros and a start do")
         wanted = (self.sizes.num_layers, batch, self.sizes.width)
         if state is not None and state.time_shift.shape != wanted:
             raise InputError(f"model: the state is of (L, B, D) = {tuple(state.time_shift.shape)}, not {wanted}")

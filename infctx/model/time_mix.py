@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
+from infctx.model.time_parallel import Exchange
 from infctx.model.token_shift import blend, token_shift
 from infctx.model.wkv import wkv
 
@@ -34,15 +35,20 @@ class TimeMix(nn.Module):
         starts: Tensor | None,
         initial: Tensor | None,
         initial_shift: Tensor | None,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to hand on."""
-        before, shift = token_shift(x, shift, starts, initial_shift)
+        if exchange is None:
+            before, shift = token_shift(x, shift, starts, initial_shift)
+        else:
+            before, shift = exchange.token_shift("time_shift", x, shift, starts, initial_shift)
         x_r, x_k, x_v, x_g, w = self.mixing(x, before)
         r, k, v, w = (
             z.unflatten(2, (-1, self.head_size))  # (B, T, H, N)
             for z in (self.receptance(x_r), self.key(x_k), self.value(x_v), w)
         )
-        y, state = wkv(r, k, v, w.to(state.dtype), self.bonus, state, starts, initial, self.backend)
+        run = wkv if exchange is None else exchange.wkv
+        y, state = run(r, k, v, w.to(state.dtype), self.bonus, state, starts, initial, self.backend)
         y = self.head_norm(y)  # (B, T, D)
         gate = self.gate(x_g)
         return self.output(y * torch.nn.functional.silu(gate)), state, shift

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, state_dtype
+from infctx.model.time_parallel import Exchange
 
 MASKED = -100
 """Target of a place that carries no loss."""
@@ -31,19 +32,26 @@ class SegmentLoss(nn.Module):
         self.model, self.l2wrap = model, l2wrap
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None, starts: Tensor | None, state: State, offset: int = 0
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        starts: Tensor | None,
+        state: State,
+        offset: int = 0,
+        exchanges: list[Exchange] | None = None,
     ) -> tuple[Tensor, State]:
         """Runs a segment from `state`.
 
-        tokens:  (B, T) int64
-        targets: (B, T) int64, -100 where there is no loss; None for the state alone, without head and loss
-        starts:  (B, number of 16-token boundaries inside the segment) bool, None where no document starts
-        offset:  place of the first token on the 16-token grid of the window, 0..15
+        tokens:    (B, T) int64
+        targets:   (B, T) int64, -100 where there is no loss; None for the state alone, without head and loss
+        starts:    (B, number of 16-token boundaries inside the segment) bool, None where no document starts
+        offset:    place of the first token on the 16-token grid of the window, 0..15; 0 where time is shared over ranks
+        exchanges: see `RWKV.forward`
         Returns the sum of the cross entropies over unmasked targets, fp32 or fp64, and the state.
         """
         on_grid = -offset % 16  # tokens before the first boundary
         if starts is None or on_grid == 0:
-            hidden, state = self.model(tokens, state, starts)
+            hidden, state = self.model(tokens, state, starts, exchanges)
         elif on_grid >= tokens.shape[1]:
             hidden, state = self.model(tokens, state)
         else:

@@ -12,7 +12,7 @@ what later segments ask of a state comes in as its gradient, and what this one a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,22 @@ from infctx.errors import InputError
 from infctx.model import START_SPACING
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.model.time_parallel import Exchange, hand_out_told, stack_told
 from infctx.train.host_memory import keep_freed_memory
 from infctx.train.loss import MASKED, SegmentLoss
 
 SEAM_STORES = ("auto", "device", "host")
 
-Backward = Callable[[Tensor, bool], None]
-"""Makes one backward call: (scalar, whether this is the last one before the optimizer steps)."""
+
+class Backward(Protocol):
+    """Who makes the backward calls."""
+
+    def enter(self, segment: int, doing: str, ends_step: bool) -> None:
+        """Says what comes next, counted from 0: the run of a segment without gradients ("forward"), or with them and
+        with a backward call ("backward"), after which the optimizer steps if ends_step."""
+
+    def backward(self, scalar: Tensor) -> None:
+        """Adds the gradient of the scalar."""
 
 
 class Segment(NamedTuple):
@@ -69,7 +78,7 @@ def window_backward(
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)
     loss_sum, state = backward_through_window(
-        SegmentLoss(model), segments, state, 1 / num_targets, _plain_backward, gradient_segments
+        SegmentLoss(model), segments, state, 1 / num_targets, _PlainBackward(), gradient_segments
     )
     return loss_sum / num_targets, state
 
@@ -96,8 +105,9 @@ def backward_through_window(
     loss_sum = torch.zeros((), device=state.wkv.device)
     for begin in range(0, len(segments), run):
         last_run = ends_step and begin + run >= len(segments)
+        chosen = range(begin, min(begin + run, len(segments)))
         loss, state = _backward_through_run(
-            segment_loss, segments[begin : begin + run], state, scale, backward, seam_store, last_run
+            segment_loss, segments, chosen, state, scale, backward, seam_store, last_run
         )
         loss_sum = loss_sum + loss
     return loss_sum, state
@@ -106,70 +116,118 @@ def backward_through_window(
 def _backward_through_run(
     segment_loss: Callable[..., tuple[Tensor, State]],
     segments: list[Segment],
+    chosen: range,
     state: State,
     scale: float,
     backward: Backward,
     seam_store: str,
     ends_step: bool,
 ) -> tuple[Tensor, State]:
-    """Forward over the seams, then backward over the segments, last first."""
-    seams = Seams(len(segments), state, seam_store)
+    """Forward over the seams of the chosen segments, then backward over the segments, last first."""
+    seams = Seams(chosen, state, seam_store)
     came_in = state
     with torch.no_grad():
-        for index, segment in enumerate(segments):
+        for index in chosen:
+            exchanges: list[Exchange] = []
             seams.put(index, state)
-            if index < len(segments) - 1:
-                _, state = segment_loss(segment.tokens, None, segment.starts, state, segment.offset)
+            if index < chosen[-1]:
+                backward.enter(index, "forward", False)
+                tokens, _, starts, offset = segments[index]
+                _, state = segment_loss(tokens, None, starts, state, offset, exchanges)
+            seams.put_told(index, exchanges)
 
     loss_sum, behind, gradient = 0.0, None, None
-    for index in reversed(range(len(segments))):
+    for index in reversed(chosen):
+        backward.enter(index, "backward", ends_step and index == chosen[0])
         state = seams.get(index).leaf()
-        loss, next_state = segment_loss(*segments[index][:3], state, segments[index].offset)
+        loss, next_state = segment_loss(*segments[index][:3], state, segments[index].offset, seams.get_told(index))
         if behind is None:  # the last segment: nothing asks anything of its state, said with zeros
             behind = next_state.detach()
             gradient = State(*(torch.zeros_like(part) for part in behind))
-        backward(loss * scale + next_state.dot(gradient), ends_step and index == 0)
+        backward.backward(loss * scale + next_state.dot(gradient))
         gradient = state.gradient()
         loss_sum = loss_sum + loss.detach()
     if any(part.requires_grad for part in came_in):
-        backward(came_in.dot(gradient), ends_step)
+        backward.backward(came_in.dot(gradient))
     return loss_sum, behind
 
 
-def cut_window(tokens: Tensor, targets: Tensor, starts: Tensor | None, segment_tokens: int) -> list[Segment]:
-    """Cuts (B, T) into segments of `segment_tokens`, the last one perhaps shorter; no copies."""
+def cut_window(
+    tokens: Tensor,
+    targets: Tensor,
+    starts: Tensor | None,
+    segment_tokens: int,
+    time_rank: int = 0,
+    time_ranks: int = 1,
+) -> list[Segment]:
+    """Cuts (B, T) into segments of `segment_tokens`, the last one perhaps shorter; no copies.
+
+    time_rank of time_ranks: gives this slice of each segment; slices are of one length, a multiple of 16.
+    """
+    slice_tokens = segment_tokens // time_ranks
+    assert time_ranks == 1 or (segment_tokens % (START_SPACING * time_ranks) == tokens.shape[1] % segment_tokens == 0)
     segments = []
-    for begin in range(0, tokens.shape[1], segment_tokens):
-        end = min(begin + segment_tokens, tokens.shape[1])
+    for begin in range(time_rank * slice_tokens, tokens.shape[1], segment_tokens):
+        end = min(begin + slice_tokens, tokens.shape[1])
         here = None if starts is None else starts[:, -(-begin // START_SPACING) : -(-end // START_SPACING)]
         segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING))
     return segments
 
 
 class Seams:
-    """The states at the seams of a window, in one block of memory: the device's, or the host's (pinned for a GPU).
+    """The states before some segments, in one block of memory: the device's, or the host's (pinned for a GPU); and what
+    other ranks told in these segments, where time is shared over ranks.
 
     Copies to and from pinned memory are queued on the current stream, which keeps them in order.
     """
 
-    def __init__(self, count: int, like: State, store: str = "auto") -> None:
-        self.device = like.wkv.device
+    def __init__(self, segments: range, like: State, store: str = "auto") -> None:
+        self.segments, self.device = segments, like.wkv.device
         if store not in SEAM_STORES:
             raise InputError(f"seam_store: {store!r} is not known; choose {', '.join(SEAM_STORES)}")
         on_host = self.device.type != "cpu" and store != "device"
-        where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if on_host else {"device": self.device}
-        self.blocks = State(*(torch.empty((count, *part.shape), dtype=part.dtype, **where) for part in like))
+        pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        self.where = pinned if on_host else {"device": self.device}
+        self.blocks = State(*(self._block(part) for part in like))
+        self.told: dict[str, Tensor] = {}
+        self.exchanges: dict[int, list[Exchange]] = {}
 
     def put(self, index: int, state: State) -> None:
         for block, part in zip(self.blocks, state, strict=True):
-            block[index].copy_(part.detach(), non_blocking=True)
+            block[index - self.segments[0]].copy_(part.detach(), non_blocking=True)
 
     def get(self, index: int) -> State:
-        return State(*(block[index].to(self.device, non_blocking=True) for block in self.blocks))
+        return State(*(self._fetch(block, index) for block in self.blocks))
+
+    def put_told(self, index: int, exchanges: list[Exchange]) -> None:
+        """Takes over what was told in a segment."""
+        for name, part in stack_told(exchanges).items():
+            if name not in self.told:
+                self.told[name] = self._block(part)
+            self.told[name][index - self.segments[0]].copy_(part, non_blocking=True)
+        hand_out_told(exchanges, {})
+        self.exchanges[index] = exchanges
+
+    def get_told(self, index: int) -> list[Exchange]:
+        """The segment's exchanges, with what was told; an empty list if nothing was."""
+        exchanges = self.exchanges.pop(index)
+        if exchanges:
+            hand_out_told(exchanges, {name: self._fetch(block, index) for name, block in self.told.items()})
+        return exchanges
+
+    def _block(self, like: Tensor) -> Tensor:
+        return torch.empty((len(self.segments), *like.shape), dtype=like.dtype, **self.where)
+
+    def _fetch(self, block: Tensor, index: int) -> Tensor:
+        return block[index - self.segments[0]].to(self.device, non_blocking=True)
 
 
-def _plain_backward(scalar: Tensor, _ends_step: bool) -> None:
-    scalar.backward()
+class _PlainBackward:
+    def enter(self, segment: int, doing: str, ends_step: bool) -> None:
+        pass
+
+    def backward(self, scalar: Tensor) -> None:
+        scalar.backward()
 
 
 def _starts_shape(tokens: Tensor) -> tuple[int, int]:

@@ -1,0 +1,174 @@
+"""Time over ranks: each rank has a slice of every segment, and the recurrence goes on across them, gradient included.
+
+A slice turns the state that comes in, S, into kept * S + added: `kept` is exp of its sum of log decays for each key
+channel (zero where a document starts in it), `added` the state that it reaches from zeros.  Every rank is told both of
+every slice, by one all-gather, and works out the states before its own slice and behind the last one:
+
+    S_0 = state of the segment before;    S_(p+1) = kept_p * S_p + added_p                (p = 0 .. P - 1)
+
+Backward, with g_p what slice p asks of the state that came into it (one all-gather), and G_P what is asked of the state
+behind the segment:
+
+    G_p = g_p + kept_p * G_(p+1);         d added_p = G_(p+1);         d kept_p = S_p . G_(p+1), over value channels
+
+The token shift takes the last vector of the slice before, and gives its gradient back.
+
+What every rank knows of the segment, the state before it and the one behind it, is the same on every rank, bit for
+bit; so is its gradient, which every rank holds whole: it is no sum over ranks.  Only what depends on a rank's own
+tokens, such as the gradients of weights, is.  So a window, a carry and a checkpoint need to know nothing of this.
+
+On the wire, received by each rank for a layer, with activations of s bytes:
+    forward   (P - 1) B (4 H N (N + 1) + 2 D s) bytes;        backward   (P - 1) B (4 H N N + 2 D s) bytes
+and nothing for a forward pass that is a repetition: what a segment was told is kept (`Exchange`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infctx.model.token_shift import token_shift
+from infctx.model.wkv import wkv
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+
+class TimeRanks:
+    """The ranks of a process group that share the time of a segment, in order: slice p is on rank p."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x of every rank: (P, *x.shape)."""
+        everyone = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        _all_gather(everyone, x.contiguous(), group=self.group)
+        return everyone.unflatten(0, (self.size, -1))
+
+    def exchanges(self, known: list[Exchange] | None, num_layers: int) -> list[Exchange]:
+        """One for each block: those that are known, or new ones, which are put into the list if it is there."""
+        if known:
+            return known
+        new = [Exchange(self) for _ in range(num_layers)]
+        if known is not None:
+            known += new
+        return new
+
+
+class Exchange:
+    """What one block and the other ranks tell each other in one segment.
+
+    told: what this rank was told, kept for when the segment or the block is run again, which then asks nobody:
+        time_shift, channel_shift (B, D): the vector before its slice; came_in (B, H, N, N): the state before its slice;
+        kept (P, B, H, N, 1): what is left of a state behind each slice.
+        In a repetition the state and the vectors behind the segment are zeros: only their gradient has a meaning.
+    """
+
+    def __init__(self, ranks: TimeRanks, told: dict[str, Tensor] | None = None) -> None:
+        self.ranks, self.told = ranks, told or {}
+
+    def token_shift(
+        self, name: str, x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`token_shift` of a segment of which this rank holds the slice x (B, T, D); name: of what is told.
+
+        Returns the shifted slice, and the vector to hand on behind the segment.
+        """
+        before, behind = _Shift.apply(x[:, -1], last, self, name)
+        shifted, _ = token_shift(x, before, starts, initial)
+        return shifted, behind
+
+    def wkv(
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        u: Tensor,
+        state: Tensor,
+        starts: Tensor | None,
+        initial: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """`infctx.wkv` of a segment of which this rank holds a slice.
+
+        r, k, v, w (B, T, H, N), starts (B, ceil(T / 16)): the slice; state (B, H, N, N): before the segment.
+        Returns y of the slice and the state behind the segment.  The op runs twice, once for `added`: what the states
+        of slices need in between has to cross the wire.
+        """
+        _, added = wkv(r.detach(), k, v, w, u.detach(), torch.zeros_like(state), starts, initial, backend)
+        kept = w.sum(1).exp()[..., None]  # (B, H, N, 1)
+        if starts is not None:
+            kept = kept.masked_fill(starts.any(1)[:, None, None, None], 0)
+        came_in, behind = _Join.apply(kept, added, state, self)
+        y, _ = wkv(r, k, v, w, u, came_in, starts, initial, backend)
+        return y, behind
+
+
+def stack_told(exchanges: list[Exchange]) -> dict[str, Tensor]:
+    """What all blocks were told, layers stacked: name -> (L, ...); nothing where there are no exchanges."""
+    names = exchanges[0].told if exchanges else ()
+    return {name: torch.stack([exchange.told[name] for exchange in exchanges]) for name in names}
+
+
+def hand_out_told(exchanges: list[Exchange], stacked: dict[str, Tensor]) -> None:
+    """The inverse of `stack_told`."""
+    for layer, exchange in enumerate(exchanges):
+        exchange.told = {name: parts[layer] for name, parts in stacked.items()}
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, last: Tensor, exchange: Exchange, name: str) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks = exchange.ranks
+        ctx.dtypes = mine.dtype, last.dtype
+        if name in exchange.told:
+            return exchange.told[name].detach(), torch.zeros_like(last)
+        vectors = ranks.gather(mine)  # (P, B, D)
+        before = last if ranks.rank == 0 else vectors[ranks.rank - 1]
+        exchange.told[name] = before.to(mine.dtype, copy=True)
+        return exchange.told[name].detach(), vectors[-1].to(last.dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_before: Tensor, d_behind: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ranks, (x_dtype, last_dtype) = ctx.ranks, ctx.dtypes
+        asked = ranks.gather(d_before)  # (P, B, D)
+        d_mine = d_behind.to(x_dtype) if ranks.rank == ranks.size - 1 else asked[ranks.rank + 1]
+        return d_mine, asked[0].to(last_dtype), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, added: Tensor, state: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks = exchange.ranks
+        if "came_in" in exchange.told:
+            everyone_kept, came_in = exchange.told["kept"], exchange.told["came_in"]
+            behind = torch.zeros_like(state)
+        else:
+            everyone = ranks.gather(torch.cat([kept, added], dim=-1))  # (P, B, H, N, 1 + N)
+            everyone_kept = everyone[..., :1].clone()
+            behind = state
+            for rank in range(ranks.size):
+                if rank == ranks.rank:
+                    came_in = behind
+                behind = everyone_kept[rank] * behind + everyone[rank, ..., 1:]
+            exchange.told["kept"], exchange.told["came_in"] = everyone_kept, came_in
+        ctx.save_for_backward(everyone_kept, came_in)
+        return came_in.detach(), behind
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_came_in: Tensor, d_behind: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        everyone_kept, came_in = ctx.saved_tensors
+        ranks, asked = ctx.ranks, d_behind
+        everyone_asked = ranks.gather(d_came_in)  # (P, B, H, N, N)
+        for rank in reversed(range(ranks.size)):
+            if rank == ranks.rank:
+                d_added, d_kept = asked, (came_in * asked).sum(-1, keepdim=True)
+            asked = everyone_asked[rank] + everyone_kept[rank] * asked
+        return d_kept, d_added, asked, None

@@ -1,0 +1,39 @@
+"""Real ranks for tests: processes with a process group of torch, and what each of them found."""
+
+import os
+import socket
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run_ranks(count, function, *arguments, folder):
+    """function(*arguments) on each of `count` ranks of a gloo process group: what they returned, by rank.
+
+    function must be importable: at the top of a module.  Its results go through `torch.save` into `folder`.
+    """
+    port = free_port()
+    multiprocessing.start_processes(
+        _rank, (count, port, function, arguments, str(folder)), count, join=True, start_method="spawn"
+    )
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _rank(rank, count, port, function, arguments, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    try:
+        torch.save(function(*arguments), f"{folder}/rank-{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the other ranks may wait for this one in a collective
+    dist.destroy_process_group()

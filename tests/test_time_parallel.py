@@ -1,0 +1,122 @@
+"""Time over ranks: outputs, states and gradients are those of one rank, wherever documents start and segments end."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import infctx
+from infctx.errors import InputError
+from infctx.model.state import State
+from infctx.model.time_parallel import TimeRanks
+from infctx.train.loss import SegmentLoss
+from infctx.train.window import backward_through_window, cut_window
+
+from ranks import run_ranks
+from test_window import random_window
+from tiny_models import random_model
+
+BATCH = 2
+CASES = {
+    # name: (version, tokens, segment tokens, start rate, gradient segments, recompute blocks)
+    "eagle": (5, 256, 64, 0.2, None, False),
+    "finch": (6, 256, 64, 0.2, None, False),
+    "finch, one segment": (6, 128, 128, 0.2, None, False),
+    "finch, starts everywhere": (6, 256, 128, 1.0, None, False),
+    "finch, no starts": (6, 192, 64, 0.0, None, False),
+    "finch, recomputed": (6, 256, 64, 0.2, None, True),
+    "eagle, recomputed": (5, 384, 128, 0.2, None, True),
+    "finch, truncated": (6, 256, 64, 0.2, 2, False),
+    "finch, truncated at every segment": (6, 256, 64, 0.2, 1, True),
+}
+
+
+class PlainBackward:
+    def enter(self, segment, doing, ends_step):
+        pass
+
+    def backward(self, scalar):
+        scalar.backward()
+
+
+def window_of(case, dtype=torch.float64):
+    """The model, the window and the state before it: all that a rank needs."""
+    version, num_tokens, segment_tokens, start_rate, gradient_segments, recompute = CASES[case]
+    model = random_model(version, dtype=dtype, with_state=True, seed=num_tokens)
+    model.add_initial_state(shifts=True)
+    for part in model.initial_parts():
+        torch.nn.init.normal_(part, std=0.3, generator=torch.Generator().manual_seed(5))
+    model.recompute_blocks = recompute
+    window = random_window(num_tokens, batch=BATCH, seed=segment_tokens, start_rate=start_rate)
+    window[2][:, 0] = False  # so that the state before the window matters
+    random = torch.Generator().manual_seed(1)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    before = State(*(torch.randn(x.shape, generator=random).to(precise) for x in model.initial_state(BATCH)))
+    return model, window, segment_tokens, gradient_segments, before
+
+
+def through_window(case, ranks=None):
+    """Loss sum, state behind, gradients of all weights and of the state before, of one rank or of many together."""
+    model, window, segment_tokens, gradient_segments, state = window_of(case)
+    model.time_ranks = ranks
+    place = () if ranks is None else (ranks.rank, ranks.size)
+    segments = cut_window(*window, segment_tokens, *place)
+    state = state.leaf()
+    loss, behind = backward_through_window(
+        SegmentLoss(model), segments, state, 0.01, PlainBackward(), gradient_segments
+    )
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if ranks is not None:
+        for tensor in (loss, *gradients.values()):
+            dist.all_reduce(tensor)
+    gradients |= {f"before.{name}": part for name, part in state.gradient()._asdict().items()}
+    return {"loss": loss, "behind": tuple(behind), "gradients": gradients}
+
+
+def hidden_of(case, ranks=None):
+    """The hidden vectors of a window run as one segment: of the whole, or of this rank's slice."""
+    model, (tokens, _, starts), _, _, state = window_of(case)
+    model.time_ranks = ranks
+    slices = ranks.size if ranks else 1
+    (piece,) = cut_window(tokens, tokens, starts, tokens.shape[1], ranks.rank if ranks else 0, slices)
+    hidden, _ = model(piece.tokens, state, piece.starts)
+    return hidden.detach()
+
+
+def all_cases(time_ranks):
+    ranks = TimeRanks(dist.group.WORLD)
+    assert ranks.size == time_ranks
+    return {case: through_window(case, ranks) | {"hidden": hidden_of(case, ranks)} for case in CASES}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"{request.param}_ranks")
+    return run_ranks(request.param, all_cases, request.param, folder=folder)
+
+
+def assert_same(found, truth, name, bar=1e-11):
+    scale = truth.abs().max().clamp_min(1e-30)
+    assert ((found - truth).abs().max() / scale).item() <= bar, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_that_one_rank_finds(found, case):
+    truth = through_window(case)
+    assert truth["gradients"]["initial_wkv"].any() == (CASES[case][3] > 0)
+    assert_same(torch.cat([rank[case]["hidden"] for rank in found], dim=1), hidden_of(case), "hidden")
+    for rank in found:
+        assert_same(rank[case]["loss"], truth["loss"], "loss")
+        for name, part, whole in zip(State._fields, rank[case]["behind"], truth["behind"], strict=True):
+            assert_same(part, whole, name)
+        for name, gradient in truth["gradients"].items():
+            assert_same(rank[case]["gradients"][name], gradient, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_all_ranks_know_is_the_same_bit_for_bit(found, case):
+    for rank in found[1:]:
+        for part, first in zip(rank[case]["behind"], found[0][case]["behind"], strict=True):
+            assert torch.equal(part, first)
+        for name in State._fields:
+            gradients = (each[case]["gradients"][f"before.{name}"] for each in (rank, found[0]))
+            assert torch.equal(*gradients)
