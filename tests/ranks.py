@@ -29,7 +29,8 @@ def free_port():
 
 def _rank(rank, count, port, function, arguments, folder):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     dist.init_process_group("gloo", rank=rank, world_size=count)
     try:
         torch.save(function(*arguments), f"{folder}/rank-{rank}.pt")

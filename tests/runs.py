@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from lightning.fabric import Fabric
 
 from infctx.data.token_store import TokenStoreWriter
+from infctx.train.distributed import Engine
+from infctx.train.loss import SegmentLoss
+from infctx.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +45,11 @@ def write_config(folder, **changes):
         if not (folder / f"{store}.idx").exists():
             write_store(folder / store, seed=len(store))
     return path
+
+
+def plain_engine(model, optimizer):
+    """The engine of one CPU for a model and its optimizer."""
+    return Engine(Fabric(accelerator="cpu", devices=1), Ranks(), SegmentLoss(model), optimizer, None)
 
 
 def start(*arguments, **options):

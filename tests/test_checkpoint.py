@@ -22,7 +22,7 @@ from infctx.train.checkpoint import (
 from infctx.train.model_files import find_model
 from infctx.train.optimizer import make_optimizer
 
-from runs import write_config
+from runs import plain_engine, write_config
 
 
 def trained(seed=0):
@@ -45,18 +45,22 @@ def config(tmp_path):
 
 def save(folder, config, step, seed=0):
     model, optimizer, carry = trained(seed)
-    return save_checkpoint(folder, model, optimizer, carry, Progress(step, {"next": step}, 7 * step), config)
+    return save_checkpoint(
+        folder, plain_engine(model, optimizer), carry, Progress(step, {"next": step}, 7 * step), config
+    )
 
 
 def test_everything_comes_back(tmp_path, config):
     model, optimizer, carry = trained()
     torch.manual_seed(5)
-    path = save_checkpoint(tmp_path, model, optimizer, carry, Progress(4, {"next": 9, "begins": [0, 3]}, 28), config)
+    path = save_checkpoint(
+        tmp_path, plain_engine(model, optimizer), carry, Progress(4, {"next": 9, "begins": [0, 3]}, 28), config
+    )
     drawn = torch.rand(3)
     back = infctx.load_model(path)
     other = make_optimizer(back, OptimizerSettings(steps=20, peak_lr=1e-2))
     torch.manual_seed(6)
-    state, progress = load_progress(path, back, other)
+    state, progress = load_progress(path, plain_engine(back, other))
     assert torch.equal(torch.rand(3), drawn)
     assert progress == Progress(4, {"next": 9, "begins": [0, 3]}, 28)
     assert all(torch.equal(a, b) for a, b in zip(state, carry, strict=True))
@@ -108,7 +112,7 @@ def test_a_save_that_fails_leaves_the_last_one_alone(tmp_path, config, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device", "optimizer.safetensors")
 
-    monkeypatch.setattr(checkpoint_module, "_optimizer_tensors", full)
+    monkeypatch.setattr(checkpoint_module, "write_moments", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, config, 2)
     assert sorted(tmp_path.glob(".*")) == []
@@ -146,7 +150,7 @@ def test_the_manifest_names_every_file(tmp_path, config):
 def test_states_of_several_lanes(tmp_path, config):
     model, optimizer, _ = trained()
     carry = State(*(torch.randn_like(part) for part in model.initial_state(5).detach()))
-    path = save_checkpoint(tmp_path, model, optimizer, carry, Progress(1, None, 0), config)
-    state, progress = load_progress(path, model, optimizer)
+    path = save_checkpoint(tmp_path, plain_engine(model, optimizer), carry, Progress(1, None, 0), config)
+    state, progress = load_progress(path, plain_engine(model, optimizer))
     assert progress.position is None
     assert all(torch.equal(a, b) for a, b in zip(state, carry, strict=True))

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follo
     window.tokens[0][window.tokens[0] == poisoned] = 1
     with torch.no_grad():
         run.model.embedding.weight[poisoned] = math.inf
-    where = find_failure(run.model, window, run.carry, run.config.window)
+    where = find_failure(run.engine, window, run.carry, run.config)
     assert where.place == "layer 0, segment 0"
     assert where.documents == "lane 1: " + ", ".join(map(str, window.documents[1][:8])) + (
         f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""

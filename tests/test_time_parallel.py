@@ -3,16 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from test_window import random_window
 
-import infctx
-from infctx.errors import InputError
 from infctx.model.state import State
 from infctx.model.time_parallel import TimeRanks
 from infctx.train.loss import SegmentLoss
 from infctx.train.window import backward_through_window, cut_window
 
 from ranks import run_ranks
-from test_window import random_window
 from tiny_models import random_model
 
 BATCH = 2

@@ -213,7 +213,7 @@ def test_a_broken_gradient_names_the_initial_state(tmp_path, weights):
     run = open_run(tune_config(tmp_path, weights))
     window, _ = next(run.lanes)
     run.model.initial_wkv.grad = torch.full_like(run.model.initial_wkv, float("nan"))
-    where = find_failure(run.model, window, run.carry, run.config.window)
+    where = find_failure(run.engine, window, run.carry, run.config)
     assert where.place == "the initial state"
 
 

@@ -9,6 +9,9 @@ A checkpoint is a folder `step-000123`, written under a temporary name and renam
     progress.json          step, position in the documents, tokens seen
     config.yaml            every setting of the run
     manifest.json          size and SHA-256 of each file above
+
+Of many ranks each writes its share of the tensors (train/shares), the weights with Hugging Face's index.  It is the
+same checkpoint: a run on any number of ranks, with any strategy, goes on from it.
 """
 
 from __future__ import annotations
@@ -20,22 +23,22 @@ import logging
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 from infctx.config import Config, dump_config
 from infctx.errors import InputError
 from infctx.files import atomic_folder, temporary_name
-from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.model.state_file import STATE_FILE, save_state
-from infctx.model.tensor_file import write_tensors
-from infctx.model.weights import CHECKPOINT_WEIGHTS, stored_tensors
+from infctx.model.weights import CHECKPOINT_WEIGHTS
+from infctx.train.ranks import Ranks
+from infctx.train.shares import INDEX, Holder, read_carry, read_moments, write_carry, write_moments, write_weights
 
 TUNED_OVER = "weights"
 """Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
@@ -52,28 +55,46 @@ class Progress(NamedTuple):
     num_tokens: int
 
 
-def save_checkpoint(
-    folder: Path, model: RWKV, optimizer: torch.optim.Optimizer, carry: State, progress: Progress, config: Config
-) -> Path:
-    """Writes `folder/step-N`, whole or not at all, then removes the oldest beyond `run.keep_checkpoints`."""
+def save_checkpoint(folder: Path, engine: Holder, carry: State, progress: Progress, config: Config) -> Path:
+    """Writes `folder/step-N`, whole or not at all, then removes the oldest beyond `run.keep_checkpoints`.
+
+    Every rank must call it, with a folder that all of them see; an error of one is raised on all.
+    """
+    ranks = engine.ranks
     path = folder / f"step-{progress.step:06d}"
-    with atomic_folder(path) as temporary:
-        if config.model.freezes_weights:
-            metadata = {TUNED_OVER: model.weights_fingerprint}
-            save_state(model.learned_state(), temporary / STATE_FILE, "infctx", metadata=metadata)
-        else:
-            write_tensors(stored_tensors(model), temporary / CHECKPOINT_WEIGHTS)
-        write_tensors(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        write_tensors(_carry_tensors(carry, model.initial_units), temporary / "carry.safetensors")
-        (temporary / "progress.json").write_text(json.dumps(progress._asdict()), encoding="utf-8")
-        (temporary / "config.yaml").write_text(dump_config(_found_from_anywhere(config)), encoding="utf-8")
-        entries = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    for old in checkpoints(folder)[: -config.run.keep_checkpoints]:
-        hidden = temporary_name(old, "old")
-        os.replace(old, hidden)
-        shutil.rmtree(hidden)
+    with atomic_folder(path) if ranks.is_first else nullcontext() as temporary:
+        temporary = ranks.from_first(lambda: temporary)
+        learned = engine.learned_state() if config.model.freezes_weights else None
+        entries = ranks.together(lambda: _write_share(temporary, engine, learned, carry, progress, config))
+        if ranks.is_first:
+            manifest = {name: entry for share in entries for name, entry in share.items()}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if ranks.is_first:
+        for old in checkpoints(folder)[: -config.run.keep_checkpoints]:
+            hidden = temporary_name(old, "old")
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
+    ranks.from_first(lambda: None)
     return path
+
+
+def _write_share(
+    folder: Path, engine: Holder, learned: State | None, carry: State, progress: Progress, config: Config
+) -> dict[str, tuple[int, str]]:
+    """Writes this rank's files; returns their fingerprints."""
+    ranks, others = engine.ranks, _generators(carry.wkv.device) | _units(engine.model.initial_units)
+    files = write_weights(folder, engine) if learned is None else []
+    files += write_moments(folder, engine) + write_carry(folder, carry, others, ranks)
+    if ranks.is_first:
+        if learned is not None:
+            metadata = {TUNED_OVER: engine.model.weights_fingerprint}
+            save_state(learned, folder / STATE_FILE, "infctx", metadata=metadata)
+            files.append(folder / STATE_FILE)
+        texts = {"progress.json": json.dumps(progress._asdict()), "config.yaml": dump_config(_found_anywhere(config))}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            files.append(folder / name)
+    return {file.name: _fingerprint(file) for file in sorted(files)}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -103,7 +124,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def changed_settings(path: Path, config: Config) -> list[str]:
     """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
-    before, now = saved_settings(path), _found_from_anywhere(config).model_dump(mode="json")
+    before, now = saved_settings(path), _found_anywhere(config).model_dump(mode="json")
     return [
         f"{section}.{name} {before.get(section, {}).get(name)} -> {value}"
         for section, settings in now.items()
@@ -112,7 +133,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     ]
 
 
-def _found_from_anywhere(config: Config) -> Config:
+def _found_anywhere(config: Config) -> Config:
     """With the whole path of the weights that a state is tuned over: a tuned run is a model wherever one stands."""
     if not config.model.freezes_weights:
         return config
@@ -158,43 +179,34 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (ValueError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    return None if entries.keys() & {CHECKPOINT_WEIGHTS, STATE_FILE} else f"{MANIFEST} is empty"
+    return None if entries.keys() & {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE} else f"{MANIFEST} is empty"
 
 
-def load_progress(path: Path, model: RWKV, optimizer: torch.optim.Optimizer) -> tuple[State, Progress]:
-    """Fills the optimizer and the random generators from a checkpoint; returns the carried state and the progress."""
-    device = model.embedding.weight.device
-    tensors = load_file(path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        entries = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        if entries:
-            optimizer.state[parameter] = {key: value.to(device) for key, value in entries.items()}
-    carry = load_file(path / "carry.safetensors")
-    torch.set_rng_state(carry["random_cpu"])
-    if "random_cuda" in carry and device.type == "cuda":
-        torch.cuda.set_rng_state(carry["random_cuda"], device)
-    if "unit_wkv" in carry:
-        model.set_initial_units(State(*(carry[f"unit_{name}"].to(device) for name in State._fields)))
-    state = State(*(carry[name].to(device) for name in State._fields))
+def load_progress(path: Path, engine: Holder) -> tuple[State, Progress]:
+    """Fills the optimizer and the random generators from a checkpoint; returns the carried state of this rank's lanes,
+    on the CPU, and the progress."""
+    read_moments(path, engine)
+    state, others = read_carry(path, engine.ranks)
+    torch.set_rng_state(others["random_cpu"])
+    if "random_cuda" in others and torch.cuda.is_available():
+        torch.cuda.set_rng_state(others["random_cuda"])
     return state, Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 
-def _optimizer_tensors(model: RWKV, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def load_units(path: Path) -> State | None:
+    """What the tuned state of a checkpoint counts in."""
+    _, others = read_carry(path, Ranks())
+    return State(*(others[f"unit_{name}"] for name in State._fields)) if "unit_wkv" in others else None
 
 
-def _carry_tensors(carry: State, units: State | None) -> dict[str, Tensor]:
-    tensors = {name: part.detach().cpu().contiguous() for name, part in carry._asdict().items()}
-    if units is not None:
-        tensors |= {f"unit_{name}": unit.cpu().contiguous() for name, unit in units._asdict().items()}
-    tensors["random_cpu"] = torch.get_rng_state()
-    if carry.wkv.device.type == "cuda":
-        tensors["random_cuda"] = torch.cuda.get_rng_state(carry.wkv.device)
-    return tensors
+def _units(units: State | None) -> dict[str, Tensor]:
+    return {} if units is None else {f"unit_{name}": unit.cpu().contiguous() for name, unit in units._asdict().items()}
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The random generators of the CPU and of a GPU."""
+    states = {"random_cpu": torch.get_rng_state()}
+    return states | ({"random_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _fingerprint(file: Path) -> tuple[int, str]:

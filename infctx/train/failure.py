@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.config import WindowSettings
+from infctx.config import Config
 from infctx.data.lanes import Window
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.train.distributed import Engine
 from infctx.train.loss import token_losses
 from infctx.train.window import cut_window
 
@@ -38,28 +39,37 @@ def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | 
 
 
 @torch.no_grad()
-def find_failure(model: RWKV, window: Window, state: State, settings: WindowSettings) -> Failure:
+def find_failure(engine: Engine, window: Window, state: State, config: Config) -> Failure:
     """Runs the window again from the state before it, and looks at every layer behind every segment.
 
     Where all of that is finite, it is the gradient that broke: it flows from the last layer to the first, so the
-    last layer with a gradient that is not finite is where it began.
+    last layer with a gradient that is not finite is where it began.  Every rank must call it; all return the same.
     """
-    lanes = len(window.documents)
-    at_once = settings.lanes_per_pass or lanes
+    model, lanes = engine.model, len(window.documents)
+    model.time_ranks = None  # every rank runs its lanes whole
+    at_once = config.window.lanes_per_pass or lanes
     groups = [slice(begin, begin + at_once) for begin in range(0, lanes, at_once)]
-    seen = [_first_bad(model, window, state.lanes(group), group, settings.segment_tokens) for group in groups]
-    first = min((place for place, _ in seen if place is not None), default=None)
-    if first is not None:
-        segment, layer = first
-        where = "the head" if layer == model.sizes.num_layers else f"layer {layer}"
-        finite = [ok for place, group in seen for ok in (group if place == first else [True] * len(group))]
-        return _failure(f"{where}, segment {segment}", window, finite)
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
+    everyone = engine.ranks.gather(seen)
+    first = min((place for rank in everyone for place, _ in rank if place is not None), default=None)
+    if first is None:
+        return Failure(_where_gradient_broke(engine), _documents(engine.ranks.gather(window.documents), None, engine))
+    segment, layer = first
+    where = "the head" if layer == model.sizes.num_layers else f"layer {layer}"
+    finite = [
+        [ok for place, group in rank for ok in (group if place == first else [True] * len(group))] for rank in everyone
+    ]
+    return Failure(f"{where}, segment {segment}", _documents(engine.ranks.gather(window.documents), finite, engine))
+
+
+def _where_gradient_broke(engine: Engine) -> str:
+    bad = engine.parameters_without_finite_gradient()
+    if bad is None:
+        return "a layer that a sharded gradient does not tell"
     layers = [int(name.split(".")[1]) for name in bad if name.startswith("blocks.")]
     in_head = any(name.startswith(("head.", "output_norm.")) for name in bad)
     learned = "the initial state" if all(name.startswith("initial_") for name in bad) else "the embedding"
-    place = "the head" if in_head else f"layer {max(layers)}" if layers else learned
-    return _failure(place, window, [False] * lanes)
+    return "the head" if in_head else f"layer {max(layers)}" if layers else learned
 
 
 def _first_bad(
@@ -67,23 +77,26 @@ def _first_bad(
 ) -> tuple[tuple[int, int] | None, list[bool]]:
     """(segment, layer) where some lanes of a group first break (layer L is the head), and which lanes are finite."""
     parts = (part[group].to(state.wkv.device) for part in (window.tokens, window.targets, window.starts))
-    for number, segment in enumerate(cut_window(*parts, segment_tokens)):
+    found = None
+    for number, segment in enumerate(cut_window(*parts, segment_tokens)):  # to the end: ranks must do the same
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
         losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
         for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
-            if not all(lanes):
-                return (number, layer), lanes
-    return None, [True] * state.batch_size
+            if found is None and not all(lanes):
+                found = (number, layer), lanes
+    return found or (None, [True] * state.batch_size)
 
 
-def _failure(place: str, window: Window, finite_lanes: list[bool]) -> Failure:
-    lanes = (
-        f"lane {lane}: {_numbers(documents)}"
-        for lane, (documents, finite) in enumerate(zip(window.documents, finite_lanes, strict=True))
-        if not finite
-    )
-    return Failure(place, "; ".join(lanes))
+def _documents(documents: list[list[list[int]]], finite: list[list[bool]] | None, engine: Engine) -> str:
+    """The documents of the lanes that are not finite, of all ranks; finite: by rank and lane, None for no lane."""
+    lanes = []
+    for rank in range(0, engine.ranks.world_size, engine.ranks.time_ranks):
+        for lane, numbers in enumerate(documents[rank]):
+            if finite is None or not finite[rank][lane]:
+                number = rank // engine.ranks.time_ranks * len(documents[rank]) + lane
+                lanes.append(f"lane {number}: {_numbers(numbers)}")
+    return "; ".join(lanes)
 
 
 def _numbers(documents: list[int], most: int = 8) -> str:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -37,19 +37,21 @@ from infctx.train.checkpoint import (
     changed_settings,
     checkpoints,
     load_progress,
+    load_units,
     lock_folder,
     newest_checkpoint,
     remove_leftovers,
     save_checkpoint,
 )
-from infctx.train.distributed import Engine, open_fabric
+from infctx.train.distributed import Devices, Engine, ShardedEngine, open_devices, open_engine, watched
 from infctx.train.evaluate import evaluate_store, format_table, refuse_tokens_beyond, summarise
 from infctx.train.failure import TrainingFailed, explain_failure, find_failure
 from infctx.train.loss import SegmentLoss
-from infctx.train.metrics import Metrics, read_step_log
+from infctx.train.metrics import open_metrics, read_step_log
 from infctx.train.model_files import open_model
-from infctx.train.optimizer import make_optimizer, set_learning_rate
+from infctx.train.optimizer import set_learning_rate
 from infctx.train.plan import model_sizes, refuse_what_lacks
+from infctx.train.ranks import Ranks
 from infctx.train.tune import finish_tuning, freeze_weights, natural_units
 from infctx.train.window import backward_through_window, cut_window
 
@@ -75,94 +77,122 @@ def train(config: Config) -> None:
     Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
     """
     refuse_what_lacks(config)
-    with lock_folder(config.run.folder):
-        run = open_run(config)
-        if train_steps(run):
+    devices = open_devices(config)
+    with only_run_in(config.run.folder, devices.ranks):
+        with watched(devices.ranks, checkpoint_folder(config)) as watchdog:
+            run = open_run(config, devices)
+            run.engine.watchdog = watchdog
+            done = train_steps(run)
+        if done and devices.ranks.is_first:
             finish(run)
 
 
 def train_steps(run: Run) -> bool:
     """Steps to the last one, or until SIGINT or SIGTERM; says whether the run is done."""
-    config, engine = run.config, run.engine
+    config, engine, ranks = run.config, run.engine, run.engine.ranks
     steps, first = config.optimizer.steps, run.progress.step + 1
-    metrics = Metrics(config.run.folder, first, steps, config.step_tokens, config.run.log_every_steps)
-    with metrics, stop_requests() as stop:
+    with open_metrics(config, first, ranks.is_first) as metrics, stop_requests() as received:
         for step in range(first, steps + 1):
             window, position = next(run.lanes)
             learning_rate = set_learning_rate(engine.optimizer, config.optimizer, step)
             came_in = run.carry
-            loss, run.carry = gradients_of_step(run, window)
-            norm = engine.clip(config.optimizer.clip_norm)
-            if not (loss.isfinite() and norm.isfinite()):
-                where = find_failure(run.model, window, came_in, config.window)
+            engine.begin_step(step)
+            loss_sum, run.carry = gradients_of_step(run, window)
+            told = ranks.gather_numbers([loss_sum, bool(received), engine.busy_seconds], engine.device)
+            loss, stop = told[:, 0].sum() / max(window.num_targets, 1), bool(told[:, 1].any())
+            norm = engine.step() if loss.isfinite() else loss
+            if not norm.isfinite():
+                where = find_failure(engine, window, came_in, config)
                 raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
-            engine.step()
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
-            metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry, run.model.learned_state())
+            metrics.report(step, loss.item(), learning_rate, norm.item(), run.carry, engine.learned_state(), told[:, 2])
             if stop or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save(run)
             if stop and step < steps:
-                metrics.say(f"{stop[0]}: stopped behind step {step}, all saved in {run.checkpoint}; run again to go on")
+                why = received[0] if received else "a signal to another rank"
+                metrics.say(f"{why}: stopped behind step {step}, all saved in {run.checkpoint}; run again to go on")
                 return False
     return True
 
 
 def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
-    """Adds the gradient of one step, group of lanes by group; returns the mean loss and the state to carry on."""
-    settings, engine = run.config.window, run.engine
-    tokens, targets, starts = (part.to(run.carry.wkv.device) for part in (window.tokens, window.targets, window.starts))
-    scale = 1 / max(window.num_targets, 1)
-    at_once = settings.lanes_per_pass or settings.lanes
+    """Adds the gradient of one step, group of lanes by group; returns the sum of this rank's losses and the state to
+    carry on."""
+    settings, engine, lanes = run.config.window, run.engine, run.config.rank_lanes
+    tokens, targets, starts = (part.to(engine.device) for part in (window.tokens, window.targets, window.starts))
+    time = engine.ranks.time_rank, engine.ranks.time_ranks
+    at_once = settings.lanes_per_pass or lanes
     loss_sums, carries = [], []
-    for begin in range(0, settings.lanes, at_once):
+    for begin in range(0, lanes, at_once):
         group = slice(begin, begin + at_once)
         loss_sum, carry = backward_through_window(
             engine.segment_loss,
-            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens),
+            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens, *time),
             run.carry.lanes(group),
-            scale,
-            engine.backward,
+            engine.scale / max(window.num_targets, 1),
+            engine,
             settings.gradient_segments,
             settings.seam_store,
-            ends_step=begin + at_once == settings.lanes,
+            ends_step=begin + at_once >= lanes,
         )
         loss_sums.append(loss_sum)
         carries.append(carry)
-    return sum(loss_sums) * scale, State.join_lanes(carries)
+    return sum(loss_sums), State.join_lanes(carries)
 
 
-def open_run(config: Config) -> Run:
+def open_run(config: Config, devices: Devices | None = None) -> Run:
     """A new run, or the one in the folder as its newest whole checkpoint left it."""
+    fabric, ranks, strategy = devices = devices or open_devices(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
+    checkpoint = ranks.from_first(lambda: find_checkpoint(config))
+    learns_much = strategy == "zero3" and not config.model.freezes_weights  # the whole may not fit on the device
+    model = make_model(config, checkpoint, torch.device("cpu") if learns_much else fabric.device)
+    model.time_ranks = ranks.join_time()
+    if config.model.freezes_weights:
+        model.set_initial_units(state_units(config, model, checkpoint, ranks))
+    engine = open_engine(devices, SegmentLoss(model, config.optimizer.l2wrap), config.optimizer)
+    carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
+    if checkpoint:
+        carry, progress = load_progress(checkpoint, engine)
+    lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
+    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
+        held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
+        ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
+    log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
+    if ranks.world_size > 1:
+        log.info("%s", devices.describe())
+    if checkpoint:
+        log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
+    return Run(config, model, engine, lanes, carry.to(fabric.device), progress, checkpoint)
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint to go on from, None for a new run; cleans up what a killed run left half done."""
     folder = checkpoint_folder(config)
     remove_leftovers(folder)
     if config.run.resume == "never" and checkpoints(folder):
         raise InputError(f"{folder}: holds checkpoints, and run.resume is never; choose another run.folder, or auto")
-    checkpoint = newest_checkpoint(folder)
+    return newest_checkpoint(folder)
 
-    fabric = open_fabric(config.run.device)
-    model = make_model(config, checkpoint, fabric.device)
-    optimizer = make_optimizer(model, config.optimizer)
-    engine = Engine(fabric, SegmentLoss(model, config.optimizer.l2wrap), optimizer)
-    carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
-    if checkpoint:
-        carry, progress = load_progress(checkpoint, model, optimizer)
-    lanes = open_lanes(config, model.sizes.vocab_size, progress.position)
-    if config.model.freezes_weights and not checkpoint:
+
+def state_units(config: Config, model: RWKV, checkpoint: Path | None, ranks: Ranks) -> State:
+    """What the state that learns counts in: as the run began with, or of the first window of all lanes."""
+    units = load_units(checkpoint) if checkpoint else None
+    if units is None:
         window, _ = next(open_lanes(config, model.sizes.vocab_size))
-        model.set_initial_units(natural_units(model, window, config.window))
-    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
-        refuse_tokens_beyond(TokenStore(config.data.held_out), model.sizes.vocab_size, config.run.evaluate_tokens)
-    log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
-    if checkpoint:
-        log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
-    return Run(config, model, engine, lanes, carry, progress, checkpoint)
+        time_ranks, model.time_ranks = model.time_ranks, None  # every rank runs all of it, and finds the same
+        units = natural_units(model, window, config.window, config.rank_lanes)
+        model.time_ranks = time_ranks
+    device = model.embedding.weight.device
+    return ranks.from_first(lambda: units.to("cpu")).to(device)
 
 
-def open_lanes(config: Config, vocab_size: int, position: dict[str, Any] | None = None) -> Lanes:
-    """The windows of the configured documents, from the one behind `position` on."""
+def open_lanes(
+    config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
+) -> Lanes:
+    """The windows of the configured documents, from the one behind `position` on, of all lanes or of a rank's."""
     store = TokenStore(config.data.store)
     return Lanes(
         Pieces(store, config.data.document_tokens) if config.data.document_tokens else store,
@@ -171,6 +201,7 @@ def open_lanes(config: Config, vocab_size: int, position: dict[str, Any] | None 
         seed=config.run.seed,
         vocab_size=vocab_size,
         shuffle=config.data.shuffle,
+        lanes=ranks.lanes(config.window.lanes) if ranks else None,
         position=position,
     )
 
@@ -221,20 +252,20 @@ def _changes(checkpoint: Path, config: Config) -> str:
 
 def finish(run: Run) -> None:
     """Writes what was learned, evaluates it on held-out documents, and says what happened and what to do next."""
-    config, folder = run.config, run.config.run.folder
+    config, folder, model = run.config, run.config.run.folder, whole_model(run)
     losses = [entry["loss"] for entry in read_step_log(folder)]
     outcome = f"trained {run.progress.step} steps on {run.progress.num_tokens:,} tokens"
     if losses:
         outcome += f": loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
     if config.model.freezes_weights:
         print(f"{outcome}.")
-        finish_tuning(config, run.model, run.checkpoint)
+        finish_tuning(config, model, run.checkpoint)
         return
     weights = folder / "model.pth"
-    save_weights(run.model, weights)
+    save_weights(model, weights)
     if config.data.held_out and config.run.evaluate_tokens:
         store = TokenStore(config.data.held_out)
-        buckets = evaluate_store(run.model, store, config.window.segment_tokens, config.run.evaluate_tokens)
+        buckets = evaluate_store(model, store, config.window.segment_tokens, config.run.evaluate_tokens)
         print(format_table(buckets, store))
         outcome += f"; {summarise(buckets)}"
     print(f"{outcome}.")
@@ -248,8 +279,18 @@ def finish(run: Run) -> None:
 
 def save(run: Run) -> Path:
     """A checkpoint of the run as it stands."""
-    folder, optimizer = checkpoint_folder(run.config), run.engine.optimizer
-    return save_checkpoint(folder, run.model, optimizer, run.carry, run.progress, run.config)
+    run.engine.mark("checkpoint")
+    return save_checkpoint(checkpoint_folder(run.config), run.engine, run.carry, run.progress, run.config)
+
+
+def whole_model(run: Run) -> RWKV:
+    """The model in one process, for what comes behind the steps."""
+    run.model.time_ranks = None
+    if not isinstance(run.engine, ShardedEngine):
+        return run.model
+    device, config, checkpoint = run.engine.device, run.config, run.checkpoint
+    del run.engine, run.model
+    return make_model(config, checkpoint, device)
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -259,7 +300,15 @@ def checkpoint_folder(config: Config) -> Path:
 def _new_carry(config: Config, model: RWKV) -> State:
     """Zeros: every lane's first document starts from the initial state."""
     weight = model.embedding.weight
-    return State.zeros(model.sizes, config.window.lanes, state_dtype(weight.dtype), weight.device)
+    return State.zeros(model.sizes, config.rank_lanes, state_dtype(weight.dtype), "cpu")
+
+
+@contextmanager
+def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Holds the lock of a run's folder; an InputError on every rank if another run has it."""
+    with ExitStack() as locks:
+        ranks.from_first(lambda: bool(locks.enter_context(lock_folder(folder))))
+        yield
 
 
 @contextmanager

@@ -11,13 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from infctx.config import Config
 from infctx.files import atomic_file
 from infctx.model.state import State
 
 STEP_LOG = "steps.jsonl"
+LAG_TO_SHOW = 0.1
+"""How much longer than the median a rank takes to be shown in the progress line."""
+
+
+def open_metrics(config: Config, first_step: int, reports: bool) -> Metrics | NoMetrics:
+    """What tells of a run's steps from first_step on; reports: whether this is the rank that does."""
+    if not reports:
+        return NoMetrics()
+    run = config.run
+    return Metrics(run.folder, first_step, config.optimizer.steps, config.step_tokens, run.log_every_steps)
+
+
+class NoMetrics:
+    """Tells nothing: there is one report of a run, not one of each rank."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
 
 
 class Metrics:
@@ -51,9 +79,13 @@ class Metrics:
         gradient_norm: float,
         carry: State,
         initial: State | None = None,
+        busy_seconds: Tensor | None = None,
     ) -> None:
-        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, and the sizes of
-        the carried state and of the initial state, if one learns."""
+        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, the sizes of the
+        carried state and of the initial state, if one learns; and of many ranks, which one the others wait for.
+
+        busy_seconds: of every rank, from the beginning of the step to where its gradients are reduced.
+        """
         now = time.perf_counter()
         tokens_per_second = self.step_tokens / (now - self.before)
         self.before = now
@@ -65,6 +97,11 @@ class Metrics:
             "tokens_per_second": tokens_per_second,
             "peak_memory_gb": memory / 1e9,
         }
+        slowest = ""
+        if busy_seconds is not None and len(busy_seconds) > 1:
+            rank, lag = int(busy_seconds.argmax()), float(busy_seconds.max() / busy_seconds.median()) - 1
+            scalars |= {"slowest_rank": rank, "slowest_rank_lag": lag}
+            slowest = f"  slowest rank {rank} (+{lag:.0%})" if lag > LAG_TO_SHOW else ""
         self.step_log.write(json.dumps({"step": step} | scalars) + "\n")
         self.step_log.flush()
         for name, value in scalars.items():
@@ -75,7 +112,7 @@ class Metrics:
         left = (now - self.began) / (step - self.first_step + 1) * (self.steps - step)
         line = (
             f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{_duration(left)} left  peak memory {memory / 1e9:.2f} GB"
+            f"{_duration(left)} left  peak memory {memory / 1e9:.2f} GB{slowest}"
         )
         self.bar.set_description_str(line, refresh=False)
         self.bar.update()

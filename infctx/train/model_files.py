@@ -12,8 +12,9 @@ from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.state_file import STATE_FILE, is_state_file, load_state
 from infctx.model.tensor_file import read_metadata
-from infctx.model.weights import CHECKPOINT_WEIGHTS, fingerprint, load_model
+from infctx.model.weights import fingerprint, load_model
 from infctx.train.checkpoint import MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
+from infctx.train.shares import holds_weights
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def find_model(path: Path) -> ModelFiles:
                 "model.initial_state in a configuration)"
             )
         return ModelFiles(path, None)
-    if (path / CHECKPOINT_WEIGHTS).is_file():
+    if holds_weights(path):
         return ModelFiles(path, None)
     if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
         weights = Path(saved_settings(path)["model"]["weights"])
@@ -82,7 +83,7 @@ def find_state(path: Path) -> Path | None:
     """The state file that `path` is, or that a tuned run or checkpoint holds; its weights need not be there."""
     if path.is_file():
         return path if is_state_file(path) else None
-    if not path.is_dir() or (path / CHECKPOINT_WEIGHTS).is_file():
+    if not path.is_dir() or holds_weights(path):
         return None
     if (path / MANIFEST).is_file():
         return path / STATE_FILE

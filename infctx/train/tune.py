@@ -47,23 +47,26 @@ def freeze_weights(model: RWKV, shifts: bool = False) -> None:
 
 
 @torch.no_grad()
-def natural_units(model: RWKV, window: Window, settings: WindowSettings) -> State:
+def natural_units(model: RWKV, window: Window, settings: WindowSettings, most_lanes: int | None = None) -> State:
     """The size of the states that the model itself makes of a window: what one unit of its initial state is.
 
     The root mean square over the seams, lanes and value channels for each key channel of `wkv`, over all channels for
     the shift vectors, rounded to a power of two.  States differ by orders of magnitude from model to model, layer to
     layer and channel to channel, with the decay and the size of the keys; and Adam moves every number by about the
     learning rate, whatever its gradient.  In these units one learning rate suits all.
+
+    most_lanes: that are run at once, if settings.lanes_per_pass does not say it; None for all.
     """
     weight = model.embedding.weight
     squares = []
-    at_once = settings.lanes_per_pass or len(window.tokens)
+    at_once = settings.lanes_per_pass or most_lanes or len(window.tokens)
     for lanes in range(0, len(window.tokens), at_once):
         parts = (
             part[lanes : lanes + at_once].to(weight.device) for part in (window.tokens, window.targets, window.starts)
         )
-        state = State.zeros(model.sizes, at_once, state_dtype(weight.dtype), weight.device)
-        for segment in cut_window(*parts, settings.segment_tokens):
+        segments = cut_window(*parts, settings.segment_tokens)
+        state = State.zeros(model.sizes, len(segments[0].tokens), state_dtype(weight.dtype), weight.device)
+        for segment in segments:
             _, state = model(segment.tokens, state, segment.starts)
             wkv = state.wkv.square().mean((1, 4))[..., None]  # (L, H, N, 1)
             squares.append((wkv, *(part.square().mean((1, 2))[:, None] for part in state[1:])))

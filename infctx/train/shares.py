@@ -1,0 +1,152 @@
+"""The tensors of a checkpoint, shared out over the ranks: each writes its share into files of its own.
+
+One rank writes NAME.safetensors, many write NAME-00001-of-00004.safetensors and so on.  A parameter that is spread over
+the ranks is made whole for a moment, one after the other; the rank that writes it keeps a copy in host memory, the
+others let it go, so that none ever holds more than its share.  Files are read by whoever needs a tensor, however many
+ranks there are now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from infctx.model.rwkv import RWKV
+from infctx.model.state import State
+from infctx.model.stored_names import stored_names
+from infctx.model.tensor_file import write_tensors
+from infctx.model.weights import CHECKPOINT_WEIGHTS, state_name
+from infctx.train.ranks import Ranks
+
+INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
+"""Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
+
+
+class Holder(Protocol):
+    """Who holds the tensors of a run, whole or in parts: `infctx.train.distributed.Engine`."""
+
+    ranks: Ranks
+    model: RWKV
+
+    def whole(self, parameter: nn.Parameter) -> Tensor: ...
+    def whole_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
+    def begin_moments(self, steps: float) -> None: ...
+    def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None: ...
+    def learned_state(self) -> State | None: ...
+
+
+def write_weights(folder: Path, engine: Holder) -> list[Path]:
+    """This rank's share of the weights under their official names, and rank 0's index if there are many: its files."""
+    names = stored_names(engine.model.sizes)
+    mine: dict[str, Tensor] = {}
+    files: dict[str, str] = {}
+    for name, parameter, owner in _share_out(engine):
+        whole = engine.whole(parameter)
+        stored = _official(name, whole.cpu() if owner == engine.ranks.rank else whole.to("meta"), names)
+        files |= dict.fromkeys(stored, _file("model", owner, engine.ranks.world_size))
+        if owner == engine.ranks.rank:
+            mine |= {ours: tensor.contiguous() for ours, tensor in stored.items()}
+    order = [*names.values(), *(state_name(layer) for layer in range(engine.model.sizes.num_layers))]
+    written = _write(folder, "model", {name: mine[name] for name in order if name in mine}, engine.ranks)
+    if engine.ranks.is_first and engine.ranks.world_size > 1:
+        ordered = {name: files[name] for name in order if name in files}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": ordered}, indent=1), encoding="utf-8")
+        written.append(folder / INDEX)
+    return written
+
+
+def write_moments(folder: Path, engine: Holder) -> list[Path]:
+    """This rank's share of the optimizer's state, as <parameter>/<name>: its file."""
+    mine = {}
+    for name, parameter, owner in _share_out(engine):
+        for key, values in engine.whole_moments(parameter).items():
+            if owner == engine.ranks.rank:
+                mine[f"{name}/{key}"] = values.detach().cpu().contiguous()
+    return _write(folder, "optimizer", mine, engine.ranks)
+
+
+def read_moments(folder: Path, engine: Holder) -> None:
+    """Gives the optimizer its state, or this rank's part of it."""
+    files = _tensors_of(folder, "optimizer")
+    begun = False
+    for name, parameter in engine.model.named_parameters():
+        moments = {key.rpartition("/")[2]: _read(files[key], key) for key in files if key.rpartition("/")[0] == name}
+        if moments and not begun:
+            engine.begin_moments(moments["step"].item())
+            begun = True
+        if moments:
+            engine.set_moments(parameter, moments)
+
+
+def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ranks) -> list[Path]:
+    """The carried state of this rank's lanes, once for all that share them; and rank 0's `others`: its file."""
+    if ranks.time_rank > 0:
+        return []
+    tensors = {name: part.detach().cpu().contiguous() for name, part in carry._asdict().items()}
+    shares = Ranks(ranks.data_rank, ranks.data_ranks)
+    return _write(folder, "carry", tensors | (others if ranks.is_first else {}), shares)
+
+
+def read_carry(folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
+    """The carried state of the lanes that are this rank's now, on the CPU; and the `others`."""
+    opened = [safe_open(path, framework="pt") for path in sorted(folder.glob("carry*.safetensors"))]
+    lanes = [file.get_slice("wkv").get_shape()[1] for file in opened]
+    wanted, first, parts = ranks.lanes(sum(lanes)), 0, []
+    for file, count in zip(opened, lanes, strict=True):
+        chosen = slice(max(wanted.start - first, 0), max(wanted.stop - first, 0))
+        parts.append(State(*(file.get_slice(name)[:, chosen] for name in State._fields)))
+        first += count
+    others = {name: opened[0].get_tensor(name) for name in opened[0].keys() if name not in State._fields}  # noqa: SIM118
+    return State.join_lanes(parts), others
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a checkpoint has the weights themselves, in one file or in many."""
+    return (folder / CHECKPOINT_WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def _share_out(engine: Holder) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Every parameter with its name and the rank that writes it: always the one that has the least so far."""
+    loads = [0] * engine.ranks.world_size
+    for name, parameter in engine.model.named_parameters():
+        owner = loads.index(min(loads))
+        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3, which leaves an empty tensor
+        yield name, parameter, owner
+
+
+def _official(name: str, tensor: Tensor, names: dict[str, str]) -> dict[str, Tensor]:
+    """A parameter under its official name; the initial state, layer by layer, value-major."""
+    if name == "initial_wkv":
+        return {state_name(layer): wkv.mT for layer, wkv in enumerate(tensor)}
+    return {names[name]: tensor}
+
+
+def _file(stem: str, rank: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{rank + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write(folder: Path, stem: str, tensors: dict[str, Tensor], ranks: Ranks) -> list[Path]:
+    if not tensors and ranks.world_size > 1:
+        return []
+    path = folder / _file(stem, ranks.rank, ranks.world_size)
+    write_tensors(tensors, path)
+    return [path]
+
+
+def _tensors_of(folder: Path, stem: str) -> dict[str, Path]:
+    """The file of each tensor."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _read(path: Path, name: str) -> Any:
+    with safe_open(path, framework="pt") as file:  # anew each time, so that what was read is let go
+        return file.get_tensor(name)
