@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that are told in one line: a user's mistake, and a run that can not go on."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The command line prints the message alone and exits with code 2; any other exception is ours and keeps its
     traceback.
     """
+
+
+class TrainingFailed(RuntimeError):
+    """The run can not go on; the message is one line for the user, and the exit code 1."""

@@ -2,11 +2,15 @@
 
 import os
 import socket
+import struct
 import traceback
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+TCPI_BYTES_RECEIVED = 128
+"""Offset of tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
 
 
 def run_ranks(count, function, *arguments, folder):
@@ -19,6 +23,21 @@ def run_ranks(count, function, *arguments, folder):
         _rank, (count, port, function, arguments, str(folder)), count, join=True, start_method="spawn"
     )
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def bytes_received():
+    """What has come in over all TCP connections of this process, as the kernel counts it (Linux): the wire's bytes."""
+    total = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:  # not TCP, or closed by now
+            continue
+        total += struct.unpack_from("=Q", information, TCPI_BYTES_RECEIVED)[0]
+    return total
 
 
 def free_port():

@@ -28,7 +28,7 @@ def write_store(path, lengths=(700, 40, 333, 1500, 90), seed=0, vocab_size=257):
 
 
 def write_config(folder, **changes):
-    """A configuration of a tiny Finch in `folder`; changes are section__setting=value."""
+    """A configuration of a tiny Finch in `folder`; changes are section__setting=value, or section=..."""
     content = {
         "model": {"version": 6, "num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257},
         "data": {"store": str(folder / "train"), "held_out": str(folder / "held_out")},
@@ -37,8 +37,11 @@ def write_config(folder, **changes):
         "run": {"folder": str(folder / "run"), "threads": 1, "save_every_steps": 3, "seed": 3, "device": "cpu"},
     }
     for name, value in changes.items():
-        section, setting = name.split("__")
-        content[section][setting] = value
+        section, _, setting = name.partition("__")
+        if setting:
+            content.setdefault(section, {})[setting] = value
+        else:
+            content[section] = value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     for store in ("train", "held_out"):

@@ -14,8 +14,9 @@ import infctx
 from infctx.config import load_config
 from infctx.data.lanes import Lanes
 from infctx.data.token_store import TokenStore
+from infctx.errors import TrainingFailed
 from infctx.train.checkpoint import checkpoints, lock_folder
-from infctx.train.failure import TrainingFailed, find_failure
+from infctx.train.failure import find_failure
 from infctx.train.loop import open_run, train, train_steps
 from infctx.train.metrics import read_step_log
 from infctx.train.optimizer import make_optimizer, set_learning_rate

@@ -1,11 +1,12 @@
 """Every strategy trains the same weights: real ranks against one process, with targets spread unevenly over lanes."""
 
 import pytest
+import torch
 
 from infctx.config import load_config
 from infctx.train.loop import open_run, train_steps
 
-from ranks import run_ranks
+from ranks import bytes_received, run_ranks
 from runs import write_config, write_store
 
 STRATEGIES = {
@@ -16,6 +17,7 @@ STRATEGIES = {
     "zero2+offload": {"offload_optimizer": True},
     "zero3+offload": {"offload_optimizer": True, "offload_parameters": True},
 }
+BY_SEGMENT = ("zero2", "zero3", "zero3+offload")
 STEPS = 5
 
 
@@ -23,21 +25,32 @@ def trained(config_path, overrides):
     """Losses' sum, whole weights and carried states behind the steps of a run, on this rank."""
     config = load_config(config_path, overrides)
     run = open_run(config)
+    received, begin_step = [], run.engine.begin_step
+
+    def counting(step):
+        received.append(bytes_received())
+        begin_step(step)
+
+    run.engine.begin_step = counting
     assert train_steps(run)
     weights = {name: run.engine.whole(parameter).clone() for name, parameter in run.model.named_parameters()}
-    return {"weights": weights, "carry": tuple(run.carry), "lanes": tuple(run.lanes.lanes)}
+    return {
+        "weights": weights,
+        "carry": tuple(run.carry),
+        "lanes": tuple(run.lanes.lanes),
+        "step_bytes": (received[-1] - received[0]) / (STEPS - 1),
+    }
 
 
 def trained_on_ranks(config_path, cases):
     return {name: trained(config_path, overrides) for name, overrides in cases.items()}
 
 
-def overrides_of(folder, strategy, ranks, recompute, **more):
+def overrides_of(folder, ranks, strategy, recompute, reduction="step"):
     name, *_ = strategy.split("+")
-    settings = STRATEGIES[strategy] | {"strategy": name, "devices": ranks}
+    settings = STRATEGIES[strategy] | {"strategy": name, "devices": ranks, "gradient_reduction": reduction}
     chosen = [f"distributed.{key}={str(value).lower()}" for key, value in settings.items()]
-    chosen += [f"{key.replace('__', '.')}={value}" for key, value in more.items()]
-    place = folder / f"{strategy}-{ranks}-{recompute}".replace("+", "-")
+    place = folder / f"{strategy}-{ranks}-{recompute}-{reduction}"
     return [*chosen, f"model.recompute_blocks={str(recompute).lower()}", f"run.folder={place}"]
 
 
@@ -47,6 +60,7 @@ def config_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_store(folder / "train", lengths=[2, 700, 3, 2, 900, 18, 2, 333, 2, 2, 2, 40], seed=2)
     changes = {"window__lanes": 4, "window__window_tokens": 64, "optimizer__steps": STEPS, "model__width": 48}
+    changes |= {"run__save_every_steps": STEPS}
     return write_config(folder, **changes)
 
 
@@ -56,20 +70,56 @@ def alone(config_path):
     return trained(config_path, [f"run.folder={folder / 'alone'}"])
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def found(request, config_path, tmp_path_factory):
-    cases = {
-        (strategy, recompute): overrides_of(config_path.parent, strategy, request.param, recompute)
-        for strategy in STRATEGIES
-        for recompute in (False, True)
+CASES = {
+    2: [(strategy, recompute, "step") for strategy in STRATEGIES for recompute in (False, True)]
+    + [(strategy, False, "segment") for strategy in BY_SEGMENT],
+    4: [(strategy, number % 2 == 0, "step") for number, strategy in enumerate(STRATEGIES)],
+}
+
+
+@pytest.fixture(scope="module")
+def found(config_path, tmp_path_factory):
+    return {
+        count: run_ranks(
+            count,
+            trained_on_ranks,
+            config_path,
+            {case: overrides_of(config_path.parent, count, *case) for case in cases},
+            folder=tmp_path_factory.mktemp("ranks"),
+        )
+        for count, cases in CASES.items()
     }
-    return run_ranks(request.param, trained_on_ranks, config_path, cases, folder=tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_weights_are_those_of_one_process(found, alone, strategy, recompute):
-    for rank in found:
-        for name, weight in rank[strategy, recompute]["weights"].items():
+@pytest.mark.parametrize(("count", "case"), [(count, case) for count, cases in CASES.items() for case in cases])
+def test_weights_are_those_of_one_process(found, alone, count, case):
+    for rank in found[count]:
+        for name, weight in rank[case]["weights"].items():
             difference = (weight - alone["weights"][name]).abs().max().item()
             assert difference <= 1e-6, (name, difference)
+        for part, whole in zip(rank[case]["carry"], alone["carry"], strict=True):
+            assert torch.allclose(part, whole[:, list(rank[case]["lanes"])], rtol=1e-4, atol=1e-5)
+
+
+# Bytes a parameter that a rank of two receives in a step of two segments: gradients are all-reduced (4; gloo makes the
+# reduce-scatter of zero3 one too), weights are gathered behind the step (2), or for zero3 when they are needed.
+WIRE = {
+    ("ddp", "step"): 4,
+    ("zero1", "step"): 4 + 2,
+    ("zero2", "step"): 4 + 2,
+    ("zero2", "segment"): 2 * 4 + 2,
+}
+
+
+@pytest.mark.parametrize(("strategy", "reduction"), WIRE)
+def test_gradients_are_reduced_once_a_step_or_by_segment(found, strategy, reduction):
+    case = found[2][0][strategy, False, reduction]
+    parameters = sum(weight.numel() for weight in case["weights"].values())
+    assert case["step_bytes"] / parameters == pytest.approx(WIRE[strategy, reduction], rel=0.1)
+
+
+def test_zero3_gathers_weights_for_every_pass_and_reduces_gradients_once(found):
+    by_step, by_segment = (found[2][0]["zero3", False, reduction] for reduction in ("step", "segment"))
+    parameters = sum(weight.numel() for weight in by_step["weights"].values())
+    assert by_step["step_bytes"] / parameters > 4 + 2 * 2
+    assert (by_segment["step_bytes"] - by_step["step_bytes"]) / parameters == pytest.approx(4, rel=0.1)

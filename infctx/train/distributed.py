@@ -6,7 +6,10 @@ The loop and the window know none of this; they call the Engine.  One device and
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -21,7 +24,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from infctx.config import Config, OptimizerSettings, dump_config
-from infctx.errors import InputError
+from infctx.errors import InputError, TrainingFailed
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.train.checkpoint import checkpoints
@@ -43,11 +46,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Devices(NamedTuple):
-    """What a run runs on: Lightning's Fabric, where this process stands, and the strategy: ddp, zero1, zero2, zero3."""
+    """What a run runs on: Lightning's Fabric, where this process stands, the strategy (ddp, zero1, zero2 or zero3) and
+    when gradients are reduced (step or segment)."""
 
     fabric: Fabric
     ranks: Ranks
     strategy: str
+    reduction: str
 
     def describe(self) -> str:
         """A few words for people."""
@@ -68,14 +73,16 @@ def open_devices(config: Config) -> Devices:
             f"distributed.devices: {settings.devices} on distributed.nodes {settings.nodes} are {settings.world_size} "
             f"ranks, and {started} were started; set them to what was started"
         )
-    strategy = choose_strategy(config, model_sizes(config), device.type, device_memory(device.type, settings.devices))
+    sizes = model_sizes(config)
+    strategy = choose_strategy(config, sizes, device.type, device_memory(device.type, settings.devices))
     options = {"process_group_backend": "nccl" if device.type == "cuda" else "gloo", "timeout": COLLECTIVE_TIMEOUT}
     if strategy != "ddp":
-        with_strategy = {"strategy": sharded_strategy(strategy, config, **options)}
+        with_strategy = {"strategy": sharded_strategy(strategy, config, sizes and sizes.width, **options)}
     elif settings.world_size > 1:
         with_strategy = {"strategy": DDPStrategy(gradient_as_bucket_view=True, **options)}
     else:
         with_strategy = {}
+    reduction = "step" if settings.gradient_reduction == "auto" else settings.gradient_reduction
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     accelerator = {"cuda": "gpu", "cpu": "cpu"}[device.type]
@@ -91,8 +98,8 @@ def open_devices(config: Config) -> Devices:
     if not ranks.is_first:
         logging.getLogger("infctx").setLevel(logging.WARNING)
     if ranks.world_size > 1:
-        refuse_other_settings(ranks, f"distributed.strategy: {strategy}\n{dump_config(config)}")
-    return Devices(fabric, ranks, strategy)
+        refuse_other_settings(ranks, f"distributed.strategy: {strategy}, {reduction}\n{dump_config(config)}")
+    return Devices(fabric, ranks, strategy, reduction)
 
 
 @contextmanager
@@ -117,7 +124,11 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
         watchdog.close()
         if said:  # by another rank, in the one line that there is to be
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
-        raise
+        if isinstance(error, (InputError, OSError, TrainingFailed, KeyboardInterrupt, SystemExit)):
+            raise
+        traceback.print_exc()  # and no cleaning up, which would wait for the other ranks
+        sys.stderr.flush()
+        os._exit(1)
     watchdog.leave(None)
     watchdog.close()
     dist.destroy_process_group()
@@ -133,7 +144,7 @@ def open_engine(devices: Devices, segment_loss: SegmentLoss, settings: Optimizer
     """The engine of a strategy, with its optimizer; the model may be anywhere, and is on its device afterwards."""
     kind = Engine if devices.strategy == "ddp" else ShardedEngine
     optimizer = make_optimizer(segment_loss.model, settings)
-    return kind(devices.fabric, devices.ranks, segment_loss, optimizer, settings.clip_norm)
+    return kind(devices.fabric, devices.ranks, segment_loss, optimizer, settings.clip_norm, devices.reduction)
 
 
 class Engine:
@@ -152,9 +163,10 @@ class Engine:
         segment_loss: SegmentLoss,
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None,
+        reduction: str = "step",
     ) -> None:
         self.fabric, self.ranks, self.optimizer, self.clip_norm = fabric, ranks, optimizer, clip_norm
-        self.device = fabric.device
+        self.device, self.reduction = fabric.device, reduction
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.model: RWKV = segment_loss.model
         self.watchdog: Watchdog | None = None
@@ -169,7 +181,13 @@ class Engine:
     def _wrap(self, segment_loss: SegmentLoss) -> nn.Module:
         return self.fabric.setup_module(segment_loss)
 
+    @property
+    def holds_whole_weights(self) -> bool:
+        """Whether the model in this process is one to be run alone."""
+        return True
+
     def begin_step(self, step: int) -> None:
+        """Before the first segment of a step."""
         self.step_number, self._began = step, time.perf_counter()
 
     def enter(self, segment: int, doing: str, ends_step: bool) -> None:
@@ -207,7 +225,8 @@ class Engine:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            # The buckets that ddp reduces are the gradients themselves, as long as these stay where they are.
+            self.optimizer.zero_grad(set_to_none=self.ranks.world_size == 1)
         return norm
 
     def parameters_without_finite_gradient(self) -> list[str] | None:
@@ -240,11 +259,19 @@ class ShardedEngine(Engine):
 
     def _wrap(self, segment_loss: SegmentLoss) -> nn.Module:
         wrapped, _ = self.fabric.setup(segment_loss, self.optimizer, move_to_device=False)
-        self.sharded = Sharded(wrapped._forward_module)
+        self.sharded = Sharded(wrapped._forward_module, self.reduction)
         return wrapped
 
+    @property
+    def holds_whole_weights(self) -> bool:
+        return not self.sharded.cuts_weights
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self.sharded.begin_step()
+
     def _expect_backward(self, ends_step: bool) -> None:
-        self.sharded.engine.set_gradient_accumulation_boundary(ends_step)
+        self.sharded.expect_backward(ends_step)
 
     def backward(self, scalar: Tensor) -> None:
         self.sharded.engine.backward(scalar)

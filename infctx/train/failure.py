@@ -17,10 +17,6 @@ from infctx.train.loss import token_losses
 from infctx.train.window import cut_window
 
 
-class TrainingFailed(RuntimeError):
-    """The run can not go on; the message is one line for the user."""
-
-
 class Failure(NamedTuple):
     """Where a number that is not finite was seen first, and the documents of its lane (of all lanes: unknown)."""
 

@@ -26,7 +26,7 @@ from infctx.config import Config
 from infctx.data.lanes import Lanes, Window
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
-from infctx.errors import InputError
+from infctx.errors import InputError, TrainingFailed
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import describe
 from infctx.model.state import State, state_dtype
@@ -43,17 +43,20 @@ from infctx.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from infctx.train.distributed import Devices, Engine, ShardedEngine, open_devices, open_engine, watched
+from infctx.train.distributed import Devices, Engine, open_devices, open_engine, watched
 from infctx.train.evaluate import evaluate_store, format_table, refuse_tokens_beyond, summarise
-from infctx.train.failure import TrainingFailed, explain_failure, find_failure
+from infctx.train.failure import explain_failure, find_failure
 from infctx.train.loss import SegmentLoss
 from infctx.train.metrics import open_metrics, read_step_log
 from infctx.train.model_files import open_model
 from infctx.train.optimizer import set_learning_rate
-from infctx.train.plan import model_sizes, refuse_what_lacks
-from infctx.train.ranks import Ranks
+from infctx.train.plan import model_sizes, pick_device, refuse_what_lacks
+from infctx.train.ranks import Ranks, started_by_launcher
 from infctx.train.tune import finish_tuning, freeze_weights, natural_units
 from infctx.train.window import backward_through_window, cut_window
+
+EVALUATION_BYTES = 4 << 30
+"""What evaluating takes of a device besides the weights: activations of one document, slices of the logits."""
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,8 @@ def train(config: Config) -> None:
 
     Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
     """
-    refuse_what_lacks(config)
+    if not started_by_launcher():  # which has looked
+        refuse_what_lacks(config)
     devices = open_devices(config)
     with only_run_in(config.run.folder, devices.ranks):
         with watched(devices.ranks, checkpoint_folder(config)) as watchdog:
@@ -142,13 +146,14 @@ def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
 
 def open_run(config: Config, devices: Devices | None = None) -> Run:
     """A new run, or the one in the folder as its newest whole checkpoint left it."""
-    fabric, ranks, strategy = devices = devices or open_devices(config)
+    devices = devices or open_devices(config)
+    fabric, ranks = devices.fabric, devices.ranks
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
-    learns_much = strategy == "zero3" and not config.model.freezes_weights  # the whole may not fit on the device
-    model = make_model(config, checkpoint, torch.device("cpu") if learns_much else fabric.device)
+    too_large = devices.strategy == "zero3" and not config.model.freezes_weights  # for one device, before it is sharded
+    model = make_model(config, checkpoint, torch.device("cpu") if too_large else fabric.device)
     model.time_ranks = ranks.join_time()
     if config.model.freezes_weights:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
@@ -265,6 +270,8 @@ def finish(run: Run) -> None:
     save_weights(model, weights)
     if config.data.held_out and config.run.evaluate_tokens:
         store = TokenStore(config.data.held_out)
+        if model.embedding.weight.device.type != pick_device(config.run.device).type:
+            log.warning("the whole model does not fit on one device: it is evaluated on the CPU, many times slower")
         buckets = evaluate_store(model, store, config.window.segment_tokens, config.run.evaluate_tokens)
         print(format_table(buckets, store))
         outcome += f"; {summarise(buckets)}"
@@ -284,13 +291,19 @@ def save(run: Run) -> Path:
 
 
 def whole_model(run: Run) -> RWKV:
-    """The model in one process, for what comes behind the steps."""
-    run.model.time_ranks = None
-    if not isinstance(run.engine, ShardedEngine):
-        return run.model
-    device, config, checkpoint = run.engine.device, run.config, run.checkpoint
-    del run.engine, run.model
-    return make_model(config, checkpoint, device)
+    """The model in this process alone, for what comes behind the steps; on the CPU where the device is full."""
+    model, engine = run.model, run.engine
+    model.time_ranks = None
+    if engine.holds_whole_weights:
+        return model
+    device = engine.device
+    del run.model, run.engine, model, engine
+    model = make_model(run.config, run.checkpoint, torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + EVALUATION_BYTES
+        device = device if needed < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+    return model.to(device)
 
 
 def checkpoint_folder(config: Config) -> Path:

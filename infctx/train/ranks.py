@@ -93,6 +93,11 @@ def ranks_started() -> int | None:
     return int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else None
 
 
+def started_by_launcher() -> bool:
+    """Whether `infctx` itself started this rank, on one machine, and has looked whether that has all that it needs."""
+    return "INFCTX_LAUNCHER" in os.environ
+
+
 def refuse_other_settings(ranks: Ranks, settings: str) -> None:
     """Raises InputError on every rank if one of them was started with other settings than rank 0."""
     first, *others = ranks.gather(settings)

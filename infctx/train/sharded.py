@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infctx.config import Config
+from infctx.train.plan_memory import ZERO_BUFFERS
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def sharded_strategy(
-    strategy: str, config: Config, process_group_backend: str, timeout: timedelta
+    strategy: str, config: Config, width: int | None, process_group_backend: str, timeout: timedelta
 ) -> DeepSpeedStrategy:
-    """Fabric's strategy for zero1, zero2 or zero3.
+    """Fabric's strategy for zero1, zero2 or zero3; width: of the model, if it is known.
 
     Everything is fp32, as in all strategies: weights, gradients and moments; what is bf16 is cast in the model.  AdamW
     is torch's, also where the optimizer is offloaded: DeepSpeed's own for CPUs has to be compiled, for minutes, and
@@ -33,6 +34,9 @@ def sharded_strategy(
     _import_deepspeed(on_cpu)
     settings = config.distributed
     zero: dict[str, Any] = {"stage": STAGES[strategy], "contiguous_gradients": True, "overlap_comm": not on_cpu}
+    zero |= ZERO_BUFFERS
+    if width:  # vectors stay whole everywhere, as in Hugging Face's integration; matrices do not, however small
+        zero["stage3_param_persistence_threshold"] = 10 * width
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     if settings.offload_parameters:
@@ -52,14 +56,32 @@ def sharded_strategy(
 
 
 class Sharded:
-    """A DeepSpeed engine, and the tensors that it has cut up made whole."""
+    """A DeepSpeed engine, and the tensors that it has cut up made whole.
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    reduction: "step" or "segment", see `DistributedSettings.gradient_reduction`.
+    """
+
+    def __init__(self, engine: Any, reduction: str) -> None:
+        self.engine, self.reduction = engine, reduction
         self.optimizer = engine.optimizer
+        self._one_reduction = ExitStack()
+
+    @property
+    def cuts_weights(self) -> bool:
+        return self.engine.zero_optimization_stage() == 3
+
+    def begin_step(self) -> None:
+        if self.reduction == "step":
+            self._one_reduction.enter_context(self.engine.coalesce_grad_reduction())
+
+    def expect_backward(self, ends_step: bool) -> None:
+        """Before each run of a segment with gradients."""
+        if self.reduction == "segment":
+            self.engine.set_gradient_accumulation_boundary(ends_step)
 
     def step(self) -> Tensor:
         """Clips and steps; returns the global norm before clipping, inf where nothing was done for it."""
+        self._one_reduction.close()  # which is where gradients are reduced
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm()).float().cpu()
 
