@@ -55,9 +55,9 @@ def plain_engine(model, optimizer):
     return Engine(Fabric(accelerator="cpu", devices=1), Ranks(), SegmentLoss(model), optimizer, None)
 
 
-def start(*arguments, **options):
+def start(*arguments, program=(sys.executable, "-m", "infctx"), **options):
     """The command line in a process of its own, its output collected."""
-    command = [sys.executable, "-m", "infctx", *map(str, arguments)]
+    command = [*program, *map(str, arguments)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **({"cwd": ROOT, "text": True} | pipes | options))
 

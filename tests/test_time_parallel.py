@@ -10,7 +10,7 @@ from infctx.model.time_parallel import TimeRanks
 from infctx.train.loss import SegmentLoss
 from infctx.train.window import backward_through_window, cut_window
 
-from ranks import run_ranks
+from ranks import bytes_received, run_ranks
 from tiny_models import random_model
 
 BATCH = 2
@@ -118,3 +118,63 @@ def test_what_all_ranks_know_is_the_same_bit_for_bit(found, case):
         for name in State._fields:
             gradients = (each[case]["gradients"][f"before.{name}"] for each in (rank, found[0]))
             assert torch.equal(*gradients)
+
+
+WIRE_SIZES = {"num_layers": 3, "width": 256, "head_size": 64, "vocab_size": 19}
+WIRE_SEGMENTS, WIRE_SEGMENT_TOKENS, WIRE_BATCH = 3, 128, 3
+
+
+def formula(time_ranks, element_bytes):
+    """docs/distributed.md: bytes that a rank receives for a layer and segment, forward and backward."""
+    width, channels = WIRE_SIZES["width"], WIRE_SIZES["head_size"]
+    heads, shifts = width // channels, 2 * width * element_bytes
+    forward = 4 * heads * channels * (channels + 1) + shifts
+    backward = 4 * heads * channels * channels + shifts
+    return (time_ranks - 1) * WIRE_BATCH * forward, (time_ranks - 1) * WIRE_BATCH * backward
+
+
+def wire_of(low, recompute):
+    """Bytes a layer that this rank receives: of a forward pass, of it again, of the backward pass, of a window."""
+    model = random_model(6, **WIRE_SIZES)
+    model.time_ranks = ranks = TimeRanks(dist.group.WORLD)
+    model.compute_dtype, model.recompute_blocks = torch.bfloat16 if low else None, recompute
+    tokens, targets, starts = random_window(WIRE_SEGMENTS * WIRE_SEGMENT_TOKENS, batch=WIRE_BATCH)
+    segments = cut_window(tokens, targets, starts, WIRE_SEGMENT_TOKENS, ranks.rank, ranks.size)
+    zeros = State(*(torch.zeros_like(part) for part in random_model(6, **WIRE_SIZES).initial_state(WIRE_BATCH)))
+    exchanges, found = [], {}
+
+    def measured(name, work):
+        dist.barrier()
+        before = bytes_received()
+        result = work()
+        dist.barrier()
+        found[name] = (bytes_received() - before) / WIRE_SIZES["num_layers"]
+        return result
+
+    def run():
+        return model(segments[0].tokens, zeros.leaf(), segments[0].starts, exchanges)
+
+    measured("forward", run)
+    hidden, behind = measured("again", run)
+    scalar = hidden.float().sum() + behind.dot(behind.detach())
+    measured("backward", scalar.backward)
+    window = (SegmentLoss(model), segments, zeros, 0.01, PlainBackward())
+    measured("window", lambda: backward_through_window(*window))
+    return found
+
+
+def all_wires():
+    cases = [(low, recompute) for low in (False, True) for recompute in (False, True)]
+    return {case: wire_of(*case) for case in cases}
+
+
+@pytest.mark.parametrize("time_ranks", [2, 4])
+def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
+    """As the kernel counts them over TCP; what was told is not asked again, by a repetition or a recomputation."""
+    for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):
+        for (low, _), found in rank.items():
+            forward, backward = formula(time_ranks, 2 if low else 4)
+            assert found["forward"] == pytest.approx(forward, rel=0.01)
+            assert found["again"] < 0.01 * forward
+            assert found["backward"] == pytest.approx(backward, rel=0.01)
+            assert found["window"] == pytest.approx(WIRE_SEGMENTS * (forward + backward), rel=0.01)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,8 @@ def open_devices(config: Config) -> Devices:
     else:
         with_strategy = {}
     reduction = "step" if settings.gradient_reduction == "auto" else settings.gradient_reduction
-    logging.getLogger("lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last says who has joined
+        logging.getLogger(name).setLevel(logging.WARNING)
     accelerator = {"cuda": "gpu", "cpu": "cpu"}[device.type]
     fabric = Fabric(
         accelerator=accelerator,
@@ -119,6 +120,7 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
         yield watchdog
     except BaseException as error:
         if type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError):  # another rank may have died
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends at once; first it is said who
             watchdog.await_verdict(VERDICT_SECONDS)
         said = watchdog.leave(str(error) or type(error).__name__)
         watchdog.close()
@@ -234,9 +236,14 @@ class Engine:
         gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, these parameters are whole on every rank; every rank must enter it."""
+        return nullcontext()
+
     def learned_state(self) -> State | None:
         """See `RWKV.learned_state`; every rank must ask."""
-        return self.model.learned_state()
+        with self.gathered([part for part in self.model.initial_parts() if part is not None]):
+            return self.model.learned_state()
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """The values of a parameter, on some device; every rank must ask for the same ones in the same order."""
@@ -283,9 +290,8 @@ class ShardedEngine(Engine):
     def parameters_without_finite_gradient(self) -> None:
         return None
 
-    def learned_state(self) -> State | None:
-        with self.sharded.gathered([part for part in self.model.initial_parts() if part is not None]):
-            return self.model.learned_state()
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        return self.sharded.gathered(parameters)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return self.sharded.whole(parameter)

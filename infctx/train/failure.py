@@ -45,7 +45,8 @@ def find_failure(engine: Engine, window: Window, state: State, config: Config) -
     model.time_ranks = None  # every rank runs its lanes whole
     at_once = config.window.lanes_per_pass or lanes
     groups = [slice(begin, begin + at_once) for begin in range(0, lanes, at_once)]
-    seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
+    with engine.gathered([model.head.weight]):
+        seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
     everyone = engine.ranks.gather(seen)
     first = min((place for rank in everyone for place, _ in rank if place is not None), default=None)
     if first is None:

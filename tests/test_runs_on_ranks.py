@@ -1,0 +1,168 @@
+"""Runs on many ranks as a user starts them: by the command itself or torchrun; stopped, killed, failed, resumed."""
+
+import re
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+import infctx
+from infctx.train.checkpoint import checkpoints
+from infctx.train.metrics import read_step_log
+
+from runs import infctx_command, start, write_config
+from tiny_models import random_model
+
+GONE = re.compile(
+    r"infctx: rank 1 \(.*\) is gone: last seen in step (\d+), segment (\d+) \((forward|backward)\)\. (.*)"
+)
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in read_step_log(folder)]
+
+
+def wait_for_steps(folder, at_least, process):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        path = folder / "steps.jsonl"
+        if path.exists() and path.read_text().count("\n") >= at_least:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+def ranks_of(process):
+    """rank -> its process, of those that `process` has started."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "LOCAL_RANK" in child.environ():
+            found[int(child.environ()["RANK"])] = child
+    return found
+
+
+@pytest.mark.parametrize("how", ["launcher", "torchrun"])
+def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
+    config = write_config(tmp_path, optimizer__schedule="constant", run__evaluate_tokens=0)
+    settings = ["optimizer.steps=1000", "distributed.devices=2", "distributed.strategy=zero2"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = {"program": (sys.executable, *torchrun, "-m", "infctx")} if how == "torchrun" else {}
+    process = start("train", config, *settings, **program)
+    wait_for_steps(tmp_path / "run", 5, process)
+    killed_at = time.monotonic()
+    ranks_of(process)[1].send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert time.monotonic() - killed_at < 60
+    assert process.returncode == 1
+    (said,) = [line for line in errors.splitlines() if line.startswith("infctx: ")]
+    step, segment, _, remedy = GONE.fullmatch(said).groups()
+    assert 1 <= int(step) <= len(losses_of(tmp_path / "run")) + 1
+    assert 0 <= int(segment) < 4
+    kept = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert remedy.startswith(f"The last checkpoint, {kept}, is whole: run the same command again")
+    if how == "launcher":
+        assert "Traceback" not in errors
+        steps = int(kept.name[5:]) + 4
+        code, _, errors = infctx_command("train", config, f"optimizer.steps={steps}")
+        assert code == 0, errors
+        assert f"going on behind step {steps - 4}" in errors
+        assert "distributed.devices 2 -> 1" in errors
+        alone = [f"optimizer.steps={steps}", f"run.folder={tmp_path / 'alone'}"]
+        assert infctx_command("train", config, *alone)[0] == 0
+        assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-6)
+
+
+def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
+    config = write_config(tmp_path, run__save_every_steps=1000, run__evaluate_tokens=0)
+    process = start("train", config, "distributed.devices=2", "optimizer.steps=1000")
+    wait_for_steps(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    done = len(losses_of(tmp_path / "run"))
+    assert f"SIGTERM: stopped behind step {done}" in errors
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{done:06d}"]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_from_start_to_export(tmp_path, strategy):
+    """All that a user reads and gets, and that every other command takes it."""
+    config = write_config(tmp_path, optimizer__steps=5)
+    settings = [f"distributed.strategy={strategy}", "distributed.devices=2", "distributed.time_ranks=2"]
+    code, output, errors = infctx_command("train", config, *settings)
+    assert code == 0, errors
+    assert f"2 ranks on cpu, {strategy}, each document's time over 2" in errors
+    lines = [line for line in errors.splitlines() if not line.startswith("step ")]
+    assert len(lines) == 3, errors  # the model, the ranks, the WKV backend: said once
+    assert "held-out loss by position" in output
+    assert "trained 5 steps on 1,280 tokens: loss " in output
+    log = read_step_log(tmp_path / "run")
+    assert all(entry["slowest_rank"] in (0, 1) and entry["slowest_rank_lag"] >= 0 for entry in log)
+    kept = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    exported = tmp_path / "exported.safetensors"
+    assert infctx_command("export", kept, exported, "--dtype", "fp32")[0] == 0
+    models = [infctx.load_model(path) for path in (tmp_path / "run" / "model.pth", kept, exported)]
+    for name, parameter in models[0].named_parameters():
+        assert all(torch.equal(model.get_parameter(name), parameter) for model in models[1:])
+    code, _, errors = infctx_command("train", config, *settings, "optimizer.steps=7")
+    assert code == 0, errors
+    assert "going on behind step 5 of 7" in errors
+    assert len(losses_of(tmp_path / "run")) == 7
+
+
+def test_tuning_a_state_on_two_ranks_from_start_to_export(tmp_path):
+    sizes = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
+    infctx.save_weights(random_model(6, noise=0.05, **sizes), tmp_path / "base.pth", torch.bfloat16)
+    config = write_config(tmp_path, model={"weights": str(tmp_path / "base.pth")}, optimizer__steps=4)
+    settings = ["distributed.strategy=zero3", "distributed.devices=2", "distributed.time_ranks=2"]
+    code, output, errors = infctx_command("tune", config, *settings, "optimizer.peak_lr=0.05", "run.precision=bf16")
+    assert code == 0, errors
+    assert "--- with the state" in output
+    run = tmp_path / "run"
+    assert {"state.pth", "state.st", "state.safetensors"} <= {path.name for path in run.iterdir()}
+    state = infctx.load_state(run / "state.pth", infctx.load_model(tmp_path / "base.pth"))
+    assert state.wkv.any()
+
+
+def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
+    config = write_config(tmp_path, optimizer__steps=3)
+    cases = {
+        ("distributed.devices=2", "distributed.time_ranks=2", "window.segment_tokens=16"): "window.segment_tokens: 16",
+        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 lanes can not be shared out evenly over 4 ranks",
+        ("distributed.devices=2", "model.vocab_size=200"): "has token",
+        ("distributed.devices=2", "distributed.time_ranks=3"): "time_ranks: 3 does not divide the 2 ranks",
+        ("distributed.offload_parameters=true", "distributed.strategy=zero2"): "offload_parameters: strategy zero2",
+    }
+    for overrides, wanted in cases.items():
+        code, _, errors = infctx_command("train", config, *overrides)
+        assert code == 2
+        (said,) = errors.splitlines()
+        assert wanted in said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_loss_that_is_not_finite_is_told_once_with_its_documents(tmp_path, strategy):
+    config = write_config(tmp_path, run__save_every_steps=1)
+    settings = [f"distributed.strategy={strategy}", "distributed.devices=2"]
+    broken = ["optimizer.peak_lr=1.0e+30", "optimizer.clip_norm=null"]
+    code, _, errors = infctx_command("train", config, *settings, *broken)
+    assert code == 1
+    (said,) = [line for line in errors.splitlines() if line.startswith("infctx: ")]
+    assert "first in layer" in said
+    assert "lane 0: " in said
+    assert "lane 1: " in said
+    assert "is untouched" in said
+    kept = infctx.load_model(checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+
+
+def test_ranks_that_are_not_those_of_the_configuration_are_refused(tmp_path, monkeypatch):
+    config = write_config(tmp_path, optimizer__steps=3)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, errors = infctx_command("train", config, "distributed.devices=2")
+    assert code == 2
+    assert "2 ranks, and 4 were started; set them to what was started" in errors
