@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
-from infctx.model.other_names import naming_of
-from infctx.model.tensor_file import read_metadata, read_tensors
-from infctx.model.weights import fingerprint, stored_tensors
+from infctx.model.other_names import from_official, naming_of
+from infctx.model.tensor_file import narrow, read_metadata, read_tensors, write_tensors
+from infctx.model.weights import fingerprint, is_state_name, stored_tensors
 from infctx.train.checkpoint import Progress, save_checkpoint
 from infctx.train.export import EXPORT_DTYPES, export
 from infctx.train.optimizer import make_optimizer
 from infctx.train.tune import freeze_weights
 
-from runs import write_config
-from tiny_models import random_model
+from runs import plain_engine, write_config
+from tiny_models import random_model, random_tokens
 
 
 @pytest.fixture
@@ -30,12 +30,24 @@ def run_folder(tmp_path):
     for step, model in ((3, random_model(6, seed=3)), (6, newest_model())):
         optimizer = make_optimizer(model, config.optimizer)
         progress = Progress(step, None, step * config.step_tokens)
-        save_checkpoint(tmp_path / "run" / "checkpoints", model, optimizer, model.initial_state(2), progress, config)
+        save_checkpoint(
+            tmp_path / "run" / "checkpoints", plain_engine(model, optimizer), model.initial_state(2), progress, config
+        )
     return tmp_path / "run"
 
 
 def newest_model():
     return random_model(6, seed=6, with_state=True)
+
+
+def save_shards(tensors, folder):
+    """Two files and an index of them."""
+    folder.mkdir()
+    names = list(tensors)
+    for number, chosen in enumerate((names[:9], names[9:])):
+        save_file({name: tensors[name] for name in chosen}, folder / f"{number}.safetensors")
+    index = {name: f"{int(place >= 9)}.safetensors" for place, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def assert_is(path, model, dtype):
@@ -132,7 +144,9 @@ def tuned_run(folder, shifts=False):
             part.data.normal_(generator=torch.Generator().manual_seed(number))
     optimizer = make_optimizer(base, config.optimizer)
     checkpoint_folder = folder / "run" / "checkpoints"
-    save_checkpoint(checkpoint_folder, base, optimizer, base.initial_state(2), Progress(3, None, 0), config)
+    save_checkpoint(
+        checkpoint_folder, plain_engine(base, optimizer), base.initial_state(2), Progress(3, None, 0), config
+    )
     return base, base.initial_state(1).detach()
 
 
@@ -217,12 +231,7 @@ def test_a_state_that_lies_among_the_weights(tmp_path, run_folder, layout):
     if layout == "merged.pth":
         infctx.save_weights(model, source)
     if layout == "shards":
-        source.mkdir()
-        names = list(tensors := stored_tensors(model))
-        for number, chosen in enumerate((names[:9], names[9:])):
-            save_file({name: tensors[name] for name in chosen}, source / f"{number}.safetensors")
-        index = {name: f"{int(place >= 9)}.safetensors" for place, name in enumerate(names)}
-        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        save_shards(stored_tensors(model), source)
     export(source, tmp_path / "out.st")
     export(source, tmp_path / "out.pth", form="pth")
     export(source, tmp_path / "all.pth", form="merged", dtype="fp32")
@@ -260,3 +269,75 @@ def test_files_are_for_everybody(tmp_path):
             assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("version", "names", "source_names"),
+    [
+        (5, "official", "official"),
+        (6, "official", "official"),
+        (5, "huggingface", "official"),
+        (6, "fla", "official"),
+        (6, "fla", "huggingface"),
+        (6, "official", "fla"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["shards", "in.safetensors", "in.pth", "old.pth"])
+def test_the_bytes_are_those_of_the_whole_written_at_once(tmp_path, version, suffix, names, source_names, layout):
+    model = random_model(version, num_layers=3, with_state=source_names == "official")
+    official = stored_tensors(model)
+    weights = {name: tensor for name, tensor in official.items() if not is_state_name(name)}
+    stored = official if source_names == "official" else from_official(weights, source_names, "in")
+    source = tmp_path / layout
+    if layout == "shards":
+        save_shards(stored, source)
+    elif layout == "old.pth":
+        torch.save(stored, source, _use_new_zipfile_serialization=False)
+    else:
+        write_tensors(stored, source)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        narrowed = narrow(weights, dtype, "in")
+        states = {name: tensor for name, tensor in official.items() if is_state_name(name)}
+        expected = narrowed | states if names == "official" else from_official(narrowed, names, "in")
+        write_tensors(expected, tmp_path / f"expected{suffix}")
+        short = next(short for short, its in EXPORT_DTYPES.items() if its == dtype)
+        export(source, tmp_path / f"out{suffix}", form="weights", names=names, dtype=short, overwrite=True)
+        assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"expected{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize(("version", "names"), [(5, "official"), (6, "official"), (6, "fla")])
+def test_values_beyond_the_dtype_are_named_and_nothing_is_left(tmp_path, version, names):
+    model = random_model(version)
+    with torch.no_grad():
+        model.blocks[1].channel_mix.value.weight[3, 2] = -7e4
+        model.blocks[0].channel_mix.value.weight[0, 1] = float("-inf")  # stored as it is
+        model.blocks[0].channel_mix.value.weight[0, 0] = float("nan")
+    save_shards(stored_tensors(model), tmp_path / "in")
+    for suffix in (".pth", ".safetensors"):
+        output = tmp_path / f"out{suffix}"
+        with pytest.raises(InputError) as refused:
+            export(tmp_path / "in", output, dtype="fp16", names=names)
+        assert str(refused.value) == (
+            f"{output}: blocks.1.ffn.value.weight[3, 2] is -70000, beyond the 65504 of float16; choose another dtype"
+        )
+        assert list(tmp_path.iterdir()) == [tmp_path / "in"]
+    export(tmp_path / "in", tmp_path / "out.pth", dtype="bf16")
+    found = read_tensors(tmp_path / "out.pth")["blocks.0.ffn.value.weight"]
+    assert found[0, 1] == float("-inf") and found[0, 0].isnan()
+
+
+@pytest.mark.parametrize("form", ["weights", "merged"])
+@pytest.mark.parametrize("version", [5, 6])
+@torch.no_grad()
+def test_the_rwkv_package_reads_what_is_exported_from_shards(tmp_path, rwkv_package, version, form):
+    model = random_model(version, with_state=True, noise=0.1, width=128, head_size=64)
+    save_shards(stored_tensors(model), tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out.pth", dtype="fp32", form=form)
+    judge = rwkv_package(str(tmp_path / "out"), "cpu fp32", verbose=False)
+    tokens = random_tokens(1, 20)
+    expected = model.logits(model(tokens)[0])[0]
+    assert expected.std() > 0.1
+    assert (judge.forward(tokens[0].tolist(), None, full_output=True)[0] - expected).abs().max() <= 5e-5
+    again = infctx.load_model(tmp_path / "out.pth")
+    assert torch.equal(again.logits(again(tokens)[0])[0], expected)

@@ -1,6 +1,7 @@
 """Files of tensors from others: whatever is in them, one line of refusal and nothing run."""
 
 import io
+import json
 import pickle
 import resource
 import signal
@@ -15,7 +16,7 @@ import torch
 import infctx
 from infctx.errors import InputError
 from infctx.model.tensor_file import read_shapes, read_tensors, write_tensors
-from infctx.model.weights import stored_tensors
+from infctx.model.weights import copy_weights, open_weights, stored_tensors
 
 from tiny_models import random_model
 
@@ -202,6 +203,16 @@ def test_a_header_whose_length_reads_like_a_zip(tmp_path):
     assert infctx.load_model(tmp_path / "model.safetensors").sizes.version == 6
 
 
+@pytest.mark.parametrize("name", ["emb.weight", "rwkv.embeddings.weight", "blocks.0.att.time_maa_w"])
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0], [0, 2**62, 2**62], [0, 5], []])
+def test_a_shape_out_of_all_bounds(tmp_path, name, shape):
+    values = bytes(0 if shape else 4)
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, len(values)]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values)
+    assert "tensor " in refusal(path)
+
+
 def test_a_zip_that_torch_did_not_write(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
         archive.writestr("notes.txt", "nothing here")
@@ -248,11 +259,16 @@ def limit_file_size():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("room", [0.0, 0.1, 0.5, 0.9, 0.99])
-def test_a_full_disk_names_the_file(tmp_path, whole_files, limit_file_size, suffix, room):
-    path = tmp_path / f"model{suffix}"
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_full_disk_names_the_file(tmp_path, whole_files, limit_file_size, suffix, room, streams):
+    source, path = tmp_path / "source.pth", tmp_path / f"model{suffix}"
+    infctx.save_weights(random_model(6), source)
     limit_file_size(int(room * len(whole_files[suffix])))
     with pytest.raises((OSError, InputError)) as error:
-        infctx.save_weights(random_model(6), path)
+        if streams:
+            copy_weights(open_weights(source), path, torch.float32)
+        else:
+            infctx.save_weights(random_model(6), path)
     limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert str(path) in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [source]

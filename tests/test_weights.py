@@ -1,5 +1,6 @@
 """Models on disk: official names, order and shapes; read by the rwkv package; anything else refused by name."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import infctx
 from infctx.errors import InputError
 from infctx.model.other_names import from_official
+from infctx.model.stored_names import stored_names
 from infctx.model.weights import fingerprint, read_sizes, stored_tensors
 
 from tiny_models import random_model, random_tokens
@@ -318,3 +320,14 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
     swapped = low.blocks[0].time_mix.key.weight.data
     swapped[[0, 1]] = swapped[[1, 0]]
     assert fingerprint(low) != kept
+
+
+def test_the_fingerprint_is_the_sums_of_the_bits_of_large_tensors_too():
+    model = infctx.build_model(version=5, num_layers=1, width=64, vocab_size=66000, dtype=torch.bfloat16)
+    assert model.head.weight.numel() > 1 << 22  # more than is summed at a time
+    digest = hashlib.sha256()
+    for ours in stored_names(model.sizes):
+        bits = model.get_parameter(ours).detach().flatten().view(torch.int16).long()
+        sums = [int(bits[::stride].sum()) for stride in (1, 3, 7, 11)]
+        digest.update(f"{ours} {bits.numel()} {sums}".encode())
+    assert fingerprint(model) == digest.hexdigest()[:16]

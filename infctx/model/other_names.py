@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,22 +38,7 @@ def to_official(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Te
     path: where they come from, for messages.  Raises InputError with a tensor's own name where it does not belong,
     is missing, or has a shape that cannot be converted; other odd shapes are left to the reader of the official names.
     """
-    naming = naming_of(tensors)
-    if naming == "official":
-        return dict(tensors)
-    version = 6 if naming == "fla" else _version(tensors)
-    layers = _layers(tensors, naming)
-    _check_names(tensors, naming, version, layers, path)
-    found: dict[str, Tensor] = {}
-    for name, official, layout in _rows(naming, version, layers):
-        if layout is _SAME:
-            found[official[0]] = tensors[name]
-            continue
-        _check_shape(name, tensors[name], layout, path)
-        parts = layout.to_official(tensors[name]).chunk(len(official))
-        for part_name, part in zip(official, parts, strict=True):  # a view would keep, and store, all of the tensor
-            found[part_name] = part.clone(memory_format=torch.contiguous_format)
-    return {name: found[name] for name, _, _ in _rows("official", version, layers)}
+    return {name: way(tensors) for name, way in ways_to_official(tensors, path).items()}
 
 
 def from_official(tensors: Mapping[str, Tensor], naming: str, path: str | Path) -> dict[str, Tensor]:
@@ -60,23 +47,60 @@ def from_official(tensors: Mapping[str, Tensor], naming: str, path: str | Path) 
     path: where they go, for messages.  Raises InputError where tensors do not make a whole model, and for what has
     no place under these names: a learned initial state, and Eagle under those of fla.
     """
+    return {name: way(tensors) for name, way in ways_from_official(tensors, naming, path).items()}
+
+
+Way = Callable[[Mapping[str, Tensor]], Tensor]
+"""How one tensor is made of some that it looks up; they may be on the device meta, to learn a shape."""
+
+
+def ways_to_official(names: Collection[str], path: str | Path) -> dict[str, Way]:
+    """Official name -> the way of `to_official` to its tensor; raises for the names, and the way for a shape."""
+    naming = naming_of(names)
     if naming == "official":
-        return dict(tensors)
-    for name in tensors:
+        return {name: itemgetter(name) for name in names}
+    version = 6 if naming == "fla" else _version(names)
+    layers = _layers(names, naming)
+    _check_names(names, naming, version, layers, path)
+    found: dict[str, Way] = {}
+    for row in _rows(naming, version, layers):
+        name, official, layout = row
+        for number, part_name in enumerate(official):
+            found[part_name] = itemgetter(name) if layout is _SAME else partial(_part, row, number, path)
+    return {name: found[name] for name, _, _ in _rows("official", version, layers)}
+
+
+def ways_from_official(names: Collection[str], naming: str, path: str | Path) -> dict[str, Way]:
+    """Their name -> the way of `from_official` to its tensor; raises all that it raises."""
+    if naming == "official":
+        return {name: itemgetter(name) for name in names}
+    for name in names:
         if name.endswith(".att.time_state"):
             remedy = "leave the initial state out, or use the official names"
             raise InputError(f"{path}: tensor {name!r} has no place under the {naming} names; {remedy}")
-    version = _version(tensors)
+    version = _version(names)
     if (naming, version) not in _LAYERS:
         known = ", ".join(other for other, its_version in _LAYERS if its_version == version)
         raise InputError(f"{path}: RWKV-{version} has no {naming} names; choose one of {known}")
-    layers = _layers(tensors, "official")
-    _check_names(tensors, "official", version, layers, path)
-    found = {}
-    for name, official, layout in _rows(naming, version, layers):
-        parts = [tensors[part] for part in official]
-        found[name] = layout.to_theirs(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
-    return found
+    layers = _layers(names, "official")
+    _check_names(names, "official", version, layers, path)
+    return {row[0]: partial(_whole, row) for row in _rows(naming, version, layers)}
+
+
+def _part(row: _Row, number: int, path: str | Path, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The official tensor that lies at place `number` in one of theirs."""
+    name, official, layout = row
+    tensor = tensors[name]
+    _check_shape(name, tensor, layout, path)
+    part = layout.to_official(tensor).chunk(len(official))[number]
+    return part.clone(memory_format=torch.contiguous_format)  # a view would keep, and store, all of the tensor
+
+
+def _whole(row: _Row, tensors: Mapping[str, Tensor]) -> Tensor:
+    """One of their tensors, of the official ones that lie in it."""
+    _, official, layout = row
+    parts = [tensors[name] for name in official]
+    return layout.to_theirs(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
 
 
 def _version(names: Iterable[str]) -> int:

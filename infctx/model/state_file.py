@@ -21,7 +21,7 @@ from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, refuse_other_sizes, state_dtype
 from infctx.model.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
-from infctx.model.weights import is_state_name, state_name, stored_tensors
+from infctx.model.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
 """The forms, and the names that their files have."""
@@ -49,15 +49,16 @@ def save_state(
     path: str | Path,
     form: str | None = None,
     *,
-    model: RWKV | None = None,
+    model: RWKV | StoredWeights | None = None,
     dtype: torch.dtype | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes the state of one document (B = 1) in one of the forms above; atomic.
 
     form:  "pth", "st", "merged" or "infctx"; None: what the suffix of `path` says (.pth, .st, .safetensors)
-    model: whose weights go into a merged file
-    dtype: of form pth, and of the weights in a merged file, whose state stays fp32; None for what they are
+    model: whose weights go into a merged file, one tensor at a time if they are those of a file
+    dtype: of form pth, and of the weights in a merged file, whose state stays fp32; None for what they are, of those
+           of a file fp32
     metadata: text that goes into a file of form infctx
     Raises InputError for another suffix, for values beyond the dtype, for a state with shift vectors in a form that
     has no place for them, and for values that are not finite.
@@ -73,6 +74,8 @@ def save_state(
         key_major = {name: wkv.mT.contiguous() for name, wkv in value_major.items()}
         narrowed = narrow(key_major, torch.float16, path, "write form pth, which can be fp32")
         write_tensors(narrowed, path, suffixes=SUFFIXES[form])
+    elif isinstance(model, StoredWeights):
+        copy_weights(model, path, dtype or torch.float32, state=value_major)
     elif form == "merged":
         weights = {name: tensor for name, tensor in stored_tensors(model).items() if not is_state_name(name)}
         write_tensors(narrow(weights, dtype, path) | value_major, path)
@@ -96,7 +99,7 @@ def read_state(path: Path) -> State:
         tensors = read_tensors(path)
     else:
         names = _layer_names(shapes, path)
-        stored = read_tensors(path)
+        stored = read_tensors(path, names)
         tensors = {"wkv": torch.stack([stored[name] for name in names])}
         if shapes.keys() != set(names) or not is_safetensors(path):
             tensors["wkv"] = tensors["wkv"].mT  # alone in a safetensors they are key by value, elsewhere value by key
@@ -112,6 +115,15 @@ def read_state(path: Path) -> State:
         if not part.isfinite().all():
             raise InputError(f"{path}: {name} of the state has values that are not finite; the file is damaged")
     return State(*(part[:, None].to(state_dtype(part.dtype)).contiguous() for part in state))
+
+
+def state_among(weights: StoredWeights) -> State | None:
+    """The initial state that lies among the weights of a file, B = 1, in fp32; None where there is none."""
+    if not weights.has_state:
+        return None
+    wkv = weights.initial_wkv().float()
+    zeros = torch.zeros(weights.sizes.num_layers, weights.sizes.width)
+    return State(*(part[:, None] for part in (wkv, zeros, zeros)))
 
 
 def is_state_file(path: Path) -> bool:
@@ -144,7 +156,7 @@ def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
     return names
 
 
-def _check(state: State, path: Path, form: str, model: RWKV | None, dtype: torch.dtype | None) -> None:
+def _check(state: State, path: Path, form: str, model: RWKV | StoredWeights | None, dtype: torch.dtype | None) -> None:
     if form not in SUFFIXES:
         raise InputError(f"{path}: there is no form {form!r} of a state; choose {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES[form]:

@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from infctx.files import atomic_file
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """Name -> floating-point tensor, on the CPU, memory-mapped where the format allows; runs no code in the file.
 
+    names: of a safetensors file, which tensors; None for all, which a .pth gives anyway.
     The format is told by the content, not by the suffix.  Raises InputError naming the file and the entry.
     """
-    tensors = _read_safetensors(path) if is_safetensors(path) else _read_pth(path)
+    tensors = _read_safetensors(path, names) if is_safetensors(path) else _read_pth(path)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
@@ -84,6 +85,12 @@ def is_safetensors(path: Path) -> bool:
     return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip, which .pth is since torch 1.6
 
 
+def is_mapped(path: Path) -> bool:
+    """Whether `read_tensors` maps the file, so that values take memory only once they are looked at."""
+    # A path that ends in .safetensors torch would read as such, whatever is in it; a map needs a path.
+    return is_safetensors(path) or (zipfile.is_zipfile(path) and path.suffix != ".safetensors")
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The text in the header of a safetensors file; nothing for a .pth, which has none."""
     if not is_safetensors(path):
@@ -99,6 +106,9 @@ def narrow(
     narrowed = {}
     for name, tensor in tensors.items():
         narrowed[name] = tensor.to(dtype or tensor.dtype)
+        # The extremes take no memory of their own, and mostly say that there is no infinity to look for.
+        if not tensor.numel() or all(extreme.isfinite() for extreme in narrowed[name].aminmax()):
+            continue
         beyond = narrowed[name].isinf() & tensor.isfinite()
         if beyond.any():
             place = tuple(beyond.nonzero()[0].tolist())
@@ -120,15 +130,25 @@ def write_tensors(
     metadata: text for the header of a safetensors file, in the place of {"format": "pt"}.
     suffixes: what the path may end with.
     """
-    if path.suffix not in suffixes:
-        raise InputError(f"{path}: weights are written as {' or '.join(suffixes)}; choose one of these suffixes")
-    with atomic_file(path) as temporary, _system_errors(path):
+    with tensor_file(path, suffixes) as temporary:
         if path.suffix == ".pth":
             with temporary.open("wb") as file:  # given a path, torch would write that path into the file
                 torch.save(dict(tensors), file)
         else:
             # One key at most, or the order in the file, and so its bytes, would be up to chance.
             safetensors.torch.save_file(dict(tensors), temporary, metadata=metadata or {"format": "pt"})
+
+
+@contextmanager
+def tensor_file(path: Path, suffixes: Sequence[str] = (".pth", ".safetensors")) -> Iterator[Path]:
+    """Gives a temporary path to write tensors to, which takes the name `path` once it is whole; see `atomic_file`.
+
+    Raises InputError where `path` ends with none of the suffixes.
+    """
+    if path.suffix not in suffixes:
+        raise InputError(f"{path}: weights are written as {' or '.join(suffixes)}; choose one of these suffixes")
+    with atomic_file(path) as temporary, _system_errors(path):
+        yield temporary
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors leaves 0600, and a server under another user can not read it
@@ -151,9 +171,9 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, names: Collection[str] | None) -> dict[str, Tensor]:
     with _open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 @contextmanager
@@ -167,8 +187,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 def _read_pth(path: Path) -> dict[Any, Any]:
     try:
-        # A path that ends in .safetensors torch would read as such, whatever is in it; a map needs a path.
-        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+        mapped = is_mapped(path)
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.model.initialise import initialise
-from infctx.model.other_names import naming_of, to_official
+from infctx.model.other_names import ways_from_official, ways_to_official
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes, make_sizes, published_sizes
 from infctx.model.state import state_dtype
 from infctx.model.stored_names import stored_names
-from infctx.model.tensor_file import narrow, read_shapes, read_tensors, weight_files, write_tensors
+from infctx.model.tensor_file import narrow, weight_files, write_tensors
+from infctx.model.tensor_stream import LazyTensors, StoredTensors, stream_tensors
 
 Shape = tuple[int, ...]
 
@@ -37,17 +39,12 @@ def load_model(
 
     Raises InputError naming the file and the tensor for anything else.
     """
-    path, shapes, read = _open(Path(path))
-    sizes = _sizes_of(shapes, path)
-    with_state = any(is_state_name(name) for name in shapes)
-    model = _empty_model(sizes, backend, with_state)
-    names = stored_names(sizes)
-    _check_shapes(shapes, model, names, path)
-    stored = read()
-    tensors = {ours: stored[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
-    if with_state:
-        value_major = torch.stack([stored[state_name(layer)] for layer in range(sizes.num_layers)])
-        tensors["initial_wkv"] = value_major.mT.contiguous().to(device=device, dtype=state_dtype(dtype))
+    stored = open_weights(path)
+    model = _empty_model(stored.sizes, backend, stored.has_state)
+    names = stored_names(stored.sizes)
+    tensors = {ours: stored.tensors[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
+    if stored.has_state:
+        tensors["initial_wkv"] = stored.initial_wkv().to(device=device, dtype=state_dtype(dtype))
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_()
 
@@ -78,8 +75,7 @@ def build_model(
 
 def read_sizes(path: str | Path) -> Sizes:
     """Version and sizes of a weights file, without loading it."""
-    path, shapes, _ = _open(Path(path))
-    return _sizes_of(shapes, path)
+    return _open(Path(path)).sizes
 
 
 def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -99,15 +95,84 @@ def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None
     write_tensors(narrow(tensors, dtype, path) | states, Path(path))
 
 
-def fingerprint(model: RWKV) -> str:
+class StoredWeights(NamedTuple):
+    """A model on disk, its names and shapes checked, of which tensors are read as they are looked up."""
+
+    path: Path
+    """The file or folder that messages name."""
+    sizes: Sizes
+    tensors: LazyTensors
+    """Official name -> tensor, in the dtype that it is stored in."""
+
+    @property
+    def has_state(self) -> bool:
+        return any(is_state_name(name) for name in self.tensors)
+
+    def initial_wkv(self) -> Tensor:
+        """The initial state among the weights, (L, H, N, N) key by value, in its own dtype."""
+        value_major = torch.stack([self.tensors[state_name(layer)] for layer in range(self.sizes.num_layers)])
+        return value_major.mT.contiguous()
+
+
+def open_weights(path: str | Path) -> StoredWeights:
+    """What `load_model` reads, checked and refused as there, but no more of it in memory than what is looked up."""
+    stored = _open(Path(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.plan.items()}
+    model = _empty_model(stored.sizes, "auto", stored.has_state)
+    _check_shapes(shapes, model, stored_names(stored.sizes), stored.path)
+    return stored
+
+
+def copy_weights(
+    stored: StoredWeights,
+    path: Path,
+    dtype: torch.dtype,
+    naming: str = "official",
+    state: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Writes what `save_weights` would of the model loaded in fp32, holding one tensor at a time; returns how many.
+
+    naming: whose names the tensors get; others than the official ones have no place for an initial state
+    state:  official name -> fp32 tensor of the initial state, value-major; None for what is stored
+    Peak memory is some one and a half times the largest tensor in fp32, three times where it has values that are not
+    finite, and what `StoredTensors` says of the file that is read.
+    """
+
+    def read(name: str) -> Tensor:
+        if is_state_name(name):
+            return stored.tensors[name].float() if state is None else state[name]
+        return narrow({name: stored.tensors[name].float()}, dtype, path)[name]
+
+    shapes = {name: stored.tensors.plan[name].shape for name in stored_names(stored.sizes).values()}
+    plan = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    for layer in range(stored.sizes.num_layers):
+        name = state_name(layer)
+        if name in (stored.tensors if state is None else state):
+            shape = (stored.tensors.plan if state is None else state)[name].shape
+            plan[name] = torch.empty(shape, dtype=torch.float32, device="meta")
+    official = LazyTensors(plan, read)
+    ways = ways_from_official(plan, naming, path)
+    theirs = LazyTensors({name: way(plan) for name, way in ways.items()}, lambda name: ways[name](official))
+    stream_tensors(theirs, path)
+    return len(theirs)
+
+
+def fingerprint(model: RWKV | StoredWeights) -> str:
     """Tells models apart, 16 hex digits: of the weights as bf16, whatever they are held in; not of the initial state.
 
-    Sums of the bits at every place, every third, seventh and eleventh: any device works them out, in no memory.
+    Sums of the bits at every place, every third, seventh and eleventh: any device works them out, in little memory.
     """
     digest = hashlib.sha256()
-    for name in stored_names(model.sizes):
-        bits = model.get_parameter(name).detach().to(torch.bfloat16).flatten().view(torch.int16)
-        sums = [int(bits[::stride].sum(dtype=torch.int64)) for stride in (1, 3, 7, 11)]
+    for name, official in stored_names(model.sizes).items():
+        if isinstance(model, StoredWeights):
+            weight = model.tensors[official].float()
+        else:
+            weight = model.get_parameter(name).detach()
+        bits = weight.to(torch.bfloat16).flatten().view(torch.int16)
+        sums = [
+            sum(int(piece.sum(dtype=torch.int64)) for piece in bits[::stride].split(1 << 22))
+            for stride in (1, 3, 7, 11)
+        ]
         digest.update(f"{name} {bits.numel()} {sums}".encode())
     return digest.hexdigest()[:16]
 
@@ -131,19 +196,26 @@ def is_state_name(name: str) -> bool:
     return re.fullmatch(r"blocks\.\d{1,4}\.att\.time_state", name) is not None
 
 
-def _open(path: Path) -> tuple[Path, dict[str, Shape], Callable[[], dict[str, Tensor]]]:
-    """The file (or folder) to name in messages, the shapes in it under official names, and what reads the tensors."""
+def _open(path: Path) -> StoredWeights:
+    """A model on disk, of which the names and shapes have told the sizes, and are not checked any further."""
     files = weight_files(path)
     path = files[0] if len(files) == 1 else path
-    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+    theirs = StoredTensors(files)
+    empty = {name: _empty_tensor(name, shape, path) for name, shape in theirs.shapes.items()}
+    ways = ways_to_official(empty, path)
+    plan = {name: way(empty) for name, way in ways.items()}
+    sizes = _sizes_of({name: tuple(tensor.shape) for name, tensor in plan.items()}, path)
+    return StoredWeights(path, sizes, LazyTensors(plan, lambda name: ways[name](theirs)))
 
-    def read() -> dict[str, Tensor]:
-        return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
-    if naming_of(shapes) == "official":
-        return path, shapes, read
-    tensors = to_official(read(), path)
-    return path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors
+def _empty_tensor(name: str, shape: Shape, path: Path) -> Tensor:
+    """On the device meta; what has no values can have other sizes beyond all bounds."""
+    try:
+        return torch.empty(shape, device="meta")
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"{path}: tensor {name} has the odd shape {shape}; not a model of RWKV-5.2 or RWKV-6"
+        ) from None
 
 
 def _empty_model(sizes: Sizes, backend: str, with_state: bool = False) -> RWKV:

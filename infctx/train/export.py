@@ -1,4 +1,4 @@
-"""Export: a model or a tuned state in, the file that another program loads out."""
+"""Export: a model or a tuned state in, the file that another program loads out; of weights one tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from infctx.errors import InputError
-from infctx.model.other_names import NAMINGS, from_official
+from infctx.model.other_names import NAMINGS
 from infctx.model.sizes import describe
-from infctx.model.state import describe_state
-from infctx.model.state_file import SUFFIXES, is_state_file, read_state, save_state
-from infctx.model.tensor_file import narrow, read_metadata, read_tensors, write_tensors
-from infctx.model.weights import load_model, save_weights, stored_tensors
-from infctx.train.model_files import find_model, find_state, open_model
+from infctx.model.state import State, describe_state, refuse_other_sizes
+from infctx.model.state_file import STATE_FILE, SUFFIXES, is_state_file, read_state, save_state, state_among
+from infctx.model.tensor_file import read_metadata
+from infctx.model.weights import StoredWeights, copy_weights, fingerprint, open_weights
+from infctx.train.checkpoint import TUNED_OVER
+from infctx.train.model_files import find_model, find_state
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -48,7 +49,7 @@ def export(
     found = find_state(source)
     if found is None:  # it may lie among the weights
         found = find_model(source).weights
-        found_state = load_model(found).learned_state()
+        found_state = state_among(open_weights(found))
         if found_state is None:
             raise InputError(f"{found}: is a model without an initial state; tune one with `infctx tune`")
         metadata = None
@@ -92,30 +93,37 @@ def _refuse(
 
 def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str) -> str:
     weights = find_model(source).weights
-    model = load_model(weights)
-    left_out = ""
-    if names == "official":
-        save_weights(model, output, dtype)
-    else:
-        if model.learned_state() is not None:
-            left_out = "; its initial state is left out"
-            model.initial_wkv = None
-        write_tensors(from_official(narrow(stored_tensors(model), dtype, output), names, output), output)
+    stored = open_weights(weights)
+    leaves_out = names != "official" and stored.has_state
+    num_tensors = copy_weights(stored, output, dtype, names, state={} if leaves_out else None)
+    left_out = "; its initial state is left out" if leaves_out else ""
     # fla's configuration has one eps for all norms, and the official code 64e-5 for the heads'.
     more = "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn" if names == "fla" else ""
     return (
-        f"{output}: {describe(model.sizes)}, {len(read_tensors(output))} tensors in {_name(dtype)} under {names} "
+        f"{output}: {describe(stored.sizes)}, {num_tensors} tensors in {_name(dtype)} under {names} "
         f"names, from {weights}{left_out}{more}"
     )
 
 
 def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path | None) -> str:
-    model = open_model(source, state)
-    learned = model.learned_state()
-    if learned is None:
+    files = find_model(source)
+    stored = open_weights(files.weights)
+    tuned = state or files.state
+    initial = state_among(stored) if tuned is None else _tuned_state(tuned, stored, files.weights)
+    if initial is None:
         raise InputError(f"{source}: is a model without an initial state; give one with --state")
-    save_state(learned, output, "merged", model=model, dtype=dtype)
-    return f"{output}: {describe(model.sizes)} in {_name(dtype)} with the state of {state or source}"
+    save_state(initial, output, "merged", model=stored, dtype=dtype)
+    return f"{output}: {describe(stored.sizes)} in {_name(dtype)} with the state of {state or source}"
+
+
+def _tuned_state(path: Path, stored: StoredWeights, weights: Path) -> State:
+    """What `open_model` starts documents from, with the same refusal and the same warning."""
+    state = read_state(path)
+    refuse_other_sizes(state, stored.sizes, path)
+    tuned_over = read_metadata(path / STATE_FILE if path.is_dir() else path).get(TUNED_OVER)
+    if tuned_over is not None and tuned_over != fingerprint(stored):
+        log.warning("%s: was tuned over other weights than %s holds", path, weights)
+    return state
 
 
 def _name(dtype: torch.dtype) -> str:
