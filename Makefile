@@ -16,13 +16,15 @@ MODEL ?= runs/finch-tiny
 STORE ?= data/python/held_out
 PROMPT ?= def
 ARGS ?=
+GPUS ?=
+DEVICES = $(if $(GPUS),distributed.devices=$(GPUS))
 GPU_PYTHON = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare train tune evaluate generate export test lint gpu-check
+.PHONY: help install prepare train tune plan evaluate generate export test lint gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,11 +36,14 @@ prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ 
 	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
 	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
 
-train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, or goes on where it stopped
-	@$(INFCTX) train "$$TRAIN_CONFIG" $(ARGS)
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, on GPUS=1, or goes on where it stopped
+	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
-tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml
-	@$(INFCTX) tune "$$TUNE_CONFIG" $(ARGS)
+tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml, GPUS=1
+	@$(INFCTX) tune "$$TUNE_CONFIG" $(DEVICES) $(ARGS)
+
+plan: $(VENV)/installed  ## what a run takes of each GPU: make plan CONFIG=configs/finch-3b-64k.yaml GPUS=8 ARGS="window.lanes=8 --device-gb 80"
+	@$(INFCTX) plan "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out
 	@$(INFCTX) evaluate "$$MODEL" "$$STORE" $(ARGS)

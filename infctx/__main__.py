@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import infctx
 from infctx.errors import InputError
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
+LATER_RANKS_SECONDS = 2
 REMEDIES = {
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "a file stands where a folder is wanted; choose another place",
@@ -34,14 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample in a script that the terminal does not have is no failure
-    parsed = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = _parse(arguments)
+    parsed.arguments = arguments
     if parsed.command not in (_train, _tune):  # training finishes its step; the others clean up and go
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("infctx").setLevel(logging.INFO)
     warnings.simplefilter("default" if "INFCTX_DEBUG" in os.environ else "ignore")
     try:
-        parsed.command(parsed)
+        return parsed.command(parsed) or 0
     except InputError as error:
         return _fail(error, EXIT_INPUT)
     except BrokenPipeError:  # whoever was reading has what they wanted
@@ -61,13 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return _fail(f"out of memory: {str(error).splitlines()[0]}; {LESS_MEMORY}", EXIT_INPUT)
         raise
-    return 0
 
 
 def _fail(problem: object, code: int) -> int:
     if "INFCTX_DEBUG" in os.environ:
         logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
-    print(f"infctx: {' '.join(str(problem).split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0":  # rank 0 mostly says the same, and then the launcher ends them all
+        time.sleep(LATER_RANKS_SECONDS)
+    print(f"infctx: {'' if rank == '0' else f'rank {rank}: '}{' '.join(str(problem).split())}", file=sys.stderr)
+    if "LOCAL_RANK" in os.environ:  # without cleaning up, which would wait for the other ranks
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -78,6 +88,16 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    parsed, behind = parser.parse_known_args(arguments)
+    if behind and (parsed.command is not _plan or any(word.startswith("-") for word in behind)):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:  # argparse takes overrides before an option or behind it, not both
+        parsed.overrides = [*parsed.overrides, *behind]
+    return parsed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
     parser.add_argument("--version", action="version", version=f"infctx {infctx.__version__}")
@@ -86,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", _prepare, _describe_prepare),
         ("train", _train, _describe_train),
         ("tune", _tune, _describe_tune),
+        ("plan", _plan, _describe_plan),
         ("evaluate", _evaluate, _describe_evaluate),
         ("generate", _generate, _describe_generate),
         ("export", _export, _describe_export),
@@ -133,11 +154,8 @@ def _describe_train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
-    from infctx.config import load_config
-    from infctx.train.loop import train
-
-    train(load_config(options.config, options.overrides))
+def _train(options: argparse.Namespace) -> int:
+    return _run(options)
 
 
 def _describe_tune(parser: argparse.ArgumentParser) -> None:
@@ -145,11 +163,52 @@ def _describe_tune(parser: argparse.ArgumentParser) -> None:
     _describe_train(parser)
 
 
-def _tune(options: argparse.Namespace) -> None:
-    from infctx.config import load_config
-    from infctx.train.loop import train
+def _tune(options: argparse.Namespace) -> int:
+    return _run(options, learn="initial_state")
 
-    train(load_config(options.config, options.overrides, learn="initial_state"))
+
+def _run(options: argparse.Namespace, learn: str | None = None) -> int:
+    """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
+    from infctx.config import load_config
+    from infctx.train.launch import is_rank, launch
+
+    config = load_config(options.config, options.overrides, learn)
+    ranks = config.distributed
+    if ranks.world_size == 1 or is_rank():
+        if ranks.world_size > 1:  # where a rank dies, torch's own warnings would bury the one line about it
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from infctx.train.loop import train
+
+        train(config)
+        return 0
+    if ranks.nodes > 1:
+        raise InputError(
+            f"distributed.nodes: {ranks.nodes}: start this command on every node, with torchrun --nnodes {ranks.nodes} "
+            f"--nproc-per-node {ranks.devices} ... -m infctx {' '.join(options.arguments)} or srun; see "
+            "docs/distributed.md"
+        )
+    from infctx.train.plan import refuse_what_lacks
+
+    refuse_what_lacks(config)
+    return launch(options.arguments, ranks.devices)
+
+
+def _describe_plan(parser: argparse.ArgumentParser) -> None:
+    """What a run takes of each GPU and of the network, before it runs."""
+    _describe_train(parser)
+    parser.add_argument(
+        "--device-gb",
+        type=float,
+        metavar="GB",
+        help="memory of each GPU (1 GB is 1e9 bytes); default: of the GPUs here",
+    )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from infctx.config import load_config
+    from infctx.train.plan_report import plan_report
+
+    print(plan_report(load_config(options.config, options.overrides), options.device_gb))
 
 
 def _describe_model(parser: argparse.ArgumentParser) -> None:

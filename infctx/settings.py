@@ -201,7 +201,8 @@ class DistributedSettings(Section):
     """Nodes; with more than one, torchrun or srun starts `infctx train` on each (docs/distributed.md)."""
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """ddp: every rank holds everything; zero1 shards the optimizer's state over the ranks, zero2 the gradients too,
-    zero3 the weights too; auto: the first of ddp, zero2 and zero3 that fits, by `infctx plan`."""
+    zero3 the weights too; auto: the first of them that fits, with the least that gradient_reduction allows, as
+    `infctx plan` counts it."""
     gradient_reduction: Literal["auto", "step", "segment"] = "auto"
     """step: gradients are reduced over the ranks once a step, and each rank holds all of them until then; segment: zero2
     and zero3 reduce them behind every segment, and hold only their share; auto: step where that fits on the device."""

@@ -7,10 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import infctx
 from infctx.__main__ import main
@@ -190,6 +192,7 @@ def test_standard_input(tmp_path):
         (["frob"], "invalid choice: 'frob'"),
         (["prepare", "x.txt", "--output", "out", "--workers", "abc"], "invalid int value: 'abc'"),
         (["generate"], "the following arguments are required: model"),
+        (["train", "a.yaml", "--device-gb", "80"], "unrecognized arguments: --device-gb 80"),
     ],
 )
 def test_a_mistyped_command_is_one_line(arguments, said):
@@ -226,9 +229,89 @@ def test_a_reader_that_goes_away_is_no_error(tiny_weights):
     assert b"infctx:" not in done.stderr
 
 
+PLANNED = ["distributed.devices=2", "window.lanes=4", "distributed.strategy=zero3"]
+
+
+@pytest.mark.parametrize("place", range(len(PLANNED) + 1))
+def test_plan_takes_settings_before_its_option_and_behind_it(capfd, place):
+    words = [*PLANNED[:place], "--device-gb", "40", *PLANNED[place:]]
+    assert main(["plan", str(ROOT / "configs" / "finch-3b-64k.yaml"), *words]) == 0
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    assert "ranks     2 on 1 node\n" in output
+    assert "lanes     4 in all, 2 for a rank" in output
+    assert "of the 40.0 GB of a GPU" in output
+    assert [line.split("  ")[0] for line in output.splitlines() if "this run" in line] == ["zero3"]
+
+
+def test_plan_refuses_what_makes_no_sense(capfd):
+    config = ROOT / "configs" / "finch-3b-64k.yaml"
+    for gigabytes in ("0", "-80", "nan"):
+        assert "is no memory of a GPU; give it in GB, such as 80" in refused(
+            capfd, "plan", config, "--device-gb", gigabytes
+        )
+    assert "optimizer.rate: unknown setting" in refused(capfd, "plan", config, "--device-gb", 8, "optimizer.rate=1")
+    assert "there is no gone.pth, which would tell the sizes" in refused(
+        capfd, "plan", config, "model.weights=gone.pth", "model.size=null"
+    )
+    for words in (["--device-gb", "much"], ["--device-gb", "8", "optimizer.steps=1", "--gpus", "8"]):
+        code, output, errors = infctx_command("plan", config, *words)
+        assert (code, output) == (2, "")
+        assert len(errors.splitlines()) == 1
+        assert words[-1] in errors
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_more_than_one_node_is_for_other_starters(capfd, tmp_path, tiny_weights, command):
+    config = write_config(tmp_path, window__lanes=4)
+    if command == "tune":
+        config.write_text(
+            yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": {"weights": str(tiny_weights)}})
+        )
+    words = ["distributed.nodes=2", "distributed.devices=2"]
+    line = refused(capfd, command, config, *words)
+    assert line.startswith("infctx: distributed.nodes: 2: start this command on every node, with torchrun --nnodes 2 ")
+    assert f"--nproc-per-node 2 ... -m infctx {command} {config} {' '.join(words)} or srun; see docs/" in line
+
+
+def test_what_many_ranks_lack_is_said_once(tmp_path):
+    words = ["distributed.devices=2", "data.store=gone", "data.held_out=gone_too"]
+    code, output, errors = infctx_command("train", write_config(tmp_path), *words)
+    assert (code, output) == (2, "")
+    assert len(errors.splitlines()) == 1, errors
+    assert "data.store: there is no gone.idx" in errors
+    assert "data.held_out: there is no gone_too.idx" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_starts_its_ranks_with_its_own_words(tmp_path):
+    config = write_config(tmp_path)
+    started = tmp_path / "started"
+    started.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "if 'RANK' in os.environ:\n"
+        f"    words = Path('/proc/self/cmdline').read_text().split(chr(0))\n"
+        f"    Path({str(started)!r}, os.environ['RANK']).write_text(repr(words[1:-1]))\n"
+        "    os._exit(5)\n"
+    )
+    words = ["train", str(config), "distributed.devices=2", "optimizer.steps=5"]
+    code, output, errors = infctx_command(*words, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (code, output, errors) == (5, "", "")
+    assert [(started / rank).read_text() for rank in "01"] == [repr(["-m", "infctx", *words])] * 2
+
+
+def test_later_ranks_speak_later_and_say_who_they_are(tmp_path):
+    began = time.monotonic()
+    code, _, errors = infctx_command("train", tmp_path / "gone.yaml", env=os.environ | {"RANK": "3", "LOCAL_RANK": "1"})
+    assert code == 2
+    assert errors.startswith(f"infctx: rank 3: {tmp_path / 'gone.yaml'}: no such file")
+    assert time.monotonic() - began > 2
+
+
 def test_help_lists_every_command_and_loads_no_torch():
     program = "import sys, infctx.__main__ as m\ntry:\n m.main(['--help'])\nfinally:\n print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.splitlines()[-1] == "False"
-    for command in ("prepare", "train", "evaluate", "generate", "export"):
+    for command in ("prepare", "train", "tune", "plan", "evaluate", "generate", "export"):
         assert f"  {command}" in done.stdout

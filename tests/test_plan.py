@@ -1,10 +1,12 @@
 """What a run lacks is said before it runs, all at once; and the memory it is said to take is what it takes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from test_plan_report import FINCH, bytes_of, many
 
 import infctx
 from infctx.config import load_config
@@ -12,14 +14,19 @@ from infctx.errors import InputError
 from infctx.model.sizes import published_sizes
 from infctx.train import plan
 from infctx.train.plan import (
-    ACTIVATION_BYTES,
+    FILLED,
+    OPTIONS,
     activation_bytes,
+    choose_reduction,
+    choose_strategy,
     device_bytes,
     model_sizes,
     pick_device,
     refuse_what_lacks,
+    resolve_strategy,
     state_bytes,
 )
+from infctx.train.plan_memory import ACTIVATION_BYTES, rank_memory, with_distributed, with_strategy
 from infctx.train.tune import freeze_weights
 
 from runs import write_config, write_store
@@ -240,3 +247,149 @@ def test_the_parts_of_the_memory(tmp_path):
     assert needed(window__segment_tokens=64, window__window_tokens=256) - needed() == 2 * 32 * activation_bytes(
         base, sizes, "cpu"
     )
+
+
+def given_gpus(monkeypatch, count, free, total=80 * 10**9):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=total))
+
+
+def test_processes_on_a_cpu_share_its_memory(tmp_path, monkeypatch):
+    changes = {"distributed__devices": 2, "model__width": 256, "model__num_layers": 8, "distributed__strategy": "ddp"}
+    changes |= {"window__segment_tokens": 32}
+    path = write_config(tmp_path, **{name: value for name, value in changes.items() if name[:4] != "dist"})
+    overrides = ["distributed.devices=2", "distributed.strategy=ddp"]
+    config = load_config(path, overrides)
+    needed = 2 * device_bytes(config, model_sizes(config), "cpu")
+    given_bytes(monkeypatch, needed)
+    refuse_what_lacks(config)
+    given_bytes(monkeypatch, needed - 1)
+    message = lacking(config)
+    assert f"memory: the run needs {needed / 1e9:.1f} GB on cpu for 2 ranks with distributed.strategy: ddp" in message
+
+
+def test_what_would_fit_is_said(tmp_path, monkeypatch):
+    given_bytes(monkeypatch, 10**12)
+    write_config(tmp_path)
+    data = {"data__store": tmp_path / "train"}
+    ddp = many(8, **data)
+    needed = {option: bytes_of(ddp, *option).device for option in OPTIONS}
+    given_gpus(monkeypatch, 8, free=needed["zero2", False, False])
+    message = lacking(ddp)
+    assert f"the run needs {needed['ddp', False, False] / 1e9:.1f} GB on cuda for each rank" in message
+    assert "with distributed.strategy: ddp" in message
+    words = "distributed.strategy: zero2 and gradient_reduction: segment"
+    assert f"; {words} would fit, or take fewer window.segment_tokens" in message
+    given_gpus(monkeypatch, 8, free=needed["zero2", False, False], total=35 * 10**9)  # too small for whole gradients
+    assert "; distributed.strategy: zero2 would fit, or take fewer" in lacking(ddp)
+    given_gpus(monkeypatch, 8, free=needed["zero3", True, True])
+    words = "distributed.strategy: zero3 and offload_optimizer: true and offload_parameters: true"
+    assert f"; {words} and gradient_reduction: segment would fit" in lacking(ddp)
+    given_gpus(monkeypatch, 8, free=needed["zero3", True, True] - 1)
+    assert "would fit" not in lacking(ddp)
+    long = with_strategy(many(8, **data, window__segment_tokens=65536, window__lanes_per_pass=1), "zero3", True, True)
+    given_gpus(monkeypatch, 8, free=rank_memory(long, FINCH, "cuda").device - 1)
+    assert "; distributed.time_ranks: 2 would fit, or take fewer" in lacking(long)
+
+
+def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
+    given_bytes(monkeypatch, 10**12)
+    write_config(tmp_path)
+    zero2 = many(8, data__store=tmp_path / "train", distributed__strategy="zero2")
+    whole, least = (
+        rank_memory(with_distributed(zero2, gradient_reduction=reduction), FINCH, "cuda").device
+        for reduction in ("step", "segment")
+    )
+    given_gpus(monkeypatch, 8, free=whole)
+    refuse_what_lacks(zero2)
+    given_gpus(monkeypatch, 8, free=least)  # of 80 GB: something else has the rest
+    for config in (zero2, with_distributed(zero2, gradient_reduction="step")):
+        message = lacking(config)
+        assert f"the run needs {whole / 1e9:.1f} GB on cuda for each rank" in message
+        assert "; distributed.gradient_reduction: segment would fit, or take fewer" in message
+    given_gpus(monkeypatch, 8, free=least, total=int(whole))  # too small for whole gradients
+    refuse_what_lacks(zero2)
+    refuse_what_lacks(with_distributed(zero2, gradient_reduction="segment"))
+
+
+def enough_for(*option, reduction="segment"):
+    """Memory of a GPU that nine tenths of are just enough."""
+    return -(-bytes_of(many(4), *option, reduction=reduction).device * 10 // 9)
+
+
+def test_auto():
+    config = many(4, distributed__strategy="auto")
+    for strategy, less in (("ddp", "zero1"), ("zero1", "zero2"), ("zero2", "zero3"), ("zero3", "zero3")):
+        assert choose_strategy(config, FINCH, "cuda", enough_for(strategy)) == strategy
+        assert choose_strategy(config, FINCH, "cuda", enough_for(strategy) - 2) == less
+    assert choose_strategy(config, None, "cuda", 80 * 10**9) == "zero2"
+    assert choose_strategy(config, FINCH, "cuda", None) == "zero2"
+    assert choose_strategy(config, FINCH, "cpu", 1) == "ddp"
+    assert choose_strategy(many(1, distributed__strategy="auto"), FINCH, "cuda", 1) == "ddp"
+    assert choose_strategy(many(4, distributed__strategy="zero1"), FINCH, "cuda", 1) == "zero1"
+
+
+def test_auto_counts_with_the_reduction_that_is_asked_for():
+    asked = many(4, distributed__strategy="auto", distributed__gradient_reduction="step")
+    for strategy, less in (("zero1", "zero3"), ("zero3", "zero3")):  # zero2 takes what zero1 takes
+        assert choose_strategy(asked, FINCH, "cuda", enough_for(strategy, reduction="step")) == strategy
+        assert choose_strategy(asked, FINCH, "cuda", enough_for(strategy, reduction="step") - 2) == less
+
+
+@pytest.mark.parametrize("option", [("zero2",), ("zero3",), ("zero2", True), ("zero3", True, True)])
+def test_reduction_is_once_a_step_where_that_fits(option):
+    config, enough = with_strategy(many(4), *option), enough_for(*option, reduction="step")
+    for memory, found in ((enough, "step"), (enough - 2, "segment"), (1, "segment")):
+        assert choose_reduction(config, FINCH, "cuda", memory) == found
+        resolved = resolve_strategy(config, FINCH, "cuda", memory)
+        assert resolved == with_distributed(config, gradient_reduction=found)
+        assert rank_memory(resolved, FINCH, "cuda") == bytes_of(many(4), *option, reduction=found)
+    for asked in ("step", "segment"):
+        assert choose_reduction(with_distributed(config, gradient_reduction=asked), FINCH, "cuda", enough) == asked
+
+
+def test_reduction_is_once_a_step_where_nothing_tells_otherwise():
+    for strategy in ("ddp", "zero1"):
+        assert choose_reduction(with_strategy(many(4), strategy), FINCH, "cuda", 1) == "step"
+    sharded = with_strategy(many(4), "zero2")
+    assert choose_reduction(sharded, FINCH, "cpu", 1) == "step"
+    assert choose_reduction(sharded, None, "cuda", 1) == "step"
+    assert choose_reduction(sharded, FINCH, "cuda", None) == "step"
+    assert resolve_strategy(sharded, FINCH, "cpu").distributed.gradient_reduction == "step"
+    assert resolve_strategy(sharded, FINCH, "cuda") == sharded  # and counts as the least
+    assert device_bytes(sharded, FINCH, "cuda") == bytes_of(many(4), "zero2").device
+
+
+def test_weights_that_stay_are_no_burden(tmp_path):
+    frozen = many(4, model__weights=tmp_path / "none.pth", model__learn="initial_state")
+    held = 2 * FINCH.num_parameters + 16 * FINCH.state_elements
+    ddp = bytes_of(frozen, "ddp").device
+    assert held < ddp < 1.3 * held
+    assert bytes_of(frozen, "zero2").device == ddp
+    assert bytes_of(frozen, "zero3").device >= 2 * FINCH.num_parameters  # whole, before it is cut up
+    assert choose_strategy(with_strategy(frozen, "auto"), FINCH, "cuda", round(ddp / FILLED) + 1) == "ddp"
+
+
+def test_the_host_of_several_gpus(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    given_gpus(monkeypatch, 8, free=80 * 10**9)
+    config = with_strategy(many(8, data__store=tmp_path / "train"), "zero3")
+    needed = 8 * rank_memory(config, FINCH, "cuda").host
+    assert needed == 8 * 4 * FINCH.num_parameters
+    given_bytes(monkeypatch, needed)
+    refuse_what_lacks(config)
+    given_bytes(monkeypatch, needed - 1)
+    message = lacking(config)
+    assert f"the run needs {needed / 1e9:.1f} GB on the host for 8 ranks with distributed.strategy: zero3" in message
+    assert "window.seam_store" in message
+
+
+def test_gpus_that_are_not_there(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    config = many(8, data__store=tmp_path / "train")
+    needed = bytes_of(config, "ddp").device
+    assert f"the run needs 8 of them with {needed / 1e9:.1f} GB" in lacking(config)
+    given_gpus(monkeypatch, 4, free=80 * 10**9)
+    assert "distributed.devices: 8, and torch finds 4 here; take 4, or more nodes" in lacking(config)

@@ -18,7 +18,19 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 SHELL = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 TABLE = re.findall(r"^\| `(infctx [^`]+)`", README, re.M)
 
-HANDED_ON = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "CONFIG", "MODEL", "STORE", "PROMPT", "OUTPUT", "STATE"}
+HANDED_ON = {
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MFLAGS",
+    "ARGS",
+    "CONFIG",
+    "GPUS",
+    "MODEL",
+    "STORE",
+    "PROMPT",
+    "OUTPUT",
+    "STATE",
+}
 
 
 def make(*arguments, cwd=ROOT):
@@ -114,7 +126,7 @@ def test_every_command_of_the_table(demonstration, tmp_path):
         "finch-tiny.pth": str(tmp_path / "finch-tiny.pth"),
         "optimizer.steps=50": "optimizer.steps=6",
     }
-    assert len(TABLE) == 8
+    assert len(TABLE) == 9
     for command in sorted(TABLE, key=lambda command: "RUN" in command):
         words = [changed.get(word, word) for word in shlex.split(command)][1:]
         more = {
@@ -126,6 +138,19 @@ def test_every_command_of_the_table(demonstration, tmp_path):
         words += more.get(words[0], [])
         done = subprocess.run([sys.executable, "-m", "infctx", *words], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0, (command, done.stderr.decode())
+
+
+def test_make_with_many_gpus():
+    """The two targets of the section, by what they say: `make train` asks for as many GPUs as are named."""
+    (train,) = [line for line in SHELL if "GPUS=8" in line and line.startswith("make train")]
+    done = make(*shlex.split(train)[1:])
+    assert done.returncode == 2
+    assert "run.device: cuda, and torch" in done.stderr
+    assert "finds no GPU here; the run needs 8 of them with" in done.stderr
+    done = make("plan", *shlex.split(train)[2:-1], "ARGS=window.lanes=8 --device-gb 80")
+    assert done.returncode == 0, done.stderr
+    assert "ranks     8 on 1 node\n" in done.stdout
+    assert "of the 80.0 GB of a GPU" in done.stdout
 
 
 def test_links_lead_somewhere():

@@ -31,7 +31,7 @@ from infctx.model.state import State
 from infctx.train.checkpoint import checkpoints
 from infctx.train.loss import SegmentLoss
 from infctx.train.optimizer import make_optimizer
-from infctx.train.plan import choose_strategy, device_memory, model_sizes, pick_device
+from infctx.train.plan import device_memory, model_sizes, pick_device, resolve_strategy
 from infctx.train.ranks import Ranks, ranks_started, refuse_other_settings
 from infctx.train.sharded import Sharded, sharded_strategy
 from infctx.train.watchdog import Watchdog, open_watch_store
@@ -75,7 +75,8 @@ def open_devices(config: Config) -> Devices:
             f"ranks, and {started} were started; set them to what was started"
         )
     sizes = model_sizes(config)
-    strategy = choose_strategy(config, sizes, device.type, device_memory(device.type, settings.devices))
+    chosen = resolve_strategy(config, sizes, device.type, device_memory(device.type, settings.devices)).distributed
+    strategy, reduction = chosen.strategy, "step" if chosen.gradient_reduction == "auto" else chosen.gradient_reduction
     options = {"process_group_backend": "nccl" if device.type == "cuda" else "gloo", "timeout": COLLECTIVE_TIMEOUT}
     if strategy != "ddp":
         with_strategy = {"strategy": sharded_strategy(strategy, config, sizes and sizes.width, **options)}
@@ -83,7 +84,6 @@ def open_devices(config: Config) -> Devices:
         with_strategy = {"strategy": DDPStrategy(gradient_as_bucket_view=True, **options)}
     else:
         with_strategy = {}
-    reduction = "step" if settings.gradient_reduction == "auto" else settings.gradient_reduction
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last says who has joined
         logging.getLogger(name).setLevel(logging.WARNING)
     accelerator = {"cuda": "gpu", "cpu": "cpu"}[device.type]

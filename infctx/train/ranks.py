@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.model.time_parallel import TimeRanks
+from infctx.train.launch import is_rank
 
 Result = TypeVar("Result")
 
@@ -88,9 +89,9 @@ class Ranks:
 
 def ranks_started() -> int | None:
     """How many ranks torchrun, srun or `infctx` itself has started, None for a process that is no rank."""
-    if "LOCAL_RANK" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else None
+    if not is_rank():
+        return None
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def started_by_launcher() -> bool:

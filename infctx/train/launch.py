@@ -1,0 +1,138 @@
+"""`infctx train` on several devices of one machine: starts a process for each, and ends when they have ended.
+
+In goes the command line; out comes its exit code.  The ranks find each other through the environment, in torchrun's
+names, and watch each other (train/watchdog); what is left to the launcher is said in `launch`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+POLL_SECONDS = 0.1
+UNKILLABLE_SECONDS = 10.0
+
+
+def launch(
+    arguments: Sequence[str],
+    count: int,
+    *,
+    program: Sequence[str] = (sys.executable, "-m", "infctx"),
+    soon_seconds: float = 1.0,
+    watch_seconds: float = 50.0,
+) -> int:
+    """Runs `program` with `arguments` in `count` processes; returns the exit code for all of them.
+
+    SIGINT and SIGTERM reach every rank once, as SIGTERM: it finishes its step, saves and ends with 0; a second one
+    kills.  A rank that ends with another code has said why, and the others are killed after `soon_seconds`.  One that
+    a signal killed is for the watchdogs of the others to name; after `watch_seconds` they are killed too.
+    """
+    with _signals() as received:
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            environment = _environment(count)
+            for rank in range(count):
+                ranks.append(_start([*program, *arguments], environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            ended = _wait(ranks, received, soon_seconds, watch_seconds)
+        finally:
+            _kill(ranks)
+    return _conclude(ended, count, received)
+
+
+def is_rank() -> bool:
+    """Whether this process is one of the ranks of a run already: of ours, of torchrun or of srun."""
+    if "LOCAL_RANK" in os.environ:
+        return True
+    in_slurm = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+    return in_slurm and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list of the SIGINT and SIGTERM that came."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(count: int) -> dict[str, str]:
+    """What is the same for all ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INFCTX_LAUNCHER": str(os.getpid())}
+    return os.environ | sizes | place
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A rank, in a session of its own: what the terminal sends reaches the launcher alone."""
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int], soon_seconds: float, watch_seconds: float
+) -> dict[int, int]:
+    """The exit codes of the ranks that ended by themselves, in the order in which they did; the others were killed."""
+    ended: dict[int, int] = {}
+    forwarded, deadline = False, float("inf")
+    while True:
+        if received and not forwarded:
+            forwarded = True
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+        ended |= {number: rank.returncode for number, rank in enumerate(ranks) if rank.poll() is not None}
+        now = time.monotonic()
+        if any(ended.values()):
+            said = any(code > 0 for code in ended.values())
+            deadline = min(deadline, now + (soon_seconds if said or received else watch_seconds))
+        if len(ended) == len(ranks) or now >= deadline or len(received) > 1:
+            return ended
+        time.sleep(POLL_SECONDS)
+
+
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kills what still runs, with the processes that it started."""
+    running = [rank for rank in ranks if rank.poll() is None]
+    for rank in running:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+    deadline = time.monotonic() + UNKILLABLE_SECONDS
+    for rank in running:
+        with suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _conclude(ended: dict[int, int], count: int, received: Sequence[int]) -> int:
+    """The exit code of the run; says what no rank could say."""
+    said = [code for code in ended.values() if code > 0]
+    by_signal = {number: -code for number, code in ended.items() if code < 0}
+    if not said and not by_signal and len(ended) == count:
+        return 0
+    if received and (len(received) > 1 or not said):
+        print("infctx: interrupted", file=sys.stderr)
+        return 128 + received[-1]
+    if said:
+        return 1 if by_signal else said[0]
+    number, cause = next(iter(by_signal.items()))
+    why = " (the usual reason is memory that ran out)" if cause == signal.SIGKILL else ""
+    print(
+        f"infctx: rank {number} was killed by {signal.Signals(cause).name}{why}; run the same command again to go on "
+        "from the last whole checkpoint, if there is one",
+        file=sys.stderr,
+    )
+    return 1

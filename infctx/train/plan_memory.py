@@ -1,0 +1,270 @@
+"""Arithmetic of a run: what a rank holds in the memory of its device and of its host, and what crosses the wire.
+
+In: a configuration, the sizes of the model and the kind of device; out: bytes.  Nothing is loaded or allocated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from infctx.config import Config
+from infctx.model.sizes import Sizes
+from infctx.train.loss import SLICE_LOGITS
+
+WEIGHT_BYTES = 16
+"""A parameter in fp32: the weight, its gradient and two moments of Adam."""
+
+BUCKET_PARAMETERS = 50_000_000
+"""Gradients that DeepSpeed reduces at once, and weights that it gathers at once or ahead."""
+
+LIVE_PARAMETERS = 250_000_000
+"""Weights that ZeRO-3 keeps gathered: a block of the largest published model."""
+
+REDUCING_EACH_SEGMENT = ("zero2", "zero3")
+"""Strategies that can; the others reduce gradients once a step whatever distributed.gradient_reduction says."""
+
+ZERO_BUFFERS = {
+    "reduce_bucket_size": BUCKET_PARAMETERS,
+    "allgather_bucket_size": BUCKET_PARAMETERS,
+    "stage3_prefetch_bucket_size": BUCKET_PARAMETERS,
+    "stage3_max_live_parameters": LIVE_PARAMETERS,
+    "stage3_max_reuse_distance": LIVE_PARAMETERS,
+}
+"""DeepSpeed's settings (zero_optimization) that the plan counts with; its defaults take up to 10 GB more."""
+
+
+class Share(NamedTuple):
+    """Bytes a parameter that learns: `every` on each device; `device` and `host` are shared out over the ranks."""
+
+    every: int
+    device: int
+    host: int
+
+
+PARAMETER_BYTES = {
+    # (strategy, offload_optimizer, offload_parameters), gradients reduced behind every segment where that can be; with
+    # fp32 weights and many backward calls a step, counted in DeepSpeed 0.19.8 (tests/test_plan_report.py), whose stages
+    # all step a second copy of a rank's share of the weights
+    ("ddp", False, False): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
+    ("zero1", False, False): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
+    ("zero2", False, False): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the segment at work
+    ("zero3", False, False): Share(0, 20, 0),  # weight, copy, moments, gradient
+    ("zero1", True, False): Share(8, 0, 20),  # on the host: copy, moments, gradient, a buffer of the new weights
+    ("zero2", True, False): Share(4, 0, 24),  # and the gradient so far
+    ("zero3", True, False): Share(0, 4, 20),  # weight; copy, moments, gradient, the gradient so far
+    ("zero3", False, True): Share(0, 16, 4),
+    ("zero3", True, True): Share(0, 0, 24),
+}
+
+STEP_PARAMETER_BYTES = PARAMETER_BYTES | {
+    # the same with one reduction a step, from gradients that every rank holds whole until then
+    ("zero2", False, False): PARAMETER_BYTES["zero1", False, False],
+    ("zero2", True, False): PARAMETER_BYTES["zero1", True, False],
+    ("zero3", False, False): Share(4, 20, 0),
+    ("zero3", True, False): Share(4, 4, 20),
+    ("zero3", False, True): Share(4, 16, 4),
+    ("zero3", True, True): Share(4, 0, 24),
+}
+
+ACTIVATION_BYTES = {
+    # (version, bf16, WKV by kernels rather than plain torch): tensors that autograd saves in a block, in bytes a token
+    # and channel of the width, when the weights learn and when they are frozen; counted with
+    # torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/test_plan.py)
+    (5, False, True): (113, 62),
+    (5, True, True): (58, 33),
+    (6, False, True): (153, 97),
+    (6, True, True): (82, 55),
+    (5, False, False): (203, 131),
+    (5, True, False): (154, 108),
+    (6, False, False): (238, 171),
+    (6, True, False): (174, 134),
+}
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank: on its device, and in host memory beside that (on a CPU both are host memory)."""
+
+    device: int
+    host: int
+
+
+class Wire(NamedTuple):
+    """Bytes that one rank receives in one optimizer step."""
+
+    gradients: int
+    """Gradients of other ranks."""
+    weights: int
+    """Weights that other ranks keep, or have stepped."""
+    time: int
+    """States and vectors of the slices of the other time ranks."""
+
+
+def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
+    """What one rank takes with config.distributed, whose strategy is a name and not "auto".
+
+    gradient_reduction "auto" is counted as "segment", the least (`plan.resolve_strategy` tells what it stands for).
+    device_type: "cpu" or "cuda".
+    """
+    lanes, segments = lanes_at_once(config), _run_segments(config)
+    work = lanes * config.slice_tokens * activation_bytes(config, sizes, device_type)
+    work += 3 * 4 * SLICE_LOGITS  # slices of the logits
+    if not config.model.freezes_weights:
+        work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
+        if config.run.precision == "bf16":  # copies of the weights, of the block at work or of all blocks
+            work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
+    work += _buffers(config, sizes)
+    seams = lanes * segments * (state_bytes(sizes) + told_bytes(config, sizes))
+    held = _held(config, sizes)
+    on_device = held.device + max(work, _step_bytes(config, sizes)) + config.rank_lanes * state_bytes(sizes)
+    on_host = held.host
+    if device_type == "cpu" or config.window.seam_store == "device":
+        on_device += seams
+    else:
+        on_host += seams
+    if config.distributed.strategy == "zero3" and device_type != "cpu":  # at the start each rank has a whole model
+        whole = _weight_itemsize(config) * sizes.num_parameters
+        frozen = config.model.freezes_weights
+        on_device, on_host = max(on_device, whole * frozen), max(on_host, whole * (not frozen))
+    return Memory(on_device, on_host)
+
+
+def with_strategy(
+    config: Config, strategy: str, offload_optimizer: bool = False, offload_parameters: bool = False
+) -> Config:
+    """The same run with another strategy."""
+    return with_distributed(
+        config, strategy=strategy, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters
+    )
+
+
+def with_distributed(config: Config, **changed: object) -> Config:
+    """The same run with other settings of `distributed`."""
+    return config.model_copy(update={"distributed": config.distributed.model_copy(update=changed)})
+
+
+def reduces_each_segment(config: Config) -> bool:
+    """Whether gradients are reduced behind every segment, for a strategy that is not "auto"; as in `rank_memory`."""
+    return config.distributed.strategy in REDUCING_EACH_SEGMENT and config.distributed.gradient_reduction != "step"
+
+
+def lanes_at_once(config: Config) -> int:
+    """Lanes that one rank computes at once."""
+    return min(config.window.lanes_per_pass or config.rank_lanes, config.rank_lanes)
+
+
+def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
+    """What the backward pass holds of one token, in bytes: measured, see ACTIVATION_BYTES."""
+    low = config.run.precision == "bf16"
+    backend = config.model.backend
+    kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in ("cpu", "cuda"))
+    block = ACTIVATION_BYTES[sizes.version, low, kernels][config.model.freezes_weights] * sizes.width
+    ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
+    if config.model.recompute_blocks:
+        return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends
+    return sizes.num_layers * block + ends
+
+
+def state_bytes(sizes: Sizes) -> int:
+    """One lane's state in fp32: what a seam takes."""
+    return 4 * sizes.state_elements
+
+
+def told_bytes(config: Config, sizes: Sizes) -> int:
+    """What a rank keeps of one lane and segment of what the other time ranks told it (model/time_parallel): the state
+    and the two vectors before its slice, and what each slice leaves of a state."""
+    ranks = config.distributed.time_ranks
+    if ranks == 1:
+        return 0
+    matrix, kept = 4 * sizes.width * sizes.head_size, 4 * ranks * sizes.width
+    return sizes.num_layers * (matrix + kept + 2 * sizes.width * _activation_itemsize(config))
+
+
+def step_wire(config: Config, sizes: Sizes) -> Wire:
+    """What one rank receives in an optimizer step, with collectives that go round a ring.
+
+    Gradients: all-reduced by ddp, zero1 and zero2, reduce-scattered by zero3; once a step, or at each backward call
+    (reduces_each_segment).  Weights: all-gathered when they were stepped (zero1, zero2) or for each pass (zero3).
+    """
+    strategy, ranks = config.distributed.strategy, config.distributed.world_size
+    share = (ranks - 1) / ranks
+    window, passes = config.window, -(-config.rank_lanes // lanes_at_once(config))
+    backwards = window.window_segments * passes
+    forwards = backwards + (window.window_segments - -(-window.window_segments // _run_segments(config))) * passes
+    all_weights = _weight_itemsize(config) * share * sizes.num_parameters
+    learned = 4 * share * _learned_parameters(config, sizes)
+    reductions = backwards if reduces_each_segment(config) else 1
+    gradients = reductions * (1 if strategy == "zero3" else 2) * learned
+    weights = {"ddp": 0, "zero1": learned, "zero2": learned, "zero3": (forwards + backwards) * all_weights}[strategy]
+    return Wire(round(gradients), round(weights), backwards * sizes.num_layers * sum(time_wire(config, sizes)))
+
+
+def time_wire(config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Bytes that one rank receives for one layer of one segment from the other time ranks: forward and backward.
+
+    (P - 1) B (4 H N (N + 1) + 2 D s) and (P - 1) B (4 H N N + 2 D s), with P time ranks, B lanes at once, H N = D.
+    """
+    others, width = config.distributed.time_ranks - 1, sizes.width
+    vectors = 2 * width * _activation_itemsize(config)
+    forward = 4 * width * (sizes.head_size + 1) + vectors
+    backward = 4 * width * sizes.head_size + vectors
+    return others * lanes_at_once(config) * forward, others * lanes_at_once(config) * backward
+
+
+def _held(config: Config, sizes: Sizes) -> Memory:
+    """Weights, gradients and what the optimizer keeps: from the first step to the last."""
+    distributed, ranks = config.distributed, config.distributed.world_size
+    if config.model.freezes_weights:  # what learns is small, so every rank holds it
+        held = _weight_itemsize(config) * sizes.num_parameters // (ranks if distributed.strategy == "zero3" else 1)
+        learned = WEIGHT_BYTES * sizes.state_elements
+        return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
+    shares = PARAMETER_BYTES if reduces_each_segment(config) else STEP_PARAMETER_BYTES
+    share = shares[distributed.strategy, distributed.offload_optimizer, distributed.offload_parameters]
+    return Memory(
+        share.every * sizes.num_parameters + share.device * sizes.num_parameters // ranks,
+        share.host * sizes.num_parameters // ranks,
+    )
+
+
+def _buffers(config: Config, sizes: Sizes) -> int:
+    """What DeepSpeed takes on the device while it computes, beside what it holds."""
+    strategy = config.distributed.strategy
+    if strategy == "ddp":
+        return 0
+    embedding = sizes.vocab_size * sizes.width  # the largest parameter, and the head is as large
+    total = 0
+    if not config.model.freezes_weights:
+        total += 4 * 3 * min(BUCKET_PARAMETERS, sizes.num_parameters)  # two in turn, and one laid out to be sent
+        if strategy == "zero3" or reduces_each_segment(config):
+            total += 4 * embedding  # its gradient, on its way to the rank that keeps it
+        total += 4 * embedding if config.distributed.offload_optimizer else 0  # on its way to the host
+    if strategy == "zero3":
+        live = min(LIVE_PARAMETERS + BUCKET_PARAMETERS + embedding, sizes.num_parameters)
+        total += _weight_itemsize(config) * live
+    return total
+
+
+def _step_bytes(config: Config, sizes: Sizes) -> int:
+    """What the optimizer's step takes beside what is held; activations are gone by then."""
+    if config.distributed.strategy != "zero3" or config.model.freezes_weights or config.distributed.offload_optimizer:
+        return 0
+    return 4 * sizes.num_parameters // config.distributed.world_size  # the gradient, laid out for the optimizer
+
+
+def _run_segments(config: Config) -> int:
+    """Segments over which a gradient flows, whose seams are kept at once."""
+    return config.window.gradient_segments or config.window.window_segments
+
+
+def _weight_itemsize(config: Config) -> int:
+    return _activation_itemsize(config) if config.model.freezes_weights else 4
+
+
+def _activation_itemsize(config: Config) -> int:
+    return 2 if config.run.precision == "bf16" else 4
+
+
+def _learned_parameters(config: Config, sizes: Sizes) -> int:
+    if not config.model.freezes_weights:
+        return sizes.num_parameters
+    matrices = sizes.num_layers * sizes.width * sizes.head_size
+    return sizes.state_elements if config.model.learn == "initial_state_and_shifts" else matrices

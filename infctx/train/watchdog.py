@@ -1,0 +1,396 @@
+"""A run on many ranks ends as one: a rank that dies is named, by one line, and takes the others with it.
+
+In go the marks of the training thread (step, segment, what it is at); out come, on standard error, the line that names
+the rank that is gone, or a warning that names the rank that holds up the others; then the process ends.
+
+Two daemon threads in every rank: one exchanges beats with the other ranks through a store that rank 0 hosts, and may
+hang with it; the other judges what came in, and never waits for the first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import TCPStore
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS, LOST_SECONDS, STALL_SECONDS = 20.0, 5.0, 120.0
+BEAT_SECONDS, LINGER_SECONDS, CONNECT_SECONDS = 1.0, 2.0, 60.0
+
+
+def open_watch_store(rank: int, world_size: int) -> TCPStore:
+    """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, behind init_process_group.
+
+    Raises RuntimeError where rank 0 ($MASTER_ADDR) can not be reached within CONNECT_SECONDS.
+    """
+    host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=CONNECT_SECONDS)
+    hosted = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == 0 else None
+    told = [hosted.port if hosted else None]
+    if world_size > 1:
+        dist.broadcast_object_list(told, src=0)
+    return hosted or TCPStore(host, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells the others, once a second: where it is, whether and why it left, whether it has said who is
+    gone; `count` changes with every beat."""
+
+    count: int = 0
+    step: int | None = None
+    segment: int | None = None
+    doing: str = ""
+    marks: int = 0
+    """Marks so far in this step: what orders the ranks within it."""
+    host: str = ""
+    address: Sequence | None = None
+    """Where something listens for as long as the process lives."""
+    left: bool = False
+    reason: str | None = None
+    verdict: tuple[int, ...] = ()
+    """Ranks that it found gone, the first of them first: it is ending."""
+    said: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where the rank is, in words."""
+        if self.step is None:
+            return "before its first step"
+        segment = "" if self.segment is None else f", segment {self.segment}"
+        return f"in step {self.step}{segment}{f' ({self.doing})' if self.doing else ''}"
+
+
+class Watchdog:
+    """Watches all ranks of a run, from a thread of its own in each of them; times are in seconds.
+
+    rank, world_size: of this process.  store: of open_watch_store, for nobody else's use.
+    describe_remedy: what the user can do when a rank is gone, a sentence without its full stop.
+    silent_seconds: without a beat, until a rank is gone (twice that for its first).  lost_seconds: until rank 0 is gone
+    when its store breaks off.  stall_seconds: without any progress, until a warning.  linger_seconds: from the verdict
+    to the end of the process, so that the line is printed first.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: TCPStore,
+        *,
+        describe_remedy: Callable[[], str],
+        beat_seconds: float = BEAT_SECONDS,
+        silent_seconds: float = SILENT_SECONDS,
+        lost_seconds: float = LOST_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
+        self.rank, self.describe_remedy = rank, describe_remedy
+        self.others = [other for other in range(world_size) if other != rank]
+        self.beat_seconds, self.linger_seconds = beat_seconds, linger_seconds
+        self.silent_seconds, self.lost_seconds, self.stall_seconds = silent_seconds, lost_seconds, stall_seconds
+        self._launcher = os.environ.get("INFCTX_LAUNCHER")
+        self._listener = _listen(store)
+        address = self._listener.getsockname()[:2] if self._listener else None
+        mine = Beat(host=socket.gethostname(), address=address)
+        self._exchange = _Exchange(store, rank, self.others, mine, beat_seconds)
+        self._clock = 0.0  # runs only while the judge does: a process that was stopped finds nobody else silent
+        self._news = dict.fromkeys(self.others, (0, silent_seconds))  # count of the last beat, when it came
+        self._answers = (0, 0.0)  # of the store
+        self._progress: tuple[object, float] = (None, 0.0)
+        self._next_warning = stall_seconds
+        self._trouble = ""
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._judge = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch; every rank does so within a few seconds of the others."""
+        self._exchange.thread.start()
+        self._judge.start()
+
+    def mark(self, step: int, segment: int | None, doing: str) -> None:
+        """Tells where the training thread is; all ranks mark a step in the same order."""
+        mine = self._exchange.mine
+        marks = mine.marks + 1 if mine.step == step else 1
+        self._exchange.tell(step=step, segment=segment, doing=doing, marks=marks)
+
+    def leave(self, reason: str | None) -> bool:
+        """Ends this rank's part: None for done; for a failure its message, which another rank then prints.
+
+        Returns whether another rank has said why the run ends, so that this one can go without a word.
+        """
+        if self._exchange.mine.left:
+            return False
+        self._exchange.tell(left=True, reason=None if reason is None else " ".join(reason.split()))
+        self._wake.set()
+        deadline, said = time.monotonic() + self.linger_seconds + 3 * self.beat_seconds, False
+        while time.monotonic() < deadline and self._exchange.thread.is_alive():
+            self._exchange.wake.set()
+            time.sleep(0.05)
+            beats = [self._exchange.beats.get(other, Beat()) for other in self.others]
+            said = any(beat.said for beat in beats)
+            if not self._exchange.written.left:
+                continue
+            if reason is None or all(beat.left for beat in beats):
+                break
+            if said and (self.rank or all(beat.left or beat.verdict for beat in beats)):  # rank 0's store served all
+                break
+        return said
+
+    def close(self) -> None:
+        """Stops watching.  Behind leave(None) rank 0, which hosts the store, waits until every rank has left."""
+        if not self._exchange.mine.left:
+            self._ended.set()
+        self._wake.set()
+        if self._judge.is_alive():
+            self._judge.join()
+        self._exchange.stop()
+        if self._listener:
+            self._listener.close()
+
+    def await_verdict(self, seconds: float) -> None:
+        """For a training thread whose collective raised: gives the watchdog time to find out who is gone and to end
+        the process; returns if it finds nobody gone."""
+        self._ended.wait(seconds)
+        if self._exchange.mine.verdict:
+            self._ended.wait()  # which is not set any more: the process is about to end
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._ended.is_set():
+            self._wake.wait(self.beat_seconds)
+            self._wake.clear()
+            now = time.monotonic()
+            self._clock += min(now - before, 2 * self.beat_seconds)
+            before = now
+            try:
+                if self._launcher and self._launcher != str(os.getppid()):
+                    os._exit(1)  # nobody is left to tell
+                if self._is_over():
+                    break
+                if gone := self._find_gone():
+                    self._end(gone)
+                self._warn_of_stall()
+            except Exception as trouble:  # the watchdog is for when things go wrong
+                if repr(trouble) != self._trouble:
+                    self._trouble = repr(trouble)
+                    log.exception("rank %d: trouble in the watchdog, which goes on", self.rank)
+        self._ended.set()
+
+    def _is_over(self) -> bool:
+        """Whether there is nothing left to watch: this rank has left, and needs not keep the store for others."""
+        mine = self._exchange.mine
+        if mine.left:
+            return self.rank > 0 or mine.reason is not None or all(self._is_done(other) for other in self.others)
+        return self._is_done(0) and self._is_lost()
+
+    def _is_done(self, rank: int) -> bool:
+        beat = self._exchange.beats.get(rank, Beat())
+        return beat.left and beat.reason is None
+
+    def _find_gone(self) -> tuple[int, ...]:
+        """Ranks that died or failed, the first of them first."""
+        answers, beats = self._exchange.answers, self._exchange.beats
+        for beat in beats.values():
+            if beat.verdict:
+                return tuple(beat.verdict)
+        failed = tuple(rank for rank in sorted(beats) if beats[rank].reason is not None)
+        if failed or self._is_lost():
+            return failed or (0,)
+        if answers == self._answers[0]:  # no news of anybody
+            return ()
+        self._answers = (answers, self._clock)
+        for rank, beat in beats.items():
+            if beat.count != self._news[rank][0]:
+                self._news[rank] = (beat.count, self._clock)
+        silence = {rank: self._clock - came for rank, (_, came) in self._news.items() if not self._is_done(rank)}
+        limit, missed = self.silent_seconds, 3 * self.beat_seconds
+        late = [rank for rank, seconds in silence.items() if seconds > missed]
+        if any(silence[rank] > limit for rank in late):
+            gone = [rank for rank in late if silence[rank] > limit - missed]
+        else:  # a process of this machine that is no more need not be waited for
+            here = [rank for rank in late if rank in beats and beats[rank].host == self._exchange.mine.host]
+            gone = [rank for rank in here if isinstance(_knock(beats[rank].address), ConnectionRefusedError)]
+        return tuple(sorted(gone, key=lambda rank: (-silence[rank], rank)))
+
+    def _is_lost(self) -> bool:
+        """Whether rank 0's store is no more: broken off, or without an answer for too long."""
+        patience = self.lost_seconds if self._exchange.broken else self.silent_seconds
+        return self.rank > 0 and self._clock - self._answers[1] > patience
+
+    def _end(self, gone: tuple[int, ...]) -> None:
+        """Says who is gone, if it is for this rank to say, and ends the process."""
+        last_resort = threading.Timer(3 * self.linger_seconds + 10, os._exit, (1,))  # a terminal may hang
+        last_resort.daemon = True
+        last_resort.start()
+        try:
+            self._exchange.tell(verdict=gone)
+            self._exchange.wake.set()
+            if self.rank not in gone and self._is_speaker(gone):
+                tqdm.write(f"infctx: {self._obituary(gone)}. {self._ask_remedy()}\n", file=sys.stderr, end="")
+                self._exchange.tell(said=True)
+            waits = self.rank == 0 or self._is_lost()  # for others to read the store, or to knock
+            self._exchange.wake.set()
+            time.sleep(self.linger_seconds + (3 * self.beat_seconds if waits else 0))
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        finally:
+            os._exit(1)
+
+    def _is_speaker(self, gone: tuple[int, ...]) -> bool:
+        """Whether this is the lowest rank alive.  Without rank 0's store there is no telling but by knocking."""
+        beats = self._exchange.beats  # a rank 0 that is done still watches
+        silent = {*gone, *(rank for rank, beat in beats.items() if beat.left and (rank or beat.reason is not None))}
+        lower = [beats.get(rank, Beat()) for rank in range(self.rank) if rank not in silent]
+        if not self._is_lost():
+            return not lower
+        dead_hosts = set()
+        for beat in reversed(lower):
+            answer = _knock(beat.address) if beat.host not in dead_hosts else TimeoutError()
+            if answer is None:
+                return False
+            if not isinstance(answer, ConnectionRefusedError):
+                dead_hosts.add(beat.host)
+        return True
+
+    def _obituary(self, gone: tuple[int, ...]) -> str:
+        first, *more = gone
+        beat = self._exchange.beats.get(first)
+        if beat is None:
+            text = f"rank {first} is gone: it never gave a sign"
+        elif beat.reason is not None:
+            text = f"rank {first} ({beat.host}) failed {beat.place}: {beat.reason.rstrip('.')}"
+        else:
+            text = f"rank {first} ({beat.host}) is gone: last seen {beat.place}"
+        return text + (f"; with it: rank {', '.join(map(str, more))}" if more else "")
+
+    def _ask_remedy(self) -> str:
+        answers = ["The run ends here"]  # all that is said where the run's file system is gone as well
+        asking = threading.Thread(target=lambda: answers.append(self.describe_remedy()), daemon=True)
+        asking.start()
+        asking.join(self.linger_seconds / 2)
+        return answers[-1]
+
+    def _warn_of_stall(self) -> None:
+        """Names the rank that is the furthest behind when no rank has made a mark for long, from the lowest rank."""
+        beats = self._exchange.beats | {self.rank: self._exchange.mine}
+        beats = {rank: beat for rank, beat in sorted(beats.items()) if not beat.left}
+        order = {rank: (-1 if beat.step is None else beat.step, beat.marks) for rank, beat in beats.items()}
+        if order != self._progress[0]:
+            self._progress, self._next_warning = (order, self._clock), self.stall_seconds
+        quiet = self._clock - self._progress[1]
+        if quiet < self._next_warning or not beats:
+            return
+        self._next_warning *= 2
+        if self.rank == min(beats):
+            log.warning("no progress for %s; %s", _duration(quiet), _describe_places(beats, order))
+
+
+class _Exchange:
+    """A thread that writes this rank's beat to the store and reads the others', once a second or when woken.
+
+    beats: the newest of each rank that was ever seen.  written: the newest of this rank that the store has.
+    answers: counts exchanges.  broken: the last one raised.
+    """
+
+    def __init__(self, store: TCPStore, rank: int, others: list[int], mine: Beat, seconds: float) -> None:
+        self.store, self.rank, self.others, self.mine, self.seconds = store, rank, others, mine, seconds
+        self.beats: dict[int, Beat] = {}
+        self.answers, self.broken, self.written = 0, False, Beat()
+        self.wake, self._lock, self._stopping = threading.Event(), threading.Lock(), False
+        self.thread = threading.Thread(target=self._run, name="watchdog-exchange", daemon=True)
+        store.set_timeout(timedelta(days=1))  # an operation that hangs is the judge's to notice, not the log's
+
+    def tell(self, **changes: object) -> None:
+        """Changes this rank's next beats."""
+        with self._lock:
+            self.mine = replace(self.mine, **changes)
+
+    def stop(self) -> None:
+        """Ends the thread, unless it hangs in the store."""
+        self._stopping = True
+        self.wake.set()
+        if self.thread.is_alive():
+            self.thread.join(LOST_SECONDS)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                if self.broken:
+                    self._reconnect()
+                self._exchange()
+            except Exception:  # of the store: its host is gone
+                self.broken = True
+            self.wake.wait(self.seconds)
+            self.wake.clear()
+
+    def _exchange(self) -> None:
+        self.tell(count=self.mine.count + 1)
+        mine = self.mine
+        self.store.set(_key(self.rank), json.dumps(asdict(mine)))
+        here = [rank for rank in self.others if rank in self.beats or self.store.check([_key(rank)])]
+        found = self.store.multi_get([_key(rank) for rank in here]) if here else []
+        self.beats = {rank: Beat(**json.loads(text)) for rank, text in zip(here, found, strict=True)}
+        self.written, self.broken = mine, False
+        self.answers += 1
+
+    def _reconnect(self) -> None:
+        host, port = self.store.host, self.store.port
+        if refusal := _knock((host, port)):  # a store would say so on standard error
+            raise refusal
+        timeout = timedelta(seconds=LOST_SECONDS)
+        self.store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        self.store.set_timeout(timedelta(days=1))
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def _listen(store: TCPStore) -> socket.socket | None:
+    """A socket whose address others can knock at; None where there is no network to speak of."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            way.connect(target)  # sends nothing, but tells which of this machine's addresses leads there
+            address = way.getsockname()
+        return socket.create_server((address[0], 0), family=family)
+    except OSError:
+        return None
+
+
+def _knock(address: Sequence | None) -> OSError | None:
+    """None if something listens there, also while its process is busy; ConnectionRefusedError if it is no more."""
+    if address is None:
+        return OSError("no address")
+    try:
+        socket.create_connection(tuple(address), timeout=1).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 119.5 else f"{seconds:.0f} seconds"
+
+
+def _describe_places(beats: dict[int, Beat], order: dict[int, tuple[int, int]]) -> str:
+    behind = [rank for rank in beats if order[rank] == min(order.values())]
+    ahead = sorted(beats.keys() - set(behind), key=order.get)
+    last = beats[behind[0]].place
+    if not ahead:
+        return f"every rank is {last}"
+    who = f"ranks {', '.join(map(str, behind))} are" if behind[1:] else f"rank {behind[0]} ({beats[behind[0]].host}) is"
+    near, far = (replace(beats[ahead[end]], doing="").place for end in (0, -1))
+    others = f"the others are {near}" if near == far else f"the others are {near} to {far.removeprefix('in ')}"
+    return f"{who} the furthest behind: {last.removeprefix('in ')}; {others}"

@@ -1,0 +1,400 @@
+"""What is planned for many ranks: hand-computed bytes, what DeepSpeed and the time ranks really hold and send, the
+report, and the tables of docs/distributed.md."""
+
+import gc
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from infctx.config import load_config
+from infctx.errors import InputError
+from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
+from infctx.model.time_parallel import TimeRanks, stack_told
+from infctx.train import plan
+from infctx.train.loss import SegmentLoss
+from infctx.train.plan import OPTIONS, device_bytes, host_bytes, model_sizes, resolve_strategy
+from infctx.train.plan_memory import (
+    PARAMETER_BYTES,
+    STEP_PARAMETER_BYTES,
+    ZERO_BUFFERS,
+    lanes_at_once,
+    rank_memory,
+    state_bytes,
+    step_wire,
+    time_wire,
+    told_bytes,
+    with_distributed,
+    with_strategy,
+)
+from infctx.train.plan_report import choice_table, example_config, plan_report, time_table
+from infctx.train.sharded import Sharded
+from infctx.train.window import backward_through_window, cut_window
+
+from ranks import run_ranks
+from runs import ROOT, write_config
+from tiny_models import random_model
+
+FINCH = published_sizes("finch-3b")
+GB = 1e9
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def many(gpus=8, **changes):
+    """Finch 3B on several GPUs, without a file; changes are section__setting=value."""
+    config = example_config("finch-3b", gpus)
+    for name, value in changes.items():
+        section, setting = name.split("__")
+        part = getattr(config, section).model_copy(update={setting: value})
+        config = config.model_copy(update={section: part})
+    return type(config).model_validate(config.model_dump())
+
+
+def other_run(config, *option, reduction="segment"):
+    return with_distributed(with_strategy(config, *option), gradient_reduction=reduction)
+
+
+def bytes_of(config, *option, reduction="segment"):
+    return rank_memory(other_run(config, *option, reduction=reduction), FINCH, "cuda")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, reduction, every, shared, host",
+    [
+        (("ddp",), "segment", 16, 0, 0),
+        (("zero1",), "step", 8, 16, 0),
+        (("zero2",), "segment", 4, 20, 0),
+        (("zero2",), "step", 8, 16, 0),
+        (("zero3",), "segment", 0, 20, 0),
+        (("zero3",), "step", 4, 20, 0),
+        (("zero1", True), "segment", 8, 0, 20),
+        (("zero2", True), "segment", 4, 0, 24),
+        (("zero2", True), "step", 8, 0, 20),
+        (("zero3", True), "step", 4, 4, 20),
+    ],
+)
+def test_what_a_parameter_takes(option, reduction, every, shared, host):
+    """By differences: between numbers of ranks for what is shared out, between strategies for what is not."""
+    four, eight = (bytes_of(many(count), *option, reduction=reduction) for count in (4, 8))
+    parameters, embedding = FINCH.num_parameters, FINCH.vocab_size * FINCH.width
+    assert four.device - eight.device == pytest.approx(parameters * shared / 8)
+    if option[0] != "zero3":  # which builds the whole model there
+        assert four.host - eight.host == pytest.approx(parameters * host / 8)
+    beside = eight.device - every * parameters - shared * parameters // 8
+    buffers = beside - (bytes_of(many(8), "ddp").device - 16 * parameters)
+    live = 250_000_000 + 50_000_000 + embedding if option[0] == "zero3" else 0
+    sent = 0 if option[0] == "ddp" else 3 * 50_000_000
+    passing = option[0] == "zero3" or (option[0] == "zero2" and reduction == "segment")
+    assert buffers == 4 * (sent + live + embedding * (passing + len(option) - 1))
+
+
+def test_more_ranks_never_take_more():
+    for size, sizes in PUBLISHED_SIZES.items():
+        for option in OPTIONS:
+            runs = [with_strategy(example_config(size, gpus), *option) for gpus in (1, 2, 4, 8)]
+            found = [rank_memory(run, sizes, "cuda") for run in runs]
+            assert [rank.device for rank in found] == sorted((rank.device for rank in found), reverse=True)
+            assert [rank.host for rank in found] == sorted((rank.host for rank in found), reverse=True)
+    eight = [bytes_of(many(8), *option).device for option in OPTIONS[:4]]
+    assert eight == sorted(eight, reverse=True)
+
+
+def test_reducing_by_segment_takes_the_least():
+    for option in OPTIONS:
+        least, whole = (bytes_of(many(8), *option, reduction=reduction) for reduction in ("segment", "step"))
+        assert bytes_of(many(8), *option, reduction="auto") == least
+        assert (least.device < whole.device) == (option[0] in ("zero2", "zero3"))
+
+
+def test_time_ranks_share_activations_and_keep_what_they_are_told():
+    alone, shared = many(2), many(2, distributed__time_ranks=2, window__lanes=1)
+    layers, width, channels = 32, 2560, 64
+    told = layers * (4 * width * channels + 4 * 2 * width + 2 * 2 * width)
+    assert told_bytes(shared, FINCH) == told
+    assert told_bytes(alone, FINCH) == 0
+    seams = 16 * state_bytes(FINCH)
+    assert host_bytes(alone, FINCH, "cuda") == seams
+    assert host_bytes(shared, FINCH, "cuda") == seams + 16 * told
+    activations = 2048 * plan.activation_bytes(alone, FINCH, "cuda")
+    assert device_bytes(alone, FINCH, "cuda") - device_bytes(shared, FINCH, "cuda") == activations
+
+
+# --- what really is held and sent -------------------------------------------------------------------------------------
+
+WIDTH, LAYERS = 256, 12
+COUNTED = [
+    (reduction, option)
+    for reduction, shares in (("segment", PARAMETER_BYTES), ("step", STEP_PARAMETER_BYTES))
+    for option in shares
+    if option[0] != "ddp" and option[1:] != (False, True)
+]
+
+
+def deepspeed_bytes():
+    """Bytes a parameter of all tensors of this rank, on the CPU, behind a backward call in the middle of a step."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    small = {"overlap_comm": False, "stage3_param_persistence_threshold": 0}
+    small |= dict.fromkeys(ZERO_BUFFERS, WIDTH * WIDTH)
+    found, before, here = {}, [], {}
+    for reduction, (strategy, *offloads) in COUNTED:
+        zero = {"stage": int(strategy[-1])} | small
+        for name, chosen in zip(("offload_optimizer", "offload_param"), offloads, strict=True):
+            zero |= {name: {"device": "cpu"}} if chosen else {}
+        model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero,
+        }
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        sharded = Sharded(engine, reduction)
+        for _ in range(3):
+            sharded.begin_step()
+            for ends_step in (False, True):
+                sharded.expect_backward(ends_step)
+                engine.backward(engine(torch.ones(1, WIDTH)).sum())
+                here = here if ends_step else storages()
+            sharded.step()
+        new = here.keys() - {storage.data_ptr() for storage in before}
+        found[reduction, (strategy, *offloads)] = sum(here[place].nbytes() for place in new) / (WIDTH * WIDTH * LAYERS)
+        before = [*before, *storages().values(), *here.values()]  # kept, so that their places are not used again
+    return found
+
+
+def storages():
+    """Of all tensors of this process: place -> storage."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return found
+
+
+def test_deepspeed_holds_what_is_planned(tmp_path):
+    """ZeRO 1 and 2 also have the gradient that is just being reduced, which is gone behind the call or comes later."""
+    one, two = run_ranks(2, deepspeed_bytes, folder=tmp_path)
+    matrix = 4 / LAYERS
+    for reduction, option in COUNTED:
+        share = (PARAMETER_BYTES if reduction == "segment" else STEP_PARAMETER_BYTES)[option]
+        passing = 2 if option in (("zero1", False, False), ("zero2", False, False)) else 0
+        planned = share.every + (share.device + share.host) / 2 - passing
+        for found in (one[reduction, option], two[reduction, option]):
+            assert planned - 0.1 <= found <= planned + 5 * matrix, (reduction, option, planned, found)
+
+
+def told_and_sent():
+    """Of one rank: bytes received in a window of four segments, and bytes that it kept of a segment."""
+    received = []
+
+    class Counting(TimeRanks):
+        def gather(self, x):
+            received.append((self.size - 1) * x.nbytes)
+            return super().gather(x)
+
+    model = random_model(6, backend="chunked")
+    model.recompute_blocks = True
+    model.time_ranks = ranks = Counting(dist.group.WORLD)
+    tokens = torch.arange(2 * 128).reshape(2, 128) % model.sizes.vocab_size
+    state = model.initial_state(2)
+    exchanges = []
+    with torch.no_grad():
+        model(tokens[:, :16], state, exchanges=exchanges)
+    kept = sum(part.nbytes for part in stack_told(exchanges).values())
+    received.clear()
+    segments = cut_window(tokens, tokens, None, 32, ranks.rank, ranks.size)
+    backward = SimpleNamespace(enter=lambda *_: None, backward=lambda scalar: scalar.backward())
+    backward_through_window(SegmentLoss(model), segments, state, 1.0, backward)
+    return sum(received), kept
+
+
+def test_time_ranks_send_and_keep_what_is_planned(tmp_path):
+    sizes = random_model(6).sizes
+    config = many(2, distributed__time_ranks=2, window__lanes=2, window__segment_tokens=32, window__window_tokens=128)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "fp32"})})
+    for received, kept in run_ranks(2, told_and_sent, folder=tmp_path):
+        assert received == step_wire(config, sizes).time == 4 * sizes.num_layers * sum(time_wire(config, sizes))
+        assert kept == lanes_at_once(config) * told_bytes(config, sizes)
+
+
+# --- on the wire ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_time_by_hand():
+    config = many(8, distributed__time_ranks=8, window__lanes=1)
+    forward, backward = 7 * (4 * 40 * 64 * 65 + 2 * 2560 * 2), 7 * (4 * 40 * 64 * 64 + 2 * 2560 * 2)
+    assert time_wire(config, FINCH) == (forward, backward)
+    assert step_wire(config, FINCH).time == 16 * 32 * (forward + backward)
+    assert step_wire(many(8), FINCH).time == 0
+    four = many(8, distributed__time_ranks=8, window__lanes=4, window__lanes_per_pass=2)
+    assert time_wire(four, FINCH) == (2 * forward, 2 * backward)
+    assert step_wire(four, FINCH).time == 4 * step_wire(config, FINCH).time
+
+
+def test_bytes_of_gradients_and_weights_by_hand():
+    config, share = many(8, window__lanes=16, window__lanes_per_pass=1), 7 / 8 * 4 * FINCH.num_parameters
+    passes, segments = 2, 16
+    gathered = share * (15 + 16 + 16) * passes
+    expected = {
+        ("ddp", "step"): (2 * share, 0),
+        ("ddp", "segment"): (2 * share, 0),
+        ("zero1", "step"): (2 * share, share),
+        ("zero1", "segment"): (2 * share, share),
+        ("zero2", "step"): (2 * share, share),
+        ("zero2", "segment"): (2 * share * segments * passes, share),
+        ("zero3", "step"): (share, gathered),
+        ("zero3", "segment"): (share * segments * passes, gathered),
+    }
+    for (strategy, reduction), (gradients, weights) in expected.items():
+        wire = step_wire(other_run(config, strategy, reduction=reduction), FINCH)
+        assert (wire.gradients, wire.weights) == (pytest.approx(gradients), pytest.approx(weights))
+    truncated = many(8, window__gradient_segments=4)
+    assert step_wire(with_strategy(truncated, "zero3"), FINCH).weights == pytest.approx(share * (12 + 16 + 16))
+    assert step_wire(many(1), FINCH) == (0, 0, 0)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(report):
+    """(name, step or segment) -> (GB on a device, GB of a host, fits, received, marks) of the table of strategies."""
+    table = report.split("\n\n")[1].splitlines()
+    cells = [re.split(r"\s{2,}", line) for line in table[1:]]
+    assert len({line.index(cell) + len(cell) for line, (_, _, cell, *_) in zip(table[1:], cells, strict=True)}) == 1
+    return {(name, when.removeprefix("once a ")): (*rest, "")[:5] for name, when, *rest in cells}
+
+
+NAMES = {
+    ("ddp", False, False): "ddp",
+    ("zero1", False, False): "zero1",
+    ("zero2", False, False): "zero2",
+    ("zero3", False, False): "zero3",
+    ("zero2", True, False): "zero2, optimizer on the host",
+    ("zero3", True, True): "zero3, optimizer and weights on the host",
+    ("zero3", True, False): "zero3, optimizer on the host",
+}
+REDUCTIONS = {"ddp": ["step"], "zero1": ["step"], "zero2": ["step", "segment"], "zero3": ["step", "segment"]}
+ROWS = [(option, reduction) for option in OPTIONS for reduction in REDUCTIONS[option[0]]]
+
+
+@pytest.mark.parametrize("gigabytes", [24.0, 40.0, 80.0, None])
+@pytest.mark.parametrize("strategy", ["auto", "zero1", "zero3"])
+def test_the_report_says_what_the_functions_say(strategy, gigabytes):
+    config = many(8, distributed__strategy=strategy)
+    report = plan_report(config, gigabytes)
+    assert "Finch, 3,099,863,040 parameters, 32 layers of width 2560; the weights learn" in report
+    assert "65,536 tokens: 16 segments of 4,096, the gradient over all of them" in report
+    assert "8 in all, 1 for a rank, 1 at once; 524,288 tokens a step" in report
+    rows = rows_of(report)
+    assert list(rows) == [(NAMES[option], reduction) for option, reduction in ROWS]
+    memory = None if gigabytes is None else gigabytes * 1e9
+    for option, reduction in ROWS:
+        rank = bytes_of(config, *option, reduction=reduction)
+        fits = "?" if memory is None else "yes" if rank.device <= 0.9 * memory else "no"
+        received = sum(step_wire(other_run(config, *option, reduction=reduction), FINCH)[:2])
+        row = f"{rank.device / GB:.1f}", f"{8 * rank.host / GB:.1f}", fits, f"{received / GB:.1f} GB"
+        assert rows[NAMES[option], reduction][:4] == row
+    assert ("--device-gb 80" in report) == (gigabytes is None)
+    assert "time_ranks" not in report
+
+
+@pytest.mark.parametrize(
+    ("settings", "gigabytes", "auto", "this_run"),
+    [
+        ({"strategy": "auto"}, 80, ["ddp step"], ["ddp step"]),
+        ({"strategy": "auto"}, 40, ["zero1 step"], ["zero1 step"]),
+        ({"strategy": "auto"}, 30, ["zero2 segment"], ["zero2 segment"]),
+        ({"strategy": "auto", "gradient_reduction": "step"}, 30, ["zero3 step"], ["zero3 step"]),
+        ({"strategy": "auto"}, None, [], []),
+        ({"strategy": "zero3"}, 30, ["zero2 segment"], ["zero3 step"]),
+        ({"strategy": "zero3"}, None, [], ["zero3 step", "zero3 segment"]),
+        ({"strategy": "zero3", "gradient_reduction": "segment"}, None, [], ["zero3 segment"]),
+        ({"strategy": "zero2", "gradient_reduction": "segment"}, 80, ["ddp step"], ["zero2 segment"]),
+        ({"strategy": "zero1", "gradient_reduction": "segment"}, 80, ["ddp step"], ["zero1 step"]),
+    ],
+)
+def test_the_report_marks_what_auto_and_this_run_take(settings, gigabytes, auto, this_run):
+    rows = rows_of(plan_report(with_distributed(many(8), **settings), gigabytes))
+    for mark, expected in (("auto", auto), ("this run", this_run)):
+        assert [" ".join(row) for row, cells in rows.items() if mark in cells[-1]] == expected
+
+
+def test_the_report_of_time_ranks_and_offload():
+    config = many(16, distributed__devices=8, distributed__nodes=2, distributed__time_ranks=4, window__lanes=8)
+    config = with_strategy(config, "zero3", True, False)
+    report = plan_report(config, 80)
+    assert "16 on 2 nodes; 4 share a document's time, 1,024 tokens of each segment" in report
+    assert rows_of(report)[NAMES["zero3", True, False], "step"][-1] == "<- this run"
+    forward, backward = time_wire(config, FINCH)
+    layer = " MB +".join(f"{part / 1e6:.1f}" for part in (forward, backward, forward + backward))
+    assert re.search(rf"2 lanes at once +{layer} MB", report)
+    assert re.search(rf"a segment, 32 layers +{32 * (forward + backward) / 1e6:.1f} MB", report)
+    assert re.search(rf"a window, 16 segments +{16 * 32 * (forward + backward) / GB:.1f} GB", report)
+    assert re.search(rf"a step, 2 lanes +{step_wire(config, FINCH).time / GB:.1f} GB", report)
+
+
+def test_the_report_of_a_run_on_a_cpu(tmp_path):
+    config = load_config(write_config(tmp_path), ["distributed.devices=2"])
+    report = plan_report(config)
+    rank = rank_memory(resolve_strategy(config, model_sizes(config), "cpu"), model_sizes(config), "cpu")
+    row, on_host = rows_of(report)["ddp", "step"], f"{2 * rank.device / GB:.1f}"
+    assert row[:3] + row[-1:] == (f"{rank.device / GB:.1f}", on_host, "yes", "<- auto, this run")
+    assert "of this machine" in report
+
+
+def test_what_can_not_be_reported(tmp_path):
+    config = load_config(write_config(tmp_path))
+    with pytest.raises(InputError, match="--device-gb: the run is on the CPU"):
+        plan_report(config, 80)
+    for gigabytes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="--device-gb: .* is no memory of a GPU; give it in GB, such as 80"):
+            plan_report(many(8), gigabytes)
+    unknown = many(8, model__size=None, model__weights=tmp_path / "none.pth")
+    with pytest.raises(InputError, match="there is no .*none.pth, which would tell the sizes of the model"):
+        plan_report(unknown, 80)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_page_are_what_its_command_prints():
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert "python -m infctx.train.plan_report" in page
+    command = [sys.executable, "-m", "infctx.train.plan_report"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == f"{choice_table()}\n\n{time_table()}\n"
+    for table in printed.strip().split("\n\n"):
+        assert f"\n\n{table}\n\n" in page
+
+
+def test_the_table_of_choices_by_hand():
+    """A cell of each kind."""
+    rows = {tuple(line.split(" | ")[:2]): line.strip(" |").split(" | ")[2:] for line in choice_table().splitlines()[2:]}
+    cells = rows["| finch-3b", "40 GB"]
+    assert cells[3] == f"zero1, {bytes_of(many(8), 'zero1').device / GB:.1f} GB"
+    assert bytes_of(many(8), "ddp").device > 36 * GB
+    assert cells[2] == f"zero2, by segment, {bytes_of(many(4), 'zero2').device / GB:.1f} GB"
+    assert cells[0] == f"zero2 + host, {bytes_of(many(1), 'zero2', True, reduction='step').device / GB:.1f} GB"
+    cells = rows["| finch-3b", "24 GB"]
+    assert cells[0] == f"zero2 + host, by segment, {bytes_of(many(1), 'zero2', True).device / GB:.1f} GB"
+    assert rows["| finch-3b", "80 GB"] == [f"ddp, {bytes_of(many(8), 'ddp').device / GB:.1f} GB"] * 4
