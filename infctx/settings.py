@@ -204,8 +204,9 @@ class DistributedSettings(Section):
     zero3 the weights too; auto: the first of them that fits, with the least that gradient_reduction allows, as
     `infctx plan` counts it."""
     gradient_reduction: Literal["auto", "step", "segment"] = "auto"
-    """step: gradients are reduced over the ranks once a step, and each rank holds all of them until then; segment: zero2
-    and zero3 reduce them behind every segment, and hold only their share; auto: step where that fits on the device."""
+    """step: gradients are reduced over the ranks once a step, and each rank holds all of them until then; segment:
+    zero2 and zero3 reduce them behind every segment, and hold only their share; auto: step where that fits on the
+    device."""
     offload_optimizer: bool = False
     """Keeps the optimizer's state, and its step, in host memory; for zero1, zero2 and zero3."""
     offload_parameters: bool = False

@@ -1,5 +1,6 @@
 """Runs on many ranks as a user starts them: by the command itself or torchrun; stopped, killed, failed, resumed."""
 
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ import infctx
 from infctx.train.checkpoint import checkpoints
 from infctx.train.metrics import read_step_log
 
+from ranks import free_port
 from runs import infctx_command, start, write_config
 from tiny_models import random_model
 
@@ -166,3 +168,21 @@ def test_ranks_that_are_not_those_of_the_configuration_are_refused(tmp_path, mon
     code, _, errors = infctx_command("train", config, "distributed.devices=2")
     assert code == 2
     assert "2 ranks, and 4 were started; set them to what was started" in errors
+
+
+def test_nodes_that_were_started_with_other_settings_are_refused(tmp_path):
+    config = write_config(tmp_path)
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    processes = [
+        start(
+            "train",
+            config,
+            "distributed.devices=2",
+            f"optimizer.steps={20 + rank}",
+            env=os.environ | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "rank 1 was started with other settings than rank 0: steps: 21 for steps: 20; start every node" in said[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infctx.config import load_config
-from infctx.train.loop import open_run, train_steps
+from infctx.train.loop import gradients_of_step, open_run, train_steps
 
 from ranks import bytes_received, run_ranks
 from runs import write_config, write_store
@@ -44,6 +44,16 @@ def trained(config_path, overrides):
 
 def trained_on_ranks(config_path, cases):
     return {name: trained(config_path, overrides) for name, overrides in cases.items()}
+
+
+def groups_without_moments(config_path, overrides):
+    """Whether DeepSpeed can find the moments of each group of parameters by itself behind a step."""
+    run = open_run(load_config(config_path, overrides))
+    run.engine.begin_step(1)
+    gradients_of_step(run, next(run.lanes)[0])
+    run.engine.step()
+    groups = run.engine.sharded.optimizer.bit16_groups
+    return [all(p._hp_mapping is None or not p._hp_mapping.optim_fragment for p in group) for group in groups]
 
 
 def overrides_of(folder, ranks, strategy, recompute, reduction="step"):
@@ -116,6 +126,13 @@ def test_gradients_are_reduced_once_a_step_or_by_segment(found, strategy, reduct
     case = found[2][0][strategy, False, reduction]
     parameters = sum(weight.numel() for weight in case["weights"].values())
     assert case["step_bytes"] / parameters == pytest.approx(WIRE[strategy, reduction], rel=0.1)
+
+
+def test_deepspeed_still_loses_the_moments_of_all_groups_but_the_first(config_path, tmp_path):
+    """Where this fails, `Sharded._link_moments` has nothing left to mend: remove it."""
+    overrides = overrides_of(tmp_path, 2, "zero1", False)
+    for found in run_ranks(2, groups_without_moments, config_path, overrides, folder=tmp_path):
+        assert found == [False, True, True]
 
 
 def test_zero3_gathers_weights_for_every_pass_and_reduces_gradients_once(found):

@@ -148,8 +148,8 @@ def open_run(config: Config, devices: Devices | None = None) -> Run:
     """A new run, or the one in the folder as its newest whole checkpoint left it."""
     devices = devices or open_devices(config)
     fabric, ranks = devices.fabric, devices.ranks
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    if config.run.threads or fabric.device.type == "cpu":
+        torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
     too_large = devices.strategy == "zero3" and not config.model.freezes_weights  # for one device, before it is sharded
