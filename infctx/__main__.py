@@ -170,7 +170,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, learn: str | None = None) -> int:
     """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
     from infctx.config import load_config
-    from infctx.train.launch import is_rank, launch
+    from infctx.train.launch import is_rank, launch, refuse_before_launch
 
     config = load_config(options.config, options.overrides, learn)
     ranks = config.distributed
@@ -187,9 +187,7 @@ def _run(options: argparse.Namespace, learn: str | None = None) -> int:
             f"--nproc-per-node {ranks.devices} ... -m infctx {' '.join(options.arguments)} or srun; see "
             "docs/distributed.md"
         )
-    from infctx.train.plan import refuse_what_lacks
-
-    refuse_what_lacks(config)
+    refuse_before_launch(config)
     return launch(options.arguments, ranks.devices)
 
 

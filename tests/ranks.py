@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, for all ranks
+
 TCPI_BYTES_RECEIVED = 128
 """Offset of tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
 
@@ -19,8 +21,10 @@ def run_ranks(count, function, *arguments, folder):
     function must be importable: at the top of a module.  Its results go through `torch.save` into `folder`.
     """
     port = free_port()
+    # Forked from a process that has imported everything and done nothing: an import takes seconds, times the ranks.
+    multiprocessing.set_forkserver_preload(["infctx.train.loop", "deepspeed"])
     multiprocessing.start_processes(
-        _rank, (count, port, function, arguments, str(folder)), count, join=True, start_method="spawn"
+        _rank, (count, port, function, arguments, str(folder)), count, join=True, start_method="forkserver"
     )
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(count)]
 

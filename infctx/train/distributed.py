@@ -39,6 +39,17 @@ from infctx.train.watchdog import Watchdog, open_watch_store
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """For what all ranks do together; a rank that is gone is found by the watchdog long before."""
 
+ONE_LINE_ERRORS = (
+    InputError,
+    OSError,
+    TrainingFailed,
+    MemoryError,
+    torch.OutOfMemoryError,
+    KeyboardInterrupt,
+    SystemExit,
+)
+"""What the command line tells in one line."""
+
 VERDICT_SECONDS = 45.0
 """For the watchdog to find out who is gone, where a collective failed; it needs 20 to 25."""
 
@@ -111,6 +122,8 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
     """
     if ranks.world_size == 1:
         yield None
+        if dist.is_initialized():  # of a sharded strategy
+            dist.destroy_process_group()
         return
     store = open_watch_store(ranks.rank, ranks.world_size)
     remedy = partial(_remedy, checkpoint_folder)
@@ -126,7 +139,7 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
         watchdog.close()
         if said:  # by another rank, in the one line that there is to be
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
-        if isinstance(error, (InputError, OSError, TrainingFailed, KeyboardInterrupt, SystemExit)):
+        if isinstance(error, ONE_LINE_ERRORS):
             raise
         traceback.print_exc()  # and no cleaning up, which would wait for the other ranks
         sys.stderr.flush()

@@ -6,6 +6,7 @@ names, and watch each other (train/watchdog); what is left to the launcher is sa
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,8 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infctx.config import Config
 
 POLL_SECONDS = 0.1
 UNKILLABLE_SECONDS = 10.0
@@ -46,12 +52,25 @@ def launch(
     return _conclude(ended, count, received)
 
 
+def refuse_before_launch(config: Config) -> None:
+    """`infctx.train.plan.refuse_what_lacks` in a process of its own, which takes with it what it has opened: torch, and
+    memory of a GPU."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(_refuse, config).result()
+
+
 def is_rank() -> bool:
     """Whether this process is one of the ranks of a run already: of ours, of torchrun or of srun."""
     if "LOCAL_RANK" in os.environ:
         return True
     in_slurm = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
     return in_slurm and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def _refuse(config: Config) -> None:
+    from infctx.train.plan import refuse_what_lacks
+
+    refuse_what_lacks(config)
 
 
 @contextmanager
