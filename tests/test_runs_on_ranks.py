@@ -19,7 +19,7 @@ from runs import infctx_command, start, write_config
 from tiny_models import random_model
 
 GONE = re.compile(
-    r"infctx: rank 1 \(.*\) is gone: last seen in step (\d+), segment (\d+) \((forward|backward)\)\. (.*)"
+    r"infctx: rank 1 \(.*\) is gone: last seen in step (\d+), segment (\d+) \((forward|backward|checkpoint)\)\. (.*)"
 )
 
 
@@ -54,13 +54,16 @@ def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
     program = {"program": (sys.executable, *torchrun, "-m", "infctx")} if how == "torchrun" else {}
     process = start("train", config, *settings, **program)
     wait_for_steps(tmp_path / "run", 5, process)
+    time.sleep(2.5)  # ranks tell each other once a second where they are
     killed_at = time.monotonic()
     ranks_of(process)[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert time.monotonic() - killed_at < 60
     assert process.returncode == 1
     (said,) = [line for line in errors.splitlines() if line.startswith("infctx: ")]
-    step, segment, _, remedy = GONE.fullmatch(said).groups()
+    found = GONE.fullmatch(said)
+    assert found, said
+    step, segment, _, remedy = found.groups()
     assert 1 <= int(step) <= len(losses_of(tmp_path / "run")) + 1
     assert 0 <= int(segment) < 4
     kept = checkpoints(tmp_path / "run" / "checkpoints")[-1]

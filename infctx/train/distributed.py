@@ -186,7 +186,7 @@ class Engine:
         self.model: RWKV = segment_loss.model
         self.watchdog: Watchdog | None = None
         self.scale = float(ranks.world_size)
-        self.step_number = 0
+        self.step_number, self.segment = 0, 0
         self.busy_seconds = 0.0
         self.wrapped = self._wrap(segment_loss)
         # Fabric's own wrapper would cast a state to its precision at every seam.
@@ -207,7 +207,8 @@ class Engine:
 
     def enter(self, segment: int, doing: str, ends_step: bool) -> None:
         """See `infctx.train.window.Backward`."""
-        self.mark(doing, segment)
+        self.segment = segment
+        self.mark(doing)
         if ends_step:
             if self.device.type == "cuda" and self.ranks.world_size > 1:
                 torch.cuda.synchronize(self.device)
@@ -215,10 +216,10 @@ class Engine:
         if doing == "backward":
             self._expect_backward(ends_step)
 
-    def mark(self, doing: str, segment: int | None = None) -> None:
+    def mark(self, doing: str) -> None:
         """Tells the other ranks where this one is."""
         if self.watchdog:
-            self.watchdog.mark(self.step_number, segment, doing)
+            self.watchdog.mark(self.step_number, self.segment, doing)
 
     def _expect_backward(self, ends_step: bool) -> None:
         """Gradients are reduced once a step, in its last backward call."""
