@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import infctx
-from infctx.errors import InputError
+from infctx.errors import InputError, TrainingFailed
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
 LATER_RANKS_SECONDS = 2
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"out of memory: {error}; {LESS_MEMORY}", EXIT_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except TrainingFailed as error:
+        return _fail(error, EXIT_FAILED)
     except RuntimeError as error:
-        if type(error).__name__ == "TrainingFailed":  # its module loads torch, so it is told by name
-            return _fail(error, EXIT_FAILED)
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return _fail(f"out of memory: {str(error).splitlines()[0]}; {LESS_MEMORY}", EXIT_INPUT)
         raise

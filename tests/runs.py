@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from lightning.fabric import Fabric
 from infctx.data.token_store import TokenStoreWriter
 from infctx.train.distributed import Engine
 from infctx.train.loss import SegmentLoss
+from infctx.train.metrics import read_step_log
 from infctx.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +69,20 @@ def infctx_command(*arguments, **options):
     process = start(*arguments, **options)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
+
+
+def losses_of(folder):
+    """The losses of all steps of a run, from the first on without a gap."""
+    log = read_step_log(folder)
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
+    return [entry["loss"] for entry in log]
+
+
+def wait_for_steps(folder, at_least, process):
+    """Until the step log has so many lines, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        path = folder / "steps.jsonl"
+        if path.exists() and path.read_text().count("\n") >= at_least:
+            return
+        time.sleep(0.005)

@@ -18,16 +18,9 @@ from infctx.errors import TrainingFailed
 from infctx.train.checkpoint import checkpoints, lock_folder
 from infctx.train.failure import find_failure
 from infctx.train.loop import open_run, train, train_steps
-from infctx.train.metrics import read_step_log
 from infctx.train.optimizer import make_optimizer, set_learning_rate
 
-from runs import infctx_command, start, write_config, write_store
-
-
-def losses_of(folder):
-    log = read_step_log(folder)
-    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
-    return [entry["loss"] for entry in log]
+from runs import infctx_command, losses_of, start, wait_for_steps, write_config, write_store
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +274,6 @@ def test_the_store_grows_and_memory_does_not(tmp_path):
         log = (folder / "run" / "steps.jsonl").read_text().splitlines()
         peaks.append(json.loads(log[-1])["peak_memory_gb"])
     assert peaks[1] < peaks[0] * 1.05
-
-
-def wait_for_steps(folder, at_least, process):
-    """Until the step log has so many lines, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        path = folder / "steps.jsonl"
-        if path.exists() and path.read_text().count("\n") >= at_least:
-            return
-        time.sleep(0.005)
 
 
 def same_weights(path, other):

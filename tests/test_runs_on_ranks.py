@@ -15,26 +15,12 @@ from infctx.train.checkpoint import checkpoints
 from infctx.train.metrics import read_step_log
 
 from ranks import free_port
-from runs import infctx_command, start, write_config
+from runs import infctx_command, losses_of, start, wait_for_steps, write_config
 from tiny_models import random_model
 
 GONE = re.compile(
     r"infctx: rank 1 \(.*\) is gone: last seen in step (\d+), segment (\d+) \((forward|backward|checkpoint)\)\. (.*)"
 )
-
-
-def losses_of(folder):
-    return [entry["loss"] for entry in read_step_log(folder)]
-
-
-def wait_for_steps(folder, at_least, process):
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        path = folder / "steps.jsonl"
-        if path.exists() and path.read_text().count("\n") >= at_least:
-            return
-        time.sleep(0.02)
-    raise AssertionError(process.communicate())
 
 
 def ranks_of(process):
@@ -54,6 +40,7 @@ def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
     program = {"program": (sys.executable, *torchrun, "-m", "infctx")} if how == "torchrun" else {}
     process = start("train", config, *settings, **program)
     wait_for_steps(tmp_path / "run", 5, process)
+    assert process.poll() is None, process.communicate()
     time.sleep(2.5)  # ranks tell each other once a second where they are
     killed_at = time.monotonic()
     ranks_of(process)[1].send_signal(signal.SIGKILL)
@@ -84,6 +71,7 @@ def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
     config = write_config(tmp_path, run__save_every_steps=1000, run__evaluate_tokens=0)
     process = start("train", config, "distributed.devices=2", "optimizer.steps=1000")
     wait_for_steps(tmp_path / "run", 2, process)
+    assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -8,7 +8,7 @@ from test_window import random_window
 from infctx.model.state import State
 from infctx.model.time_parallel import TimeRanks
 from infctx.train.loss import SegmentLoss
-from infctx.train.window import backward_through_window, cut_window
+from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from ranks import bytes_received, run_ranks
 from tiny_models import random_model
@@ -26,14 +26,6 @@ CASES = {
     "finch, truncated": (6, 256, 64, 0.2, 2, False),
     "finch, truncated at every segment": (6, 256, 64, 0.2, 1, True),
 }
-
-
-class PlainBackward:
-    def enter(self, segment, doing, ends_step):
-        pass
-
-    def backward(self, scalar):
-        scalar.backward()
 
 
 def window_of(case, dtype=torch.float64):

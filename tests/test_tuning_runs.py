@@ -18,11 +18,10 @@ from infctx.train import tune
 from infctx.train.checkpoint import checkpoints
 from infctx.train.failure import find_failure
 from infctx.train.loop import open_run, train, train_steps
-from infctx.train.metrics import read_step_log
 from infctx.train.model_files import open_model
 from infctx.train.tune import freeze_weights
 
-from runs import infctx_command, write_config, write_store
+from runs import infctx_command, losses_of, write_config, write_store
 from tiny_models import random_model
 
 LEARN = ("initial_state", "initial_state_and_shifts")
@@ -51,10 +50,6 @@ def _with_weights(path, weights):
     content["model"] = model | {"weights": str(weights)}
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def losses_of(folder):
-    return [entry["loss"] for entry in read_step_log(folder)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

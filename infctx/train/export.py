@@ -11,11 +11,10 @@ from infctx.errors import InputError
 from infctx.model.other_names import NAMINGS
 from infctx.model.sizes import describe
 from infctx.model.state import State, describe_state, refuse_other_sizes
-from infctx.model.state_file import STATE_FILE, SUFFIXES, is_state_file, read_state, save_state, state_among
+from infctx.model.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
 from infctx.model.tensor_file import read_metadata
-from infctx.model.weights import StoredWeights, copy_weights, fingerprint, open_weights
-from infctx.train.checkpoint import TUNED_OVER
-from infctx.train.model_files import find_model, find_state
+from infctx.model.weights import StoredWeights, copy_weights, open_weights
+from infctx.train.model_files import find_model, find_state, tuned_over_others
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -120,8 +119,7 @@ def _tuned_state(path: Path, stored: StoredWeights, weights: Path) -> State:
     """What `open_model` starts documents from, with the same refusal and the same warning."""
     state = read_state(path)
     refuse_other_sizes(state, stored.sizes, path)
-    tuned_over = read_metadata(path / STATE_FILE if path.is_dir() else path).get(TUNED_OVER)
-    if tuned_over is not None and tuned_over != fingerprint(stored):
+    if tuned_over_others(path, stored):
         log.warning("%s: was tuned over other weights than %s holds", path, weights)
     return state
 

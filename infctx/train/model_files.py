@@ -12,7 +12,7 @@ from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 from infctx.model.state_file import STATE_FILE, is_state_file, load_state
 from infctx.model.tensor_file import read_metadata
-from infctx.model.weights import fingerprint, load_model
+from infctx.model.weights import StoredWeights, fingerprint, load_model
 from infctx.train.checkpoint import MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
 from infctx.train.shares import holds_weights
 
@@ -43,13 +43,18 @@ def open_model(
     state = state or files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
-        file = state / STATE_FILE if state.is_dir() else state
-        if read_metadata(file).get(TUNED_OVER) not in (None, fingerprint(model)):
+        if tuned_over_others(state, model):
             problem = f"{state}: was tuned over other weights than {files.weights} holds"
             if same_weights:
                 raise InputError(f"{problem}; name those weights, or choose another run.folder")
             log.warning("%s", problem)
     return model
+
+
+def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
+    """Whether a state's file, or that of a checkpoint or run, says that it was tuned over other weights than these."""
+    tuned_over = read_metadata(state / STATE_FILE if state.is_dir() else state).get(TUNED_OVER)
+    return tuned_over is not None and tuned_over != fingerprint(weights)
 
 
 def find_model(path: Path) -> ModelFiles:

@@ -78,7 +78,7 @@ def window_backward(
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)
     loss_sum, state = backward_through_window(
-        SegmentLoss(model), segments, state, 1 / num_targets, _PlainBackward(), gradient_segments
+        SegmentLoss(model), segments, state, 1 / num_targets, PlainBackward(), gradient_segments
     )
     return loss_sum / num_targets, state
 
@@ -222,7 +222,9 @@ class Seams:
         return block[index - self.segments[0]].to(self.device, non_blocking=True)
 
 
-class _PlainBackward:
+class PlainBackward:
+    """Backward on one device, by torch itself."""
+
     def enter(self, segment: int, doing: str, ends_step: bool) -> None:
         pass
 
