@@ -239,6 +239,33 @@ def test_an_error_is_one_line(change, options, reason):
     assert isinstance(caught.value, KernelsUnavailable) and isinstance(caught.value, InputError)
 
 
+def test_what_reports_no_kernels_is_refused_and_not_kept(build, tmp_path, monkeypatch):
+    """As NVRTC's own cache does, which keeps machine code without its log; it is switched off as well."""
+    fetch = compiler._fetch
+    monkeypatch.setattr(compiler, "_fetch", lambda nvrtc, what, program: fetch(nvrtc, what, program)[: what == "CUBIN"])
+    with pytest.raises(CompileError, match=r"^shift.cu: NVRTC .* reports no kernels in it$"):
+        build()
+    assert not list(tmp_path.rglob("shift-*"))
+
+
+def test_the_cache_of_nvrtc_is_not_asked(build, monkeypatch):
+    nvrtc, words = compiler._load_nvrtc(), []
+
+    class Listening:
+        def __getattr__(self, name):
+            return getattr(nvrtc, name)
+
+        def nvrtcCompileProgram(self, program, count, options):
+            words.append([option.decode() for option in options])
+            return nvrtc.nvrtcCompileProgram(program, count, options)
+
+    monkeypatch.setattr(compiler, "_load_nvrtc", Listening)
+    compile_source(SOURCE, "shift.cu", "sm_90", OPTIONS, HEADERS)
+    monkeypatch.setattr(compiler, "_version", lambda nvrtc: (12, 8))  # which does not know the option
+    compile_source(SOURCE, "shift.cu", "sm_90", OPTIONS, HEADERS)
+    assert ["--no-cache" in each for each in words] == [True, False]
+
+
 def test_an_architecture_that_nvrtc_does_not_know():
     with pytest.raises(
         KernelsUnavailable, match=r"^NVRTC .* cannot compile for sm_999, only for sm_\d+ to sm_\d+; .*pip"

@@ -33,8 +33,11 @@ from infctx.files import atomic_file
 
 # Of every compilation.  -v lets ptxas report what each kernel uses; everything else is the caller's choice.
 BASE_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+# NVRTC 12.9 and newer keep a cache of their own where there is a GPU.  What comes out of it has no log, and so no word
+# of the kernels in it (seen with NVRTC 13.0 on an H100): it is not asked.
+OWN_CACHE_SINCE, NO_OWN_CACHE = (12, 9), "--no-cache"
 # Counts up when the format of a cache file changes.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 # The wheels that hold NVRTC: of CUDA 13 and newer, and of CUDA 12.
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 # Where else it can come from: with no wheel installed, these decide which library is found.
@@ -145,7 +148,8 @@ def compile_source(
         )
     texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
     names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
-    words = [f"--gpu-architecture={arch}", *BASE_OPTIONS, *options]
+    own_cache = _version(nvrtc) >= OWN_CACHE_SINCE
+    words = [f"--gpu-architecture={arch}", *BASE_OPTIONS, *[NO_OWN_CACHE] * own_cache, *options]
     program = ctypes.c_void_p()
     _check(
         nvrtc,
@@ -159,7 +163,10 @@ def compile_source(
         if result:
             reason = _first_error(said) or nvrtc.nvrtcGetErrorString(result).decode()
             raise CompileError(f"{name} does not compile for {arch} with {compiler}: {reason}", said)
-        return Compiled(name, arch, compiler, said, _fetch(nvrtc, "CUBIN", program))
+        compiled = Compiled(name, arch, compiler, said, _fetch(nvrtc, "CUBIN", program))
+        if not compiled.resources:
+            raise CompileError(f"{name}: {compiler} compiled it for {arch} and reports no kernels in it", said)
+        return compiled
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
