@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from infctx.model import wkv_check
 from infctx.model.wkv_check import find_disagreement
 
 from wkv_emulated import SOURCES, emulated
@@ -43,3 +45,37 @@ def test_random_numbers_of_the_user_stay_as_they_were():
     with emulated():
         find_disagreement("cpu", torch.bfloat16, 16)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_the_caller_has_switched_on_has_no_part_in_it(dtype, monkeypatch):
+    """TF32, which is for products in fp32 only, is modelled: 13 bits less of every operand."""
+
+    def chunked_in_tf32(r, k, v, w, u, state, starts, initial):
+        if state.dtype == torch.float32:
+            r, k, v, w, u = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (r, k, v, w, u))
+        return chunked(r, k, v, w, u, state, starts, initial)
+
+    chunked = wkv_check.wkv_chunked
+    monkeypatch.setattr(wkv_check, "wkv_chunked", chunked_in_tf32)
+    with emulated(), torch.autocast("cpu", torch.bfloat16):
+        assert find_disagreement("cpu", dtype, 32) is None
+    with emulated(), torch.inference_mode():
+        assert find_disagreement("cpu", dtype, 32) is None
+    with emulated(), torch.no_grad():
+        assert find_disagreement("cpu", dtype, 32) is None
+
+
+def test_a_block_that_is_run_again_may_be_the_first_to_ask():
+    """As on a GPU with recompute_blocks, in a window of one segment: the check is made once, in the first run alone."""
+    answers = []
+
+    def block(x):
+        if not answers:
+            answers.append(find_disagreement("cpu", torch.float32, 16))
+        return x * x
+
+    x = torch.randn(3, requires_grad=True)
+    with emulated():
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert answers == [None] and torch.equal(x.grad, 2 * x.detach())
