@@ -73,6 +73,24 @@ def test_accuracy(subject, dtype, decay):
     assert re.match(r"worst \S.* \d\.\de-\d\d, bar \d\.\de-\d\d; spans 3; times chunked: y ", verdict.text)
 
 
+def test_heads_that_are_cut_up_are_judged_too(subject):
+    verdict = gpu_correctness.accuracy(Case((1, 40, 1, 80), FP32), subject)
+    assert verdict.passed and "; spans of pieces; " in verdict.text
+
+
+def test_every_variant_is_compiled(subject, monkeypatch):
+    asked = []
+
+    def run(arguments, seconds):
+        asked.append(arguments[2:])
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu_launches, "_run_python", run)
+    assert gpu_launches.compile_all(subject).passed
+    assert sorted(map(tuple, asked)) == sorted({tuple(each) for each in asked}) and len(asked) == 12
+
+
 @pytest.mark.parametrize("which", ["y", *gpu_correctness.GRADIENTS])
 def test_accuracy_finds_what_is_wrong(subject, which):
     for dtype, off in ((FP32, 1.0001), (BF16, 1.01)):

@@ -31,7 +31,7 @@ from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy,
 from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.cuda.wkv_layout import Layout, backward_shared_bytes, find_layout, forward_shared_bytes
+from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, backward_shared_bytes, find_layout, forward_shared_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("wkv_forward.cu", "wkv_backward.cu")
@@ -108,7 +108,7 @@ def sanitizer_checks() -> list[Check]:
 def compile_all(subject: Subject) -> Verdict:
     """Into the user's cache, side by side in processes: the compiler does one source at a time."""
     major, minor = torch.cuda.get_device_capability(subject.device)
-    variants = {find_layout(1, 1, 1, size, dtype, 1).options for size in (16, 32, 64, 128) for dtype in (BF16, FP32)}
+    variants = {find_layout(1, 1, 1, size, dtype, 1).options for size in HEAD_SIZES for dtype in (BF16, FP32)}
     programs = [(source, f"sm_{major}{minor}", *options) for source in reversed(SOURCES) for options in variants]
 
     def compile_one(arguments: Sequence[str]) -> tuple[int, str]:
