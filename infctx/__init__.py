@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infctx.errors import InputError
+    from infctx.formats.state_file import load_state, save_state
+    from infctx.formats.weights import build_model, load_model, save_weights
     from infctx.model.state import State
-    from infctx.model.state_file import load_state, save_state
-    from infctx.model.weights import build_model, load_model, save_weights
-    from infctx.model.wkv import wkv
+    from infctx.recurrence.wkv import wkv
     from infctx.train.window import window_backward
 
 __all__ = [
@@ -33,13 +33,13 @@ __version__ = "0.1.0"
 _DEFINED_IN = {
     "InputError": "infctx.errors",
     "State": "infctx.model.state",
-    "build_model": "infctx.model.weights",
-    "load_model": "infctx.model.weights",
-    "load_state": "infctx.model.state_file",
-    "save_state": "infctx.model.state_file",
-    "save_weights": "infctx.model.weights",
+    "build_model": "infctx.formats.weights",
+    "load_model": "infctx.formats.weights",
+    "load_state": "infctx.formats.state_file",
+    "save_state": "infctx.formats.state_file",
+    "save_weights": "infctx.formats.weights",
     "window_backward": "infctx.train.window",
-    "wkv": "infctx.model.wkv",
+    "wkv": "infctx.recurrence.wkv",
 }
 
 

@@ -170,7 +170,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, learn: str | None = None) -> int:
     """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
     from infctx.config import load_config
-    from infctx.train.launch import is_rank, launch, refuse_before_launch
+    from infctx.distributed.launch import is_rank, launch, refuse_before_launch
 
     config = load_config(options.config, options.overrides, learn)
     ranks = config.distributed
@@ -204,7 +204,7 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from infctx.config import load_config
-    from infctx.train.plan_report import plan_report
+    from infctx.plan.report import plan_report
 
     print(plan_report(load_config(options.config, options.overrides), options.device_gb))
 
@@ -234,7 +234,7 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from infctx.data.token_store import TokenStore
-    from infctx.train.evaluate import evaluate_store, format_table
+    from infctx.evaluate.loss_by_position import evaluate_store, format_table
 
     store = TokenStore(options.store)
     buckets = evaluate_store(_load(options), store, options.segment_tokens, options.max_tokens)
@@ -254,7 +254,7 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from infctx.train.generate import generate
+    from infctx.evaluate.generate import generate
 
     if sys.stdout is None or (options.prompt == "-" and sys.stdin is None):
         raise InputError("generate: standard input and output are closed; open what is to be read and written")
@@ -304,7 +304,7 @@ def _describe_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from infctx.train.export import export
+    from infctx.formats.export import export
 
     print(
         export(
@@ -322,8 +322,8 @@ def _export(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
     import torch
 
-    from infctx.train.model_files import open_model
-    from infctx.train.plan import pick_device
+    from infctx.formats.model_files import open_model
+    from infctx.plan.plan import pick_device
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     return open_model(options.model, options.state, dtype, pick_device(options.device))

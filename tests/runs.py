@@ -10,10 +10,10 @@ import yaml
 from lightning.fabric import Fabric
 
 from infctx.data.token_store import TokenStoreWriter
-from infctx.train.distributed import Engine
-from infctx.train.loss import SegmentLoss
+from infctx.distributed.engine import Engine
+from infctx.distributed.ranks import Ranks
+from infctx.model.loss import SegmentLoss
 from infctx.train.metrics import read_step_log
-from infctx.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 

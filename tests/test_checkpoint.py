@@ -8,6 +8,7 @@ import torch
 import infctx
 from infctx.config import OptimizerSettings, load_config
 from infctx.errors import InputError
+from infctx.formats.model_files import find_model
 from infctx.model.state import State
 from infctx.train import checkpoint as checkpoint_module
 from infctx.train.checkpoint import (
@@ -19,7 +20,6 @@ from infctx.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from infctx.train.model_files import find_model
 from infctx.train.optimizer import make_optimizer
 
 from runs import plain_engine, write_config

@@ -1,8 +1,7 @@
 """Constants that two packages must hold apart and alike."""
 
 from infctx.data import lanes
-from infctx.model import START_SPACING
-from infctx.train import loss
+from infctx.model import START_SPACING, loss
 
 
 def test_data_and_model_agree():

@@ -8,8 +8,8 @@ import torch
 
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.errors import InputError
-from infctx.train import evaluate as evaluate_module
-from infctx.train.evaluate import Bucket, evaluate_store, format_table, summarise, total
+from infctx.evaluate import loss_by_position as evaluate_module
+from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarise, total
 
 from tiny_models import random_model
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
-from infctx.model.other_names import from_official, naming_of
-from infctx.model.tensor_file import narrow, read_metadata, read_tensors, write_tensors
-from infctx.model.weights import fingerprint, is_state_name, stored_tensors
+from infctx.formats.export import EXPORT_DTYPES, export
+from infctx.formats.other_names import from_official, naming_of
+from infctx.formats.tensor_file import narrow, read_metadata, read_tensors, write_tensors
+from infctx.formats.weights import fingerprint, is_state_name, stored_tensors
 from infctx.train.checkpoint import Progress, save_checkpoint
-from infctx.train.export import EXPORT_DTYPES, export
 from infctx.train.optimizer import make_optimizer
 from infctx.train.tune import freeze_weights
 

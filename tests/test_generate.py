@@ -5,8 +5,8 @@ import torch
 
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
-from infctx.train import generate as generate_module
-from infctx.train.generate import draw, generate
+from infctx.evaluate import generate as generate_module
+from infctx.evaluate.generate import draw, generate
 
 from tiny_models import random_model
 

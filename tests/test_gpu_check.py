@@ -15,7 +15,7 @@ import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import find_layout
-from infctx.model.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_chunked import wkv_chunked
 
 from wkv_emulated import emulated
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import infctx
+from infctx.formats.weights import stored_tensors
 from infctx.model.initialise import initialise
-from infctx.model.weights import stored_tensors
 
 from tiny_models import random_model
 

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from infctx.train.launch import is_rank, launch
+from infctx.distributed.launch import is_rank, launch
 
 from runs import ROOT
 
-LAUNCHER = "import sys; from infctx.train.launch import launch; sys.exit(launch([], {count}, program={program}))"
+LAUNCHER = "import sys; from infctx.distributed.launch import launch; sys.exit(launch([], {count}, program={program}))"
 SAYS = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
@@ -170,7 +170,7 @@ def test_a_request_before_the_ranks_can_save_ends_them(start_launcher):
 
 WATCHED = """
 import torch.distributed as dist
-from infctx.train.watchdog import Watchdog, open_watch_store
+from infctx.distributed.watchdog import Watchdog, open_watch_store
 dist.init_process_group("gloo")
 store = open_watch_store(rank, 2)
 watchdog = Watchdog(rank, 2, store, describe_remedy=lambda: "Run it again", beat_seconds=0.2, silent_seconds=10.0)

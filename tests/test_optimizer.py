@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infctx.config import OptimizerSettings
-from infctx.model.weights import stored_names
+from infctx.formats.weights import stored_names
 from infctx.train.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 
 from tiny_models import random_model

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from infctx.errors import InputError
-from infctx.model.other_names import NAMINGS, from_official, naming_of, to_official
+from infctx.formats.other_names import NAMINGS, from_official, naming_of, to_official
+from infctx.formats.weights import stored_tensors
 from infctx.model.time_mix import DataDependentMixing
-from infctx.model.weights import stored_tensors
 
 from tiny_models import random_model
 

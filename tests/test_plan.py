@@ -12,8 +12,9 @@ import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.model.sizes import published_sizes
-from infctx.train import plan
-from infctx.train.plan import (
+from infctx.plan import plan
+from infctx.plan.memory import ACTIVATION_BYTES, rank_memory, with_distributed, with_strategy
+from infctx.plan.plan import (
     FILLED,
     OPTIONS,
     activation_bytes,
@@ -26,7 +27,6 @@ from infctx.train.plan import (
     resolve_strategy,
     state_bytes,
 )
-from infctx.train.plan_memory import ACTIVATION_BYTES, rank_memory, with_distributed, with_strategy
 from infctx.train.tune import freeze_weights
 
 from runs import write_config, write_store

@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from infctx.config import load_config
+from infctx.distributed.zero import Sharded
 from infctx.errors import InputError
+from infctx.model.loss import SegmentLoss
 from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
-from infctx.model.time_parallel import TimeRanks, stack_told
-from infctx.train import plan
-from infctx.train.loss import SegmentLoss
-from infctx.train.plan import OPTIONS, device_bytes, host_bytes, model_sizes, resolve_strategy
-from infctx.train.plan_memory import (
+from infctx.plan import plan
+from infctx.plan.memory import (
     PARAMETER_BYTES,
     STEP_PARAMETER_BYTES,
     ZERO_BUFFERS,
@@ -32,8 +31,9 @@ from infctx.train.plan_memory import (
     with_distributed,
     with_strategy,
 )
-from infctx.train.plan_report import choice_table, example_config, plan_report, time_table
-from infctx.train.sharded import Sharded
+from infctx.plan.plan import OPTIONS, device_bytes, host_bytes, model_sizes, resolve_strategy
+from infctx.plan.report import choice_table, example_config, plan_report, time_table
+from infctx.recurrence.time_parallel import TimeRanks, stack_told
 from infctx.train.window import backward_through_window, cut_window
 
 from ranks import run_ranks
@@ -379,8 +379,8 @@ def test_what_can_not_be_reported(tmp_path):
 
 def test_the_tables_of_the_page_are_what_its_command_prints():
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    assert "python -m infctx.train.plan_report" in page
-    command = [sys.executable, "-m", "infctx.train.plan_report"]
+    assert "python -m infctx.plan.report" in page
+    command = [sys.executable, "-m", "infctx.plan.report"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == f"{choice_table()}\n\n{time_table()}\n"
     for table in printed.strip().split("\n\n"):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import infctx
+from infctx.formats.weights import stored_names
 from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.model.state import State
-from infctx.model.weights import stored_names
-from infctx.model.wkv import BACKENDS
+from infctx.recurrence.wkv import BACKENDS
 
 from tiny_models import random_model, random_tokens
 

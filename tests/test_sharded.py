@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from infctx.config import load_config
+from infctx.model.loss import MASKED
 from infctx.train.loop import gradients_of_step, open_lanes, open_run, train_steps
-from infctx.train.loss import MASKED
 
 from ranks import bytes_received, run_ranks
 from runs import write_config, write_store

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 import infctx
 from infctx.errors import InputError
+from infctx.formats.state_file import SUFFIXES, is_state_file, read_state
 from infctx.model.state import State
-from infctx.model.state_file import SUFFIXES, is_state_file, read_state
 
 from runs import ROOT
 from tiny_models import random_model, random_tokens

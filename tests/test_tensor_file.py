@@ -15,8 +15,8 @@ import torch
 
 import infctx
 from infctx.errors import InputError
-from infctx.model.tensor_file import read_shapes, read_tensors, write_tensors
-from infctx.model.weights import copy_weights, open_weights, stored_tensors
+from infctx.formats.tensor_file import read_shapes, read_tensors, write_tensors
+from infctx.formats.weights import copy_weights, open_weights, stored_tensors
 
 from tiny_models import random_model
 

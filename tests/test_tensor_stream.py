@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import infctx
 from infctx.errors import InputError
-from infctx.model import tensor_stream
-from infctx.model.other_names import from_official, to_official, ways_from_official, ways_to_official
-from infctx.model.stored_names import stored_names
-from infctx.model.tensor_file import read_tensors, write_tensors
-from infctx.model.tensor_stream import LazyTensors, StoredTensors, stream_tensors
-from infctx.model.weights import fingerprint, open_weights, stored_tensors
+from infctx.formats import tensor_stream
+from infctx.formats.other_names import from_official, to_official, ways_from_official, ways_to_official
+from infctx.formats.stored_names import stored_names
+from infctx.formats.tensor_file import read_tensors, write_tensors
+from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
+from infctx.formats.weights import fingerprint, open_weights, stored_tensors
 
 from tiny_models import random_model
 
@@ -203,7 +203,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from infctx.train.export import export
+from infctx.formats.export import export
 
 def memory(kind):
     return int(next(line for line in open("/proc/self/status") if line.startswith(kind)).split()[1]) // 1024

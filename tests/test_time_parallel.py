@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from test_window import random_window
 
+from infctx.model.loss import SegmentLoss
 from infctx.model.state import State
-from infctx.model.time_parallel import TimeRanks
-from infctx.train.loss import SegmentLoss
+from infctx.recurrence.time_parallel import TimeRanks
 from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from ranks import bytes_received, run_ranks

@@ -12,13 +12,13 @@ import torch
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
-from infctx.model.state_file import read_state
-from infctx.model.tensor_file import read_tensors
+from infctx.formats.model_files import open_model
+from infctx.formats.state_file import read_state
+from infctx.formats.tensor_file import read_tensors
 from infctx.train import tune
 from infctx.train.checkpoint import checkpoints
 from infctx.train.failure import find_failure
 from infctx.train.loop import open_run, train, train_steps
-from infctx.train.model_files import open_model
 from infctx.train.tune import freeze_weights
 
 from runs import infctx_command, losses_of, write_config, write_store

@@ -16,7 +16,7 @@ RANK = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from infctx.train.watchdog import Watchdog, open_watch_store
+from infctx.distributed.watchdog import Watchdog, open_watch_store
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")

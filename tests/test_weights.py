@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import infctx
 from infctx.errors import InputError
-from infctx.model.other_names import from_official
-from infctx.model.stored_names import stored_names
-from infctx.model.weights import fingerprint, read_sizes, stored_tensors
+from infctx.formats.other_names import from_official
+from infctx.formats.stored_names import stored_names
+from infctx.formats.weights import fingerprint, read_sizes, stored_tensors
 
 from tiny_models import random_model, random_tokens
 
@@ -188,7 +188,7 @@ def test_every_odd_shape_is_named(tmp_path, version):
 )
 def test_an_extra_tensor_is_named(tmp_path, name, suffix):
     path = tmp_path / f"model{suffix}"
-    infctx.model.tensor_file.write_tensors(stored(6) | {name: torch.ones(24)}, path)
+    infctx.formats.tensor_file.write_tensors(stored(6) | {name: torch.ones(24)}, path)
     with pytest.raises(InputError, match=f"tensor {re.escape(name)} does not belong to RWKV-6"):
         infctx.load_model(path)
 
@@ -298,7 +298,7 @@ def test_a_broken_index_of_shards(tmp_path):
             infctx.load_model(tmp_path)
     outside = tmp_path.parent / "outside.safetensors"
     index.write_text(json.dumps({"weight_map": {"emb.weight": f"../{outside.name}"}}))
-    infctx.model.tensor_file.write_tensors(stored(6), outside)
+    infctx.formats.tensor_file.write_tensors(stored(6), outside)
     with pytest.raises(InputError, match=f"{tmp_path.name}/outside.safetensors: no such file"):
         infctx.load_model(tmp_path)
 

@@ -8,9 +8,9 @@ import torch
 import infctx
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.errors import InputError
-from infctx.model import wkv as wkv_module
-from infctx.model.wkv import BACKENDS, choose_backend, pick_backend
-from infctx.model.wkv_reference import wkv_reference
+from infctx.recurrence import wkv as wkv_module
+from infctx.recurrence.wkv import BACKENDS, choose_backend, pick_backend
+from infctx.recurrence.wkv_reference import wkv_reference
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]  # which test_wkv_cuda.py has
 FAST_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]

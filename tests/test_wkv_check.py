@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from infctx.model import wkv_check
-from infctx.model.wkv_check import find_disagreement
+from infctx.recurrence import wkv_check
+from infctx.recurrence.wkv_check import find_disagreement
 
 from wkv_emulated import SOURCES, emulated
 

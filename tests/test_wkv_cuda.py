@@ -12,8 +12,8 @@ from test_wkv import relative_rms
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.errors import InputError
-from infctx.model.wkv_chunked import wkv_chunked
-from infctx.model.wkv_reference import wkv_reference
+from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_reference import wkv_reference
 
 from wkv_emulated import DTYPES, FP32_BAR, NAMES, emulated, make_inputs, same_bits, values_and_gradients
 

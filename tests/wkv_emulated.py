@@ -13,7 +13,7 @@ from test_wkv import random_inputs
 from torch import Tensor
 
 from infctx.cuda import wkv_cuda
-from infctx.model import wkv
+from infctx.recurrence import wkv
 
 from emulator.emulator import Argument, Emulation, build
 

@@ -21,9 +21,9 @@ import torch
 
 import infctx
 from infctx.config import OptimizerSettings
+from infctx.plan.plan import state_bytes
 from infctx.train.metrics import peak_memory
 from infctx.train.optimizer import make_optimizer
-from infctx.train.plan import state_bytes
 from infctx.train.tune import freeze_weights
 
 SEGMENT_TOKENS = 512

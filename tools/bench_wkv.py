@@ -30,7 +30,7 @@ from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.files import atomic_file
-from infctx.model.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_chunked import wkv_chunked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCHES = (1, 8)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import HEAD_SIZES, Layout
-from infctx.model.wkv_chunked import wkv_chunked
-from infctx.model.wkv_reference import wkv_reference
+from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_reference import wkv_reference
 
 Op = Callable[..., tuple[Tensor, Tensor]]
 Tensors = dict[str, Tensor | None]

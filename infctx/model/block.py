@@ -8,7 +8,7 @@ from infctx.model.channel_mix import ChannelMix
 from infctx.model.layers import LayerNorm
 from infctx.model.sizes import Sizes
 from infctx.model.time_mix import TimeMix
-from infctx.model.time_parallel import Exchange
+from infctx.recurrence.time_parallel import Exchange
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """(wkv (B, H, N, N), time_shift (B, D), channel_shift (B, D)) of one layer."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from infctx.model.layers import Linear
 from infctx.model.sizes import Sizes
-from infctx.model.time_parallel import Exchange
-from infctx.model.token_shift import blend, token_shift
+from infctx.recurrence.time_parallel import Exchange
+from infctx.recurrence.token_shift import blend, token_shift
 
 
 class SquaredRelu(torch.autograd.Function):

@@ -12,7 +12,7 @@ from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers, state_dtype
-from infctx.model.time_parallel import Exchange, TimeRanks
+from infctx.recurrence.time_parallel import Exchange, TimeRanks
 
 
 class RWKV(nn.Module):
@@ -40,7 +40,7 @@ class RWKV(nn.Module):
         self.initial_time_shift: nn.Parameter | None = None  # (L, D)
         self.initial_channel_shift: nn.Parameter | None = None  # (L, D)
         self.initial_units: State | None = None  # what these parameters are in units of; None: one
-        self.weights_fingerprint: str | None = None  # of frozen weights, `infctx.model.weights.fingerprint`
+        self.weights_fingerprint: str | None = None  # of frozen weights, `infctx.formats.weights.fingerprint`
 
     def forward(
         self,

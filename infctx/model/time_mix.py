@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
-from infctx.model.time_parallel import Exchange
-from infctx.model.token_shift import blend, token_shift
-from infctx.model.wkv import wkv
+from infctx.recurrence.time_parallel import Exchange
+from infctx.recurrence.token_shift import blend, token_shift
+from infctx.recurrence.wkv import wkv
 
 
 class TimeMix(nn.Module):

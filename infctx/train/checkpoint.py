@@ -32,12 +32,12 @@ import yaml
 from torch import Tensor
 
 from infctx.config import Config, dump_config
+from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
 from infctx.files import atomic_folder, temporary_name
+from infctx.formats.state_file import STATE_FILE, save_state
+from infctx.formats.weights import CHECKPOINT_WEIGHTS
 from infctx.model.state import State
-from infctx.model.state_file import STATE_FILE, save_state
-from infctx.model.weights import CHECKPOINT_WEIGHTS
-from infctx.train.ranks import Ranks
 from infctx.train.shares import INDEX, Holder, read_carry, read_moments, write_carry, write_moments, write_weights
 
 TUNED_OVER = "weights"

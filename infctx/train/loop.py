@@ -26,12 +26,18 @@ from infctx.config import Config
 from infctx.data.lanes import Lanes, Window
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
+from infctx.distributed.engine import Devices, Engine, open_devices, open_engine, watched
+from infctx.distributed.ranks import Ranks, started_by_launcher
 from infctx.errors import InputError, TrainingFailed
+from infctx.evaluate.loss_by_position import evaluate_store, format_table, refuse_tokens_beyond, summarise
+from infctx.formats.model_files import open_model
+from infctx.formats.state_file import STATE_FILE
+from infctx.formats.weights import build_model, save_weights
+from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import describe
 from infctx.model.state import State, state_dtype
-from infctx.model.state_file import STATE_FILE
-from infctx.model.weights import build_model, save_weights
+from infctx.plan.plan import model_sizes, pick_device, refuse_what_lacks
 from infctx.train.checkpoint import (
     Progress,
     changed_settings,
@@ -43,15 +49,9 @@ from infctx.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from infctx.train.distributed import Devices, Engine, open_devices, open_engine, watched
-from infctx.train.evaluate import evaluate_store, format_table, refuse_tokens_beyond, summarise
 from infctx.train.failure import explain_failure, find_failure
-from infctx.train.loss import SegmentLoss
 from infctx.train.metrics import open_metrics, read_step_log
-from infctx.train.model_files import open_model
 from infctx.train.optimizer import set_learning_rate
-from infctx.train.plan import model_sizes, pick_device, refuse_what_lacks
-from infctx.train.ranks import Ranks, started_by_launcher
 from infctx.train.tune import finish_tuning, freeze_weights, natural_units
 from infctx.train.window import backward_through_window, cut_window
 

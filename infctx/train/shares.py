@@ -16,19 +16,19 @@ from typing import Any, Protocol
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from infctx.distributed.ranks import Ranks
+from infctx.formats.stored_names import stored_names
+from infctx.formats.tensor_file import write_tensors
+from infctx.formats.weights import CHECKPOINT_WEIGHTS, state_name
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.model.stored_names import stored_names
-from infctx.model.tensor_file import write_tensors
-from infctx.model.weights import CHECKPOINT_WEIGHTS, state_name
-from infctx.train.ranks import Ranks
 
 INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
 """Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
 
 
 class Holder(Protocol):
-    """Who holds the tensors of a run, whole or in parts: `infctx.train.distributed.Engine`."""
+    """Who holds the tensors of a run, whole or in parts: `infctx.distributed.engine.Engine`."""
 
     ranks: Ranks
     model: RWKV

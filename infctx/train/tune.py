@@ -21,13 +21,13 @@ from infctx.data.lanes import Window
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
+from infctx.evaluate.generate import generate
+from infctx.evaluate.loss_by_position import evaluate_store, format_comparison
+from infctx.formats.state_file import STATE_FILE, save_state
+from infctx.formats.weights import fingerprint
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, state_dtype
-from infctx.model.state_file import STATE_FILE, save_state
-from infctx.model.weights import fingerprint
 from infctx.train.checkpoint import TUNED_OVER
-from infctx.train.evaluate import evaluate_store, format_comparison
-from infctx.train.generate import generate
 from infctx.train.window import cut_window
 
 PROMPT_TOKENS = 16

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
+from infctx.machine import keep_freed_memory
 from infctx.model import START_SPACING
+from infctx.model.loss import MASKED, SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.model.time_parallel import Exchange, hand_out_told, stack_told
-from infctx.train.host_memory import keep_freed_memory
-from infctx.train.loss import MASKED, SegmentLoss
+from infctx.recurrence.time_parallel import Exchange, hand_out_told, stack_told
 
 SEAM_STORES = ("auto", "device", "host")
 

@@ -10,11 +10,10 @@ import torch
 from infctx.config import Config
 from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
+from infctx.formats.model_files import find_model
+from infctx.formats.weights import read_sizes
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
-from infctx.model.weights import read_sizes
-from infctx.train.checkpoint import checkpoints
-from infctx.train.model_files import find_model
-from infctx.train.plan_memory import (
+from infctx.plan.memory import (
     Memory,
     activation_bytes,
     rank_memory,
@@ -23,6 +22,7 @@ from infctx.train.plan_memory import (
     with_distributed,
     with_strategy,
 )
+from infctx.train.checkpoint import checkpoints
 
 __all__ = [
     "OPTIONS",

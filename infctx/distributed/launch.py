@@ -1,7 +1,7 @@
 """`infctx train` on several devices of one machine: starts a process for each, and ends when they have ended.
 
 In goes the command line; out comes its exit code.  The ranks find each other through the environment, in torchrun's
-names, and watch each other (train/watchdog); what is left to the launcher is said in `launch`.
+names, and watch each other (distributed/watchdog); what is left to the launcher is said in `launch`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def launch(
 
 
 def refuse_before_launch(config: Config) -> None:
-    """`infctx.train.plan.refuse_what_lacks` in a process of its own, which takes with it what it has opened: torch, and
+    """`infctx.plan.plan.refuse_what_lacks` in a process of its own, which takes with it what it has opened: torch, and
     memory of a GPU."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(_refuse, config).result()
@@ -68,7 +68,7 @@ def is_rank() -> bool:
 
 
 def _refuse(config: Config) -> None:
-    from infctx.train.plan import refuse_what_lacks
+    from infctx.plan.plan import refuse_what_lacks
 
     refuse_what_lacks(config)
 

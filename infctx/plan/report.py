@@ -1,6 +1,6 @@
 """`infctx plan`: what a run takes, for people to read; nothing of the model or the data is loaded.
 
-python -m infctx.train.plan_report      prints the tables of docs/distributed.md
+python -m infctx.plan.report      prints the tables of docs/distributed.md
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from infctx.config import (
 )
 from infctx.errors import InputError
 from infctx.model.sizes import Sizes, describe, published_sizes
-from infctx.train.plan import FILLED, GB, OPTIONS, choose_strategy, device_memory, model_sizes, resolve_strategy
-from infctx.train.plan_memory import (
+from infctx.plan.memory import (
     REDUCING_EACH_SEGMENT,
     Memory,
     lanes_at_once,
@@ -35,6 +34,7 @@ from infctx.train.plan_memory import (
     with_distributed,
     with_strategy,
 )
+from infctx.plan.plan import FILLED, GB, OPTIONS, choose_strategy, device_memory, model_sizes, resolve_strategy
 
 Option = tuple[str, bool, bool]
 

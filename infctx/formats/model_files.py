@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from infctx.errors import InputError
+from infctx.formats.state_file import STATE_FILE, is_state_file, load_state
+from infctx.formats.tensor_file import read_metadata
+from infctx.formats.weights import StoredWeights, fingerprint, load_model
 from infctx.model.rwkv import RWKV
-from infctx.model.state_file import STATE_FILE, is_state_file, load_state
-from infctx.model.tensor_file import read_metadata
-from infctx.model.weights import StoredWeights, fingerprint, load_model
 from infctx.train.checkpoint import MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
 from infctx.train.shares import holds_weights
 

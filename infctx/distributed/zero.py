@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infctx.config import Config
-from infctx.train.plan_memory import ZERO_BUFFERS
+from infctx.plan.memory import ZERO_BUFFERS
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from infctx.errors import InputError
+from infctx.formats.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
+from infctx.formats.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, refuse_other_sizes, state_dtype
-from infctx.model.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
-from infctx.model.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
 """The forms, and the names that their files have."""

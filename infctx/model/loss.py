@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, state_dtype
-from infctx.model.time_parallel import Exchange
+from infctx.recurrence.time_parallel import Exchange
 
 MASKED = -100
 """Target of a place that carries no loss."""

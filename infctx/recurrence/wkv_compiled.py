@@ -110,7 +110,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def _kernels() -> ModuleType:
     """Imports numba at the first use, not with infctx."""
-    from infctx.model import wkv_numba_kernels
+    from infctx.recurrence import wkv_numba_kernels
 
     return wkv_numba_kernels
 

@@ -25,16 +25,16 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from infctx.config import Config, OptimizerSettings, dump_config
+from infctx.distributed.ranks import Ranks, ranks_started, refuse_other_settings
+from infctx.distributed.watchdog import Watchdog, open_watch_store
+from infctx.distributed.zero import Sharded, sharded_strategy
 from infctx.errors import InputError, TrainingFailed
+from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.plan.plan import device_memory, model_sizes, pick_device, resolve_strategy
 from infctx.train.checkpoint import checkpoints
-from infctx.train.loss import SegmentLoss
 from infctx.train.optimizer import make_optimizer
-from infctx.train.plan import device_memory, model_sizes, pick_device, resolve_strategy
-from infctx.train.ranks import Ranks, ranks_started, refuse_other_settings
-from infctx.train.sharded import Sharded, sharded_strategy
-from infctx.train.watchdog import Watchdog, open_watch_store
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """For what all ranks do together; a rank that is gone is found by the watchdog long before."""

@@ -14,10 +14,10 @@ from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
 from infctx.model import START_SPACING
 from infctx.model.state import state_dtype
-from infctx.model.wkv_check import find_disagreement
-from infctx.model.wkv_chunked import wkv_chunked
-from infctx.model.wkv_compiled import wkv_compiled
-from infctx.model.wkv_reference import wkv_reference
+from infctx.recurrence.wkv_check import find_disagreement
+from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_compiled import wkv_compiled
+from infctx.recurrence.wkv_reference import wkv_reference
 
 BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
 ONLY_ON = {"compiled": "cpu", "cuda": "cuda"}

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infctx.model.token_shift import token_shift
-from infctx.model.wkv import wkv
+from infctx.recurrence.token_shift import token_shift
+from infctx.recurrence.wkv import wkv
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
+from infctx.formats.other_names import ways_from_official, ways_to_official
+from infctx.formats.stored_names import stored_names
+from infctx.formats.tensor_file import narrow, weight_files, write_tensors
+from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
 from infctx.model.initialise import initialise
-from infctx.model.other_names import ways_from_official, ways_to_official
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes, make_sizes, published_sizes
 from infctx.model.state import state_dtype
-from infctx.model.stored_names import stored_names
-from infctx.model.tensor_file import narrow, weight_files, write_tensors
-from infctx.model.tensor_stream import LazyTensors, StoredTensors, stream_tensors
 
 Shape = tuple[int, ...]
 

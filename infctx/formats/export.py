@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from infctx.errors import InputError
-from infctx.model.other_names import NAMINGS
+from infctx.formats.model_files import find_model, find_state, tuned_over_others
+from infctx.formats.other_names import NAMINGS
+from infctx.formats.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
+from infctx.formats.tensor_file import read_metadata
+from infctx.formats.weights import StoredWeights, copy_weights, open_weights
 from infctx.model.sizes import describe
 from infctx.model.state import State, describe_state, refuse_other_sizes
-from infctx.model.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
-from infctx.model.tensor_file import read_metadata
-from infctx.model.weights import StoredWeights, copy_weights, open_weights
-from infctx.train.model_files import find_model, find_state, tuned_over_others
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

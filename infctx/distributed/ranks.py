@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infctx.distributed.launch import is_rank
 from infctx.errors import InputError
-from infctx.model.time_parallel import TimeRanks
-from infctx.train.launch import is_rank
+from infctx.recurrence.time_parallel import TimeRanks
 
 Result = TypeVar("Result")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from infctx.config import Config
+from infctx.model.loss import SLICE_LOGITS
 from infctx.model.sizes import Sizes
-from infctx.train.loss import SLICE_LOGITS
 
 WEIGHT_BYTES = 16
 """A parameter in fp32: the weight, its gradient and two moments of Adam."""
@@ -170,8 +170,8 @@ def state_bytes(sizes: Sizes) -> int:
 
 
 def told_bytes(config: Config, sizes: Sizes) -> int:
-    """What a rank keeps of one lane and segment of what the other time ranks told it (model/time_parallel): the state
-    and the two vectors before its slice, and what each slice leaves of a state."""
+    """What a rank keeps of one lane and segment of what the other time ranks told it (recurrence/time_parallel): the
+    state and the two vectors before its slice, and what each slice leaves of a state."""
     ranks = config.distributed.time_ranks
     if ranks == 1:
         return 0

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.model.tensor_file import is_mapped, is_safetensors, read_shapes, read_tensors, tensor_file
+from infctx.formats.tensor_file import is_mapped, is_safetensors, read_shapes, read_tensors, tensor_file
 
 MOST_MAPPED = 1 << 26
 """Bytes read of .pth files before their pages are let go; to open one for each tensor would take long."""

@@ -11,8 +11,8 @@ import torch
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
+from infctx.model.loss import token_losses
 from infctx.model.rwkv import RWKV
-from infctx.train.loss import token_losses
 
 FIRST_BUCKET_TOKENS = 256
 BUCKET_GROWTH = 4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
-from infctx.model.stored_names import block_names
+from infctx.formats.stored_names import block_names
 
 NAMINGS = ("official", "huggingface", "fla")
 """Whose names the tensors of a file can have."""

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numba import njit, types
 
-from infctx.model import START_SPACING, wkv_numba_lanes
-from infctx.model.wkv_numba_lanes import (
+from infctx.model import START_SPACING
+from infctx.recurrence import wkv_numba_lanes
+from infctx.recurrence.wkv_numba_lanes import (
     CHUNK,
     TOKENS,
     VECTOR_BYTES,

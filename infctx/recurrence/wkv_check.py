@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.model import START_SPACING
-from infctx.model.wkv_chunked import wkv_chunked
+from infctx.recurrence.wkv_chunked import wkv_chunked
 
 NUM_TOKENS = 150
 """Three spans, and a last chunk that is not whole."""

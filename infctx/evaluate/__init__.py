@@ -1,0 +1,1 @@
+"""What a model has learned: its loss by position, and what it writes."""

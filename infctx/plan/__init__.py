@@ -1,0 +1,1 @@
+"""A run before it runs: sizes, device, strategy, memory, and the report about them."""
