@@ -8,7 +8,8 @@ import pytest
 from infctx.config import Config, dump_config, load_config
 from infctx.errors import InputError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from places import CONFIGS
+
 WHOLE = """\
 model:
   version: 6

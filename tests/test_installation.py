@@ -10,7 +10,7 @@ from packaging.markers import Marker
 
 import infctx
 
-from runs import ROOT
+from places import ROOT
 
 PINS = [line.partition(";") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 

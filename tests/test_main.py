@@ -17,7 +17,8 @@ import yaml
 import infctx
 from infctx.__main__ import main
 
-from runs import ROOT, infctx_command, write_config, write_store
+from places import ROOT
+from runs import infctx_command, write_config, write_store
 
 
 def refused(capfd, *arguments):

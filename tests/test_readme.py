@@ -11,7 +11,8 @@ import torch
 
 import infctx
 
-from runs import ROOT, write_store
+from places import ROOT
+from runs import write_store
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -67,7 +68,7 @@ def test_make_train(demonstration):
 
 
 def test_make_test():
-    done = make("test", "ARGS=-p no:cacheprovider tests/test_sizes.py")
+    done = make("test", "ARGS=-p no:cacheprovider tests/model/test_sizes.py")
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
 

@@ -22,15 +22,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu_correctness import BF16, Case, draw, in_float64, outputs, relative_rms
 from torch import Tensor
-from wkv_table import BAR_SHAPE, HEAD_SIZE, MISSING, NOT_RUN, Report, Row, bars, find_facts, markdown, table_row
 
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.files import atomic_file
 from infctx.recurrence.wkv_chunked import wkv_chunked
+
+from gpu_correctness import BF16, Case, draw, in_float64, outputs, relative_rms
+from wkv_table import BAR_SHAPE, HEAD_SIZE, MISSING, NOT_RUN, Report, Row, bars, find_facts, markdown, table_row
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCHES = (1, 8)

@@ -27,16 +27,17 @@ from pathlib import Path
 # A bare machine has torch, and infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gpu_correctness
-import gpu_launches
 import torch
-from bench_wkv import default_output
-from gpu_correctness import Check, Subject, Verdict
-from wkv_table import find_facts
 
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
 from infctx.files import atomic_file
+
+import gpu_correctness
+import gpu_launches
+from bench_wkv import default_output
+from gpu_correctness import Check, Subject, Verdict
+from wkv_table import find_facts
 
 LONGEST_CHECK_SECONDS = 120
 LONGEST_ROW_SECONDS = 240

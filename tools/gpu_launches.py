@@ -27,11 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, outputs, same
 from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, backward_shared_bytes, find_layout, forward_shared_bytes
+
+from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, outputs, same
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("wkv_forward.cu", "wkv_backward.cu")

@@ -3,7 +3,7 @@
 //
 // No header is included, CUDA's neither: mixes of header and compiler versions are a recurring failure.  The same file
 // is compiled by NVRTC 12 and 13 for sm_80 to sm_120, where each primitive is one or two PTX instructions, and by g++
-// with INFCTX_EMULATOR after tests/emulator/emulator.h, where each is a call into the emulator.  There are no atomics:
+// with INFCTX_EMULATOR after tests/support/emulator/emulator.h, where each is a call into the emulator.  There are no atomics:
 // the same input is to give the same bits.  Blocks have one dimension, a multiple of 32 threads; every warp primitive
 // is called by all 32 lanes together.
 

@@ -135,7 +135,7 @@ class Sharded:
         """Stages 1 and 2: lets DeepSpeed find each parameter's part of the optimizer's state.
 
         DeepSpeed 0.19.8 does so by itself once, behind the step of the first group (`_optimizer_step`), when the other
-        groups have no state yet, and then can not find theirs; tests/test_sharded.py tells when that is gone.
+        groups have no state yet, and then can not find theirs; tests/distributed/test_zero.py tells when that is gone.
         """
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._hp_optimizer_states_linked = False

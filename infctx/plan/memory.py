@@ -43,7 +43,7 @@ class Share(NamedTuple):
 
 PARAMETER_BYTES = {
     # (strategy, offload_optimizer, offload_parameters), gradients reduced behind every segment where that can be; with
-    # fp32 weights and many backward calls a step, counted in DeepSpeed 0.19.8 (tests/test_plan_report.py), whose stages
+    # fp32 weights and many backward calls a step, counted in DeepSpeed 0.19.8 (tests/plan/test_report.py), whose stages
     # all step a second copy of a rank's share of the weights
     ("ddp", False, False): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
     ("zero1", False, False): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
@@ -69,7 +69,7 @@ STEP_PARAMETER_BYTES = PARAMETER_BYTES | {
 ACTIVATION_BYTES = {
     # (version, bf16, WKV by kernels rather than plain torch): tensors that autograd saves in a block, in bytes a token
     # and channel of the width, when the weights learn and when they are frozen; counted with
-    # torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/test_plan.py)
+    # torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/plan/test_plan.py)
     (5, False, True): (113, 62),
     (5, True, True): (58, 33),
     (6, False, True): (153, 97),

@@ -1,20 +1,15 @@
 """The benchmark of the kernels without a GPU: the emulator computes, memory and times are pretended."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 
-from wkv_emulated import emulated
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
 import bench_wkv
 import wkv_table
+from wkv_emulated import emulated
 from wkv_table import Report, Row
 
 FACTS = {"device": "NVIDIA H100", "driver": "580", "torch": "2.11", "date": "2026-01-31", "commit": "0123abc-dirty"}

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from test_wkv import random_inputs
 from torch import Tensor
 
 from infctx.cuda import wkv_cuda
 from infctx.recurrence import wkv
 
 from emulator.emulator import Argument, Emulation, build
+from wkv_inputs import random_inputs
 
 NAMES = ("r", "k", "v", "w", "u", "state")
 DTYPES = [torch.float32, torch.bfloat16]

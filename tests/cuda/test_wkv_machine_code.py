@@ -23,7 +23,7 @@ from infctx.cuda import wkv_cuda
 from infctx.cuda.compile import Compiled, Resources, compile_source, cubin
 from infctx.cuda.wkv_layout import find_layout
 
-from runs import ROOT
+from places import ROOT
 
 FOLDER = Path(wkv_cuda.__file__).parent
 KERNELS = {

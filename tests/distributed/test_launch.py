@@ -12,7 +12,7 @@ import pytest
 
 from infctx.distributed.launch import is_rank, launch
 
-from runs import ROOT
+from places import ROOT
 
 LAUNCHER = "import sys; from infctx.distributed.launch import launch; sys.exit(launch([], {count}, program={program}))"
 SAYS = """

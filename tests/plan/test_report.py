@@ -16,7 +16,7 @@ from infctx.config import load_config
 from infctx.distributed.zero import Sharded
 from infctx.errors import InputError
 from infctx.model.loss import SegmentLoss
-from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
+from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.plan import plan
 from infctx.plan.memory import (
     PARAMETER_BYTES,
@@ -36,35 +36,18 @@ from infctx.plan.report import choice_table, example_config, plan_report, time_t
 from infctx.recurrence.time_parallel import TimeRanks, stack_told
 from infctx.train.window import backward_through_window, cut_window
 
+from places import ROOT
+from plans import FINCH, bytes_of, many, other_run
 from ranks import run_ranks
-from runs import ROOT, write_config
+from runs import write_config
 from tiny_models import random_model
 
-FINCH = published_sizes("finch-3b")
 GB = 1e9
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def many(gpus=8, **changes):
-    """Finch 3B on several GPUs, without a file; changes are section__setting=value."""
-    config = example_config("finch-3b", gpus)
-    for name, value in changes.items():
-        section, setting = name.split("__")
-        part = getattr(config, section).model_copy(update={setting: value})
-        config = config.model_copy(update={section: part})
-    return type(config).model_validate(config.model_dump())
-
-
-def other_run(config, *option, reduction="segment"):
-    return with_distributed(with_strategy(config, *option), gradient_reduction=reduction)
-
-
-def bytes_of(config, *option, reduction="segment"):
-    return rank_memory(other_run(config, *option, reduction=reduction), FINCH, "cuda")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

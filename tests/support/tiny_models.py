@@ -23,3 +23,12 @@ def random_model(version, *, dtype=torch.float32, seed=0, with_state=False, nois
 
 def random_tokens(*shape, vocab_size=SIZES["vocab_size"], seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_window(num_tokens, batch=2, vocab_size=19, seed=0, start_rate=0.2):
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (batch, num_tokens), generator=random)
+    targets = torch.randint(vocab_size, (batch, num_tokens), generator=random)
+    targets[torch.rand(targets.shape, generator=random) < 0.3] = -100
+    starts = torch.rand(batch, -(-num_tokens // 16), generator=random) < start_rate
+    return tokens, targets, starts

@@ -1,7 +1,6 @@
 """The model against the golden files: a float64 reference and the rwkv package, both versions, cut anywhere."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,10 +14,10 @@ from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.model.state import State
 from infctx.recurrence.wkv import BACKENDS
 
+from places import GOLDEN
 from tiny_models import random_model, random_tokens
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("eagle", "finch")
 TAGS = ("", "init_")
 BARS = {

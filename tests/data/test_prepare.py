@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import infctx
 import infctx.data.prepare as prepare_module
 from infctx.data.prepare import prepare
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
 
-REPOSITORY = Path(infctx.__file__).parents[1]
+from places import ROOT
 
 
 def write_jsonl(path: Path, texts: list[str]) -> str:
@@ -321,7 +320,7 @@ if __name__ == "__main__":
 def start(tmp_path: Path, source: Path, tokenizer: str, workers: int, limit: int = 0) -> subprocess.Popen:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, script, source, tmp_path / "out", tokenizer, workers, limit]
     return subprocess.Popen(
         [str(argument) for argument in arguments],

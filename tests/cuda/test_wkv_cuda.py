@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_wkv import relative_rms
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.errors import InputError
@@ -16,6 +15,7 @@ from infctx.recurrence.wkv_chunked import wkv_chunked
 from infctx.recurrence.wkv_reference import wkv_reference
 
 from wkv_emulated import DTYPES, FP32_BAR, NAMES, emulated, make_inputs, same_bits, values_and_gradients
+from wkv_inputs import relative_rms
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles with g++")
 

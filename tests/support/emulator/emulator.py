@@ -32,7 +32,7 @@ import numpy as np
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-PRIMITIVES = HERE.parent.parent / "infctx" / "cuda"
+PRIMITIVES = HERE.parents[2] / "infctx" / "cuda"
 
 ORDERS = ("forward", "reverse", "random")
 

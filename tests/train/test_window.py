@@ -9,21 +9,12 @@ from infctx.errors import InputError
 from infctx.model.state import State
 from infctx.train.window import Seams
 
-from tiny_models import random_model
+from tiny_models import random_model, random_window
 
 
 def tiny_model(version):
     """A float64 model in which every parameter matters, with an initial state that is not zero."""
     return random_model(version, dtype=torch.float64, with_state=True)
-
-
-def random_window(num_tokens, batch=2, vocab_size=19, seed=0, start_rate=0.2):
-    random = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocab_size, (batch, num_tokens), generator=random)
-    targets = torch.randint(vocab_size, (batch, num_tokens), generator=random)
-    targets[torch.rand(targets.shape, generator=random) < 0.3] = -100
-    starts = torch.rand(batch, -(-num_tokens // 16), generator=random) < start_rate
-    return tokens, targets, starts
 
 
 def whole_document_gradients(model, tokens, targets, starts, state=None):

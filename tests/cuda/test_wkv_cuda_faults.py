@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from test_wkv import relative_rms
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.recurrence.wkv_reference import wkv_reference
 
 from emulator.emulator import ORDERS, EmulatorError, build
 from wkv_emulated import DTYPES, FP32_BAR, NAMES, SOURCES, emulated, make_inputs, same_bits, values_and_gradients
+from wkv_inputs import relative_rms
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles with g++")
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from runs import ROOT
+from places import ROOT
 
 RANK = """
 import os, sys, time

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -15,7 +14,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.model.loss import SegmentLoss
 from infctx.train.metrics import read_step_log
 
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 
 def write_store(path, lengths=(700, 40, 333, 1500, 90), seed=0, vocab_size=257):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import infctx
 import infctx.data.token_store as token_store
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.errors import InputError
 
-REPOSITORY = Path(infctx.__file__).parents[1]
+from places import ROOT
+
 DOCUMENTS = [[5, 6, 7, 0], [0], [1, 65535, 0], [9] * 100 + [0]]
 
 
@@ -219,7 +219,7 @@ def test_negative_ids_are_refused_when_they_are_read(tmp_path):
 
 
 def run(code: str, *arguments: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_window import random_window
 
 from infctx.model.loss import SegmentLoss
 from infctx.model.state import State
@@ -11,7 +10,7 @@ from infctx.recurrence.time_parallel import TimeRanks
 from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from ranks import bytes_received, run_ranks
-from tiny_models import random_model
+from tiny_models import random_model, random_window
 
 BATCH = 2
 CASES = {

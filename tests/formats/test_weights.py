@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from infctx.formats.other_names import from_official
 from infctx.formats.stored_names import stored_names
 from infctx.formats.weights import fingerprint, read_sizes, stored_tensors
 
+from places import GOLDEN
 from tiny_models import random_model, random_tokens
 
-GOLDEN = Path(__file__).parent / "golden"
 ODD = {"width": 40, "head_size": 20, "vocab_size": 37, "ffn_width": 52}
 
 

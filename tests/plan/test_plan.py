@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from test_plan_report import FINCH, bytes_of, many
 
 import infctx
 from infctx.config import load_config
@@ -29,11 +28,11 @@ from infctx.plan.plan import (
 )
 from infctx.train.tune import freeze_weights
 
+from places import CONFIGS
+from plans import FINCH, bytes_of, many
 from runs import write_config, write_store
 from tiny_models import random_model
 from wkv_emulated import emulated
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def lacking(config):

@@ -10,10 +10,9 @@ from infctx.errors import InputError
 from infctx.formats.state_file import SUFFIXES, is_state_file, read_state
 from infctx.model.state import State
 
-from runs import ROOT
+from places import GOLDEN
 from tiny_models import random_model, random_tokens
 
-GOLDEN = ROOT / "tests" / "golden"
 SIZES = {"num_layers": 3, "width": 40, "head_size": 20}
 FORMS = [(form, suffix) for form, suffixes in SUFFIXES.items() for suffix in suffixes]
 

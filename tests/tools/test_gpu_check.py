@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +16,13 @@ from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import find_layout
 from infctx.recurrence.wkv_chunked import wkv_chunked
 
-from wkv_emulated import emulated
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
 import gpu_check
 import gpu_correctness
 import gpu_launches
 from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict
+from places import ROOT
+from wkv_emulated import emulated
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = Case((2, 150, 2, 16), FP32, documents=True)
 
 
@@ -330,7 +326,7 @@ def test_without_torch_one_line_says_so():
 def refused(command):
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test` above us
     environment = outside | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.stdout == "" and len(lines) == 1, done.stderr
     return done.returncode, lines[0]
@@ -355,7 +351,5 @@ assert gpu_check.main([]) == 2
     environment = outside | {"CUDA_VISIBLE_DEVICES": ""}
     with contextlib.suppress(KeyError):
         del environment["PYTHONPATH"]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from runs import ROOT
+from places import ROOT
 
 
 def tool(name):

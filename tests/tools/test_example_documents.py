@@ -3,19 +3,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
-import infctx
 from infctx.data.prepare import prepare
 from infctx.data.token_store import TokenStore
 
-REPOSITORY = Path(infctx.__file__).parents[1]
+from places import ROOT
 
 
 def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "python", "--min-bytes", "60000"]
+    tool = [sys.executable, str(ROOT / "tools" / "example_documents.py"), "python", "--min-bytes", "60000"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     lines = subprocess.run(tool, capture_output=True, check=True, env=environment).stdout
     assert subprocess.run(tool, capture_output=True, check=True).stdout == lines
@@ -39,7 +37,7 @@ def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
 
 
 def test_the_headers_of_torch():
-    tool = [sys.executable, str(REPOSITORY / "tools" / "example_documents.py"), "cpp"]
+    tool = [sys.executable, str(ROOT / "tools" / "example_documents.py"), "cpp"]
     documents = [json.loads(line) for line in subprocess.run(tool, capture_output=True, check=True).stdout.splitlines()]
     sources = [document["source"] for document in documents]
     assert sources == sorted(sources)
