@@ -17,11 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from infctx.conventions import MASKED, START_SPACING
 from infctx.data.document_stream import DocumentStream
 from infctx.errors import InputError
 
-DOCUMENT_ALIGNMENT = 16  # tokens; the unit of `starts` in the WKV op
-MASKED = -100
 FREE = -1  # in a position: the lane has no document
 
 
@@ -109,8 +108,8 @@ class Lanes:
         lanes: Sequence[int] | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
-        if window_tokens < 1 or window_tokens % DOCUMENT_ALIGNMENT:
-            raise InputError(f"a window of {window_tokens} tokens is not a multiple of {DOCUMENT_ALIGNMENT}: change it")
+        if window_tokens < 1 or window_tokens % START_SPACING:
+            raise InputError(f"a window of {window_tokens} tokens is not a multiple of {START_SPACING}: change it")
         if num_lanes < 1:
             raise InputError(f"{num_lanes} lanes: at least one is needed")
         self.store = store
@@ -155,7 +154,7 @@ class Lanes:
             count = min(left, self.window_tokens - place)
             runs.append(_Run(current.document, current.begin, count, place))
             # Window and starts are multiples of 16, so the filled-up rest of a document always fits.
-            place += -(-count // DOCUMENT_ALIGNMENT) * DOCUMENT_ALIGNMENT
+            place += -(-count // START_SPACING) * START_SPACING
             current.begin += count
             self._open[lane] = current if count < left else None
         return runs
@@ -175,13 +174,13 @@ class Lanes:
     def _read(self, lanes: list[list[_Run]], num_targets: int) -> Window:
         tokens = np.zeros((len(lanes), self.window_tokens), np.int64)
         targets = np.full_like(tokens, MASKED)
-        starts = np.zeros((len(lanes), self.window_tokens // DOCUMENT_ALIGNMENT), bool)
+        starts = np.zeros((len(lanes), self.window_tokens // START_SPACING), bool)
         for row, runs in enumerate(lanes):
             for run in runs:
                 ids = self._checked_tokens(run)
                 tokens[row, run.place : run.place + run.count] = ids[:-1]
                 targets[row, run.place : run.place + run.count] = ids[1:]
-                starts[row, run.place // DOCUMENT_ALIGNMENT] = run.begin == 0
+                starts[row, run.place // START_SPACING] = run.begin == 0
         return Window(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
@@ -227,7 +226,7 @@ class Lanes:
             if (index, begin) == (FREE, 0):
                 continue
             current = self._at(index, begin) if 0 <= index < self._next else None
-            if current is None or not 0 <= begin < current.length - 1 or begin % DOCUMENT_ALIGNMENT:
+            if current is None or not 0 <= begin < current.length - 1 or begin % START_SPACING:
                 raise InputError(f"the saved position has no place {begin} in stream index {index}: it is damaged")
             self._open[lane] = current
 

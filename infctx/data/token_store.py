@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from infctx.conventions import END_OF_DOCUMENT
 from infctx.errors import InputError
 from infctx.files import flush_to_disk, naming_errors, temporary_name
 
@@ -26,7 +27,6 @@ HEADER = struct.Struct("<QBQQ")  # version, dtype code, n, d
 ARRAYS_BEGIN = len(MAGIC) + HEADER.size
 DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 WRITTEN_CODE = 8
-END_OF_DOCUMENT = 0
 # A size is an int32, so a longer document is stored as several sequences.
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 BLOCK = 1 << 18  # index entries that are checked or written at once

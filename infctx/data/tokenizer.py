@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infctx.conventions import END_OF_DOCUMENT
 from infctx.errors import InputError
 
-END_OF_DOCUMENT = 0
 TOKENIZER_NAMES = ("world", "bytes")
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infctx.data.tokenizer import END_OF_DOCUMENT, Tokenizer, get_tokenizer, tokenizer_for_vocab
+from infctx.conventions import END_OF_DOCUMENT
+from infctx.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.model.rwkv import RWKV
 

@@ -7,8 +7,5 @@ Letters used for dimensions in this package:
     D  width                    F  width of the channel mix
     L  layers                   V  vocabulary
 
-Reading order: rwkv -> block -> time_mix, channel_mix -> wkv -> wkv_reference (the definition).
+Reading order: rwkv -> block -> time_mix, channel_mix -> loss; the recurrence itself is in infctx/recurrence.
 """
-
-START_SPACING = 16
-"""A document may start at every token whose place in the segment is a multiple of this."""

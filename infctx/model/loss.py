@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infctx.conventions import MASKED
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, state_dtype
 from infctx.recurrence.time_parallel import Exchange
-
-MASKED = -100
-"""Target of a place that carries no loss."""
 
 SLICE_LOGITS = 1 << 25
 """Logits held at once: 128 MiB in fp32."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infctx.model import START_SPACING
+from infctx.conventions import START_SPACING
 
 
 def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:

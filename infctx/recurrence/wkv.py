@@ -8,11 +8,11 @@ import logging
 import torch
 from torch import Tensor
 
+from infctx.conventions import START_SPACING
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
 from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
-from infctx.model import START_SPACING
 from infctx.model.state import state_dtype
 from infctx.recurrence.wkv_check import find_disagreement
 from infctx.recurrence.wkv_chunked import wkv_chunked

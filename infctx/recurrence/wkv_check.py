@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from infctx.conventions import START_SPACING
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.model import START_SPACING
 from infctx.recurrence.wkv_chunked import wkv_chunked
 
 NUM_TOKENS = 150

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infctx.model import START_SPACING
+from infctx.conventions import START_SPACING
 
 CHUNK_TOKENS = 64
 

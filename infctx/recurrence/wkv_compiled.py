@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infctx.model import START_SPACING
+from infctx.conventions import START_SPACING
 from infctx.model.state import state_dtype
 
 MIN_THREAD_TOKENS = 256

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit, types
 
-from infctx.model import START_SPACING
+from infctx.conventions import START_SPACING
 from infctx.recurrence import wkv_numba_lanes
 from infctx.recurrence.wkv_numba_lanes import (
     CHUNK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infctx.model import START_SPACING
+from infctx.conventions import START_SPACING
 
 
 def wkv_reference(

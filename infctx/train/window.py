@@ -17,10 +17,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from infctx.conventions import MASKED, START_SPACING
 from infctx.errors import InputError
 from infctx.machine import keep_freed_memory
-from infctx.model import START_SPACING
-from infctx.model.loss import MASKED, SegmentLoss
+from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.recurrence.time_parallel import Exchange, hand_out_told, stack_told

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infctx.config import load_config
-from infctx.model.loss import MASKED
+from infctx.conventions import MASKED
 from infctx.train.loop import gradients_of_step, open_lanes, open_run, train_steps
 
 from ranks import bytes_received, run_ranks

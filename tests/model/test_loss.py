@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from infctx.conventions import MASKED
 from infctx.model import loss as loss_module
-from infctx.model.loss import MASKED, SegmentLoss, cross_entropy_sum, token_losses
+from infctx.model.loss import SegmentLoss, cross_entropy_sum, token_losses
 
 from tiny_models import random_model, random_tokens
 
