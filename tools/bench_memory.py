@@ -22,9 +22,9 @@ import torch
 import infctx
 from infctx.config import OptimizerSettings
 from infctx.plan.plan import state_bytes
+from infctx.train.learn import freeze_weights
 from infctx.train.metrics import peak_memory
 from infctx.train.optimizer import make_optimizer
-from infctx.train.tune import freeze_weights
 
 SEGMENT_TOKENS = 512
 SIZES = {"version": 6, "num_layers": 4, "width": 256, "vocab_size": 257}

@@ -50,9 +50,9 @@ from infctx.train.checkpoint import (
     save_checkpoint,
 )
 from infctx.train.failure import explain_failure, find_failure
+from infctx.train.learn import finish_tuning, freeze_weights, natural_units
 from infctx.train.metrics import open_metrics, read_step_log
 from infctx.train.optimizer import set_learning_rate
-from infctx.train.tune import finish_tuning, freeze_weights, natural_units
 from infctx.train.window import backward_through_window, cut_window
 
 EVALUATION_BYTES = 4 << 30

@@ -16,8 +16,8 @@ from infctx.formats.other_names import from_official, naming_of
 from infctx.formats.tensor_file import narrow, read_metadata, read_tensors, write_tensors
 from infctx.formats.weights import fingerprint, is_state_name, stored_tensors
 from infctx.train.checkpoint import Progress, save_checkpoint
+from infctx.train.learn import freeze_weights
 from infctx.train.optimizer import make_optimizer
-from infctx.train.tune import freeze_weights
 
 from runs import plain_engine, write_config
 from tiny_models import random_model, random_tokens

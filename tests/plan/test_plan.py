@@ -26,7 +26,7 @@ from infctx.plan.plan import (
     resolve_strategy,
     state_bytes,
 )
-from infctx.train.tune import freeze_weights
+from infctx.train.learn import freeze_weights
 
 from places import CONFIGS
 from plans import FINCH, bytes_of, many

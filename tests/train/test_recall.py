@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import infctx
 from infctx.config import WindowSettings
 from infctx.data.lanes import Window
-from infctx.train.tune import freeze_weights, natural_units
+from infctx.train.learn import freeze_weights, natural_units
 
 SEGMENT_TOKENS, SEGMENTS, VALUES, BATCH = 16, 8, 16, 32
 MARK, QUERY, NOISE = VALUES, VALUES + 1, VALUES + 2

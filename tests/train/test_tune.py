@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 import infctx
 from infctx.config import WindowSettings
 from infctx.data.lanes import Window
-from infctx.train.tune import freeze_weights, natural_units, without_state
+from infctx.train.learn import freeze_weights, natural_units, without_state
 
 from tiny_models import random_model, random_tokens
 

@@ -15,11 +15,11 @@ from infctx.errors import InputError
 from infctx.formats.model_files import open_model
 from infctx.formats.state_file import read_state
 from infctx.formats.tensor_file import read_tensors
-from infctx.train import tune
+from infctx.train import learn as tune
 from infctx.train.checkpoint import checkpoints
 from infctx.train.failure import find_failure
+from infctx.train.learn import freeze_weights
 from infctx.train.loop import open_run, train, train_steps
-from infctx.train.tune import freeze_weights
 
 from runs import infctx_command, losses_of, write_config, write_store
 from tiny_models import random_model
