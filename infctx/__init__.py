@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infctx.errors import InputError
     from infctx.formats.state_file import load_state, save_state
-    from infctx.formats.weights import build_model, load_model, save_weights
+    from infctx.formats.weights import load_model, save_weights
+    from infctx.model.build import build_model
     from infctx.model.state import State
     from infctx.recurrence.wkv import wkv
     from infctx.train.window import window_backward
@@ -33,7 +34,7 @@ __version__ = "0.1.0"
 _DEFINED_IN = {
     "InputError": "infctx.errors",
     "State": "infctx.model.state",
-    "build_model": "infctx.formats.weights",
+    "build_model": "infctx.model.build",
     "load_model": "infctx.formats.weights",
     "load_state": "infctx.formats.state_file",
     "save_state": "infctx.formats.state_file",

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import infctx
-from infctx.errors import InputError, TrainingFailed
-
-EXIT_INPUT, EXIT_FAILED = 2, 1
-LATER_RANKS_SECONDS = 2
-REMEDIES = {
-    errno.EISDIR: "name a file",
-    errno.ENOTDIR: "a file stands where a folder is wanted; choose another place",
-    errno.EEXIST: "a file stands where a folder is wanted; choose another place",
-    errno.ENOENT: "choose a place that is there",
-    errno.EACCES: "choose a place that you may use",
-    errno.EROFS: "choose a place that can be written",
-    errno.ENOSPC: "make room, or choose another place",
-}
-LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+from infctx.errors import InputError
+from infctx.exits import EXIT_INPUT, fail, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,48 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("infctx").setLevel(logging.INFO)
     warnings.simplefilter("default" if "INFCTX_DEBUG" in os.environ else "ignore")
-    try:
-        return parsed.command(parsed) or 0
-    except InputError as error:
-        return _fail(error, EXIT_INPUT)
-    except BrokenPipeError:  # whoever was reading has what they wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno)
-        return _fail(f"{place}{error.strerror or error}{f'; {remedy}' if remedy else ''}", EXIT_INPUT)
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}; {LESS_MEMORY}", EXIT_INPUT)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except TrainingFailed as error:
-        return _fail(error, EXIT_FAILED)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            return _fail(f"out of memory: {str(error).splitlines()[0]}; {LESS_MEMORY}", EXIT_INPUT)
-        raise
-
-
-def _fail(problem: object, code: int) -> int:
-    if "INFCTX_DEBUG" in os.environ:
-        logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank != "0":  # rank 0 mostly says the same, and then the launcher ends them all
-        time.sleep(LATER_RANKS_SECONDS)
-    print(f"infctx: {'' if rank == '0' else f'rank {rank}: '}{' '.join(str(problem).split())}", file=sys.stderr)
-    if "LOCAL_RANK" in os.environ:  # without cleaning up, which would wait for the other ranks
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return run_command(lambda: parsed.command(parsed))
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
+        sys.exit(fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -170,7 +122,8 @@ def _tune(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, learn: str | None = None) -> int:
     """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
     from infctx.config import load_config
-    from infctx.distributed.launch import is_rank, launch, refuse_before_launch
+    from infctx.distributed.launch import launch, refuse_before_launch
+    from infctx.environment import is_rank
 
     config = load_config(options.config, options.overrides, learn)
     ranks = config.distributed
@@ -323,7 +276,7 @@ def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load to
     import torch
 
     from infctx.formats.model_files import open_model
-    from infctx.plan.plan import pick_device
+    from infctx.machine import pick_device
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     return open_model(options.model, options.state, dtype, pick_device(options.device))

@@ -191,6 +191,11 @@ class RunSettings(Section):
     evaluate_tokens: Annotated[int, Field(ge=0)] = 262144
     """Held-out tokens of the loss by position at the end of the run."""
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
 
 class DistributedSettings(Section):
     """Over how many processes, one a device, and what each of them holds."""
@@ -255,6 +260,16 @@ class Config(Section):
     def rank_lanes(self) -> int:
         """Lanes of one rank."""
         return self.window.lanes // self.distributed.data_ranks
+
+    @property
+    def pass_lanes(self) -> int:
+        """Lanes that one rank computes at once."""
+        return min(self.window.lanes_per_pass or self.rank_lanes, self.rank_lanes)
+
+    @property
+    def rank_backwards(self) -> int:
+        """Backward calls of one rank in a step: one a segment, for each group of lanes."""
+        return -(-self.rank_lanes // self.pass_lanes) * self.window.window_segments
 
     @property
     def slice_tokens(self) -> int:

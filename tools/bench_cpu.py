@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 import infctx
-from infctx.train.metrics import peak_memory
+from infctx.machine import peak_memory
 
 SEGMENT_TOKENS = 512
 SEGMENTS = 4

@@ -21,9 +21,9 @@ import torch
 
 import infctx
 from infctx.config import OptimizerSettings
-from infctx.plan.plan import state_bytes
+from infctx.machine import peak_memory
+from infctx.plan.memory import state_bytes
 from infctx.train.learn import freeze_weights
-from infctx.train.metrics import peak_memory
 from infctx.train.optimizer import make_optimizer
 
 SEGMENT_TOKENS = 512

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from infctx.environment import LAUNCHER
+
 if TYPE_CHECKING:
     from infctx.config import Config
 
@@ -53,24 +55,15 @@ def launch(
 
 
 def refuse_before_launch(config: Config) -> None:
-    """`infctx.plan.plan.refuse_what_lacks` in a process of its own, which takes with it what it has opened: torch, and
-    memory of a GPU."""
+    """Makes the plan in a process of its own, which takes with it what it has opened: torch, and memory of a GPU."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(_refuse, config).result()
 
 
-def is_rank() -> bool:
-    """Whether this process is one of the ranks of a run already: of ours, of torchrun or of srun."""
-    if "LOCAL_RANK" in os.environ:
-        return True
-    in_slurm = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
-    return in_slurm and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
 def _refuse(config: Config) -> None:
-    from infctx.plan.plan import refuse_what_lacks
+    from infctx.plan.plan import make_plan
 
-    refuse_what_lacks(config)
+    make_plan(config, hashes=False)  # which rank 0 reads
 
 
 @contextmanager
@@ -94,7 +87,7 @@ def _environment(count: int) -> dict[str, str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "NODE_RANK": "0"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INFCTX_LAUNCHER": str(os.getpid())}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHER: str(os.getpid())}
     return os.environ | sizes | place
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infctx.distributed.launch import is_rank
 from infctx.errors import InputError
 from infctx.recurrence.time_parallel import TimeRanks
 
@@ -85,18 +83,6 @@ class Ranks:
     def together(self, work: Callable[[], Result]) -> list[Result]:
         """What every rank gets for its own work; an InputError or OSError of one of them is raised on every rank."""
         return _unwrap(self.gather(_attempt(work))) if self.world_size > 1 else [work()]
-
-
-def ranks_started() -> int | None:
-    """How many ranks torchrun, srun or `infctx` itself has started, None for a process that is no rank."""
-    if not is_rank():
-        return None
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def started_by_launcher() -> bool:
-    """Whether `infctx` itself started this rank, on one machine, and has looked whether that has all that it needs."""
-    return "INFCTX_LAUNCHER" in os.environ
 
 
 def refuse_other_settings(ranks: Ranks, settings: str) -> None:

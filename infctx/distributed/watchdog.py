@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 from tqdm import tqdm
 
+from infctx.environment import LAUNCHER
+
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS, LOST_SECONDS, STALL_SECONDS = 20.0, 5.0, 120.0
@@ -99,7 +101,7 @@ class Watchdog:
         self.others = [other for other in range(world_size) if other != rank]
         self.beat_seconds, self.linger_seconds = beat_seconds, linger_seconds
         self.silent_seconds, self.lost_seconds, self.stall_seconds = silent_seconds, lost_seconds, stall_seconds
-        self._launcher = os.environ.get("INFCTX_LAUNCHER")
+        self._launcher = os.environ.get(LAUNCHER)
         self._listener = _listen(store)
         address = self._listener.getsockname()[:2] if self._listener else None
         mine = Beat(host=socket.gethostname(), address=address)

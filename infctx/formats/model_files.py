@@ -9,12 +9,18 @@ from typing import NamedTuple
 import torch
 
 from infctx.errors import InputError
-from infctx.formats.state_file import STATE_FILE, is_state_file, load_state
+from infctx.formats.checkpoint_folder import (
+    MANIFEST,
+    STATE_FILE,
+    TUNED_OVER,
+    holds_weights,
+    newest_checkpoint,
+    saved_settings,
+)
+from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
-from infctx.formats.weights import StoredWeights, fingerprint, load_model
-from infctx.model.rwkv import RWKV
-from infctx.train.checkpoint import MANIFEST, TUNED_OVER, newest_checkpoint, saved_settings
-from infctx.train.shares import holds_weights
+from infctx.formats.weights import StoredWeights, fingerprint, open_weights, read_model
+from infctx.model.rwkv import RWKV, Compute
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +33,19 @@ class ModelFiles(NamedTuple):
 
 
 def open_model(
-    path: Path,
+    path: Path | ModelFiles,
     state: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    backend: str = "auto",
+    compute: Compute = Compute(),  # noqa: B008  (frozen)
     same_weights: bool = False,
 ) -> RWKV:
     """The model that `path` names, starting documents from `state` if that is given, else from what goes with it.
 
     same_weights: raises InputError if the state was tuned over other weights, instead of saying so in the log.
     """
-    files = find_model(path)
-    model = load_model(files.weights, dtype, device, backend)
+    files = path if isinstance(path, ModelFiles) else find_model(path)
+    model = read_model(open_weights(files.weights), dtype, device, compute)
     state = state or files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
@@ -57,8 +63,11 @@ def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
     return tuned_over is not None and tuned_over != fingerprint(weights)
 
 
-def find_model(path: Path) -> ModelFiles:
-    """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none."""
+def find_model(path: Path, hashes: bool = True) -> ModelFiles:
+    """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none.
+
+    hashes: reads all of that checkpoint to see whether it is whole, see `newest_checkpoint`.
+    """
     if not path.is_dir():
         if path.is_file() and is_state_file(path):
             raise InputError(
@@ -75,10 +84,10 @@ def find_model(path: Path) -> ModelFiles:
                 f"{path}: holds a state tuned over {weights}, and that is not there; run this where it is, or name "
                 f"the model and give {path / STATE_FILE} with --state"
             )
-        return ModelFiles(find_model(weights).weights, path / STATE_FILE)
-    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+        return ModelFiles(find_model(weights, hashes).weights, path / STATE_FILE)
+    newest = newest_checkpoint(path / "checkpoints", hashes) or newest_checkpoint(path, hashes)
     if newest is not None:
-        return find_model(newest)
+        return find_model(newest, hashes)
     if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
         return ModelFiles(path, None)
     raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")

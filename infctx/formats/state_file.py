@@ -18,16 +18,15 @@ from pathlib import Path
 import torch
 
 from infctx.errors import InputError
+from infctx.formats.checkpoint_folder import STATE_FILE
 from infctx.formats.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
 from infctx.formats.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 from infctx.model.rwkv import RWKV
-from infctx.model.state import State, refuse_other_sizes, state_dtype
+from infctx.model.state import State, refuse_other_sizes
+from infctx.recurrence.precision import state_dtype
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
 """The forms, and the names that their files have."""
-
-STATE_FILE = "state.safetensors"
-"""The name of a state of form infctx in the folder of a run or a checkpoint."""
 
 OWN_NAMES = set(State._fields)
 

@@ -16,15 +16,12 @@ from infctx.formats.other_names import ways_from_official, ways_to_official
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import narrow, weight_files, write_tensors
 from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
-from infctx.model.initialise import initialise
-from infctx.model.rwkv import RWKV
-from infctx.model.sizes import Sizes, make_sizes, published_sizes
-from infctx.model.state import state_dtype
+from infctx.model.build import empty_model
+from infctx.model.rwkv import RWKV, Compute
+from infctx.model.sizes import Sizes, make_sizes
+from infctx.recurrence.precision import state_dtype
 
 Shape = tuple[int, ...]
-
-CHECKPOINT_WEIGHTS = "model.safetensors"
-"""The file of a checkpoint folder that holds the model."""
 
 
 def load_model(
@@ -39,38 +36,23 @@ def load_model(
 
     Raises InputError naming the file and the tensor for anything else.
     """
-    stored = open_weights(path)
-    model = _empty_model(stored.sizes, backend, stored.has_state)
+    return read_model(open_weights(path), dtype, device, Compute(backend=backend))
+
+
+def read_model(
+    stored: StoredWeights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    compute: Compute = Compute(),  # noqa: B008
+) -> RWKV:
+    """`load_model` of weights that are open."""
+    model = empty_model(stored.sizes, compute, stored.has_state)
     names = stored_names(stored.sizes)
     tensors = {ours: stored.tensors[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
     if stored.has_state:
         tensors["initial_wkv"] = stored.initial_wkv().to(device=device, dtype=state_dtype(dtype))
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_()
-
-
-def build_model(
-    name: str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    backend: str = "auto",
-    **sizes: int,
-) -> RWKV:
-    """A new model with the official initialisation; device "meta" takes no memory and draws no weights.
-
-    name: a published size, such as "finch-3b"; or sizes by keyword: version, num_layers, width, and optionally
-    vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`).
-    """
-    if (name is None) == (not sizes):
-        raise InputError("build_model: give the name of a published size, or version, num_layers, width, ...")
-    model = _empty_model(published_sizes(name) if name else make_sizes(**sizes), backend).to(dtype)
-    if torch.device(device).type == "meta":
-        return model
-    model = model.to_empty(device=device)
-    initialise(model, seed)
-    return model
 
 
 def read_sizes(path: str | Path) -> Sizes:
@@ -118,7 +100,7 @@ def open_weights(path: str | Path) -> StoredWeights:
     """What `load_model` reads, checked and refused as there, but no more of it in memory than what is looked up."""
     stored = _open(Path(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.plan.items()}
-    model = _empty_model(stored.sizes, "auto", stored.has_state)
+    model = empty_model(stored.sizes, with_state=stored.has_state)
     _check_shapes(shapes, model, stored_names(stored.sizes), stored.path)
     return stored
 
@@ -216,15 +198,6 @@ def _empty_tensor(name: str, shape: Shape, path: Path) -> Tensor:
         raise InputError(
             f"{path}: tensor {name} has the odd shape {shape}; not a model of RWKV-5.2 or RWKV-6"
         ) from None
-
-
-def _empty_model(sizes: Sizes, backend: str, with_state: bool = False) -> RWKV:
-    """The module on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        model = RWKV(sizes, backend)
-        if with_state:
-            model.add_initial_state()
-    return model
 
 
 def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:

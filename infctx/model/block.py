@@ -8,10 +8,7 @@ from infctx.model.channel_mix import ChannelMix
 from infctx.model.layers import LayerNorm
 from infctx.model.sizes import Sizes
 from infctx.model.time_mix import TimeMix
-from infctx.recurrence.time_parallel import Exchange
-
-LayerState = tuple[Tensor, Tensor, Tensor]
-"""(wkv (B, H, N, N), time_shift (B, D), channel_shift (B, D)) of one layer."""
+from infctx.recurrence.layer_segment import LayerSegment, LayerState
 
 
 class Block(nn.Module):
@@ -24,22 +21,11 @@ class Block(nn.Module):
         self.channel_norm = LayerNorm(sizes.width)
         self.channel_mix = ChannelMix(sizes)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState,
-        starts: Tensor | None,
-        initial: LayerState | None,
-        exchange: Exchange | None = None,
-    ) -> tuple[Tensor, LayerState]:
-        """x (B, T, D) and the layer's state -> the same after the segment; exchange: where x is a slice of it."""
-        wkv, time_shift, channel_shift = state
-        first_wkv, first_time_shift, first_channel_shift = initial or (None, None, None)
-        change, wkv, time_shift = self.time_mix(
-            self.time_norm(x), wkv, time_shift, starts, first_wkv, first_time_shift, exchange
-        )
+    def forward(self, x: Tensor, state: LayerState, segment: LayerSegment) -> tuple[Tensor, LayerState]:
+        """x (B, T, D) and the layer's state -> the same behind the segment."""
+        # ZeRO-3 finds out when a block begins and ends its backward pass from the tensors among its inputs and outputs:
+        # x and the state are those, what is in `segment` need not be.
+        change, wkv, time_shift = self.time_mix(self.time_norm(x), state.wkv, state.time_shift, segment)
         x = x + change
-        change, channel_shift = self.channel_mix(
-            self.channel_norm(x), channel_shift, starts, first_channel_shift, exchange
-        )
-        return x + change, (wkv, time_shift, channel_shift)
+        change, channel_shift = self.channel_mix(self.channel_norm(x), state.channel_shift, segment)
+        return x + change, LayerState(wkv, time_shift, channel_shift)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from infctx.model.layers import Linear
 from infctx.model.sizes import Sizes
-from infctx.recurrence.time_parallel import Exchange
-from infctx.recurrence.token_shift import blend, token_shift
+from infctx.recurrence.layer_segment import LayerSegment
+from infctx.recurrence.token_shift import blend
 
 
 class SquaredRelu(torch.autograd.Function):
@@ -44,19 +44,9 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(width, width)
         self.value = Linear(sizes.ffn_width, width)
 
-    def forward(
-        self,
-        x: Tensor,
-        shift: Tensor,
-        starts: Tensor | None,
-        initial_shift: Tensor | None,
-        exchange: Exchange | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor]:
         """(B, T, D) and the state's shift vector (B, D) -> (B, T, D) and the vector to hand on."""
-        if exchange is None:
-            before, shift = token_shift(x, shift, starts, initial_shift)
-        else:
-            before, shift = exchange.token_shift("channel_shift", x, shift, starts, initial_shift)
+        before, shift = segment.token_shift("channel_shift", x, shift)
         origin, other = (before, x) if self.weighs_current else (x, before)
         x_k, x_r = blend(origin, other - origin, torch.stack([self.mix_key, self.mix_receptance]).to(x.dtype))
         k = SquaredRelu.apply(self.key(x_k))  # (B, T, F)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,30 @@ from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
 from infctx.model.rwkv import RWKV
-from infctx.model.state import State, state_dtype
-from infctx.recurrence.time_parallel import Exchange
+from infctx.model.state import State
+from infctx.recurrence.precision import state_dtype
+from infctx.recurrence.time_parallel import Received
 
 SLICE_LOGITS = 1 << 25
 """Logits held at once: 128 MiB in fp32."""
 
 L2WRAP = 1e-4
 """Factor of RWKV-LM's L2Wrap: its gradient adds this times the largest logit, at the largest logit."""
+
+
+class Segment(NamedTuple):
+    """What a segment is to the model and its loss.
+
+    tokens:  (B, T) int64
+    targets: (B, T) int64, -100 where there is no loss; None for the state alone, without head and loss
+    starts:  (B, number of 16-token boundaries inside the segment) bool, None where no document starts
+    offset:  place of the first token on the 16-token grid of the window, 0..15; 0 where time is shared over ranks
+    """
+
+    tokens: Tensor
+    targets: Tensor | None
+    starts: Tensor | None = None
+    offset: int = 0
 
 
 class SegmentLoss(nn.Module):
@@ -29,27 +45,15 @@ class SegmentLoss(nn.Module):
         super().__init__()
         self.model, self.l2wrap = model, l2wrap
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None,
-        starts: Tensor | None,
-        state: State,
-        offset: int = 0,
-        exchanges: list[Exchange] | None = None,
-    ) -> tuple[Tensor, State]:
-        """Runs a segment from `state`.
+    def forward(self, segment: Segment, state: State, received: Received | None = None) -> tuple[Tensor, State]:
+        """Runs a segment from `state`; received: see `RWKV.forward`.
 
-        tokens:    (B, T) int64
-        targets:   (B, T) int64, -100 where there is no loss; None for the state alone, without head and loss
-        starts:    (B, number of 16-token boundaries inside the segment) bool, None where no document starts
-        offset:    place of the first token on the 16-token grid of the window, 0..15; 0 where time is shared over ranks
-        exchanges: see `RWKV.forward`
         Returns the sum of the cross entropies over unmasked targets, fp32 or fp64, and the state.
         """
+        tokens, targets, starts, offset = segment
         on_grid = -offset % 16  # tokens before the first boundary
         if starts is None or on_grid == 0:
-            hidden, state = self.model(tokens, state, starts, exchanges)
+            hidden, state = self.model(tokens, state, starts, received)
         elif on_grid >= tokens.shape[1]:
             hidden, state = self.model(tokens, state)
         else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -11,28 +15,38 @@ from infctx.errors import InputError
 from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
-from infctx.model.state import State, refuse_other_sizes, stack_layers, state_dtype
-from infctx.recurrence.time_parallel import Exchange, TimeRanks
+from infctx.model.state import State, refuse_other_sizes, stack_layers
+from infctx.recurrence.layer_segment import LayerSegment
+from infctx.recurrence.precision import state_dtype
+from infctx.recurrence.time_parallel import Received, SharedLayerSegment, TimeRanks
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes; nothing of what it is.
+
+    dtype:            of activations, None for that of the weights; the state and the decays stay fp32 (fp64 in an fp64
+                      model)
+    recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass
+    backend:          of the WKV op, see `infctx.wkv`
+    time_ranks:       the ranks that share the time of a segment, each with a slice of it; None: this one has all of it
+    """
+
+    dtype: torch.dtype | None = None
+    recompute_blocks: bool = False
+    backend: str = "auto"
+    time_ranks: TimeRanks | None = None
 
 
 class RWKV(nn.Module):
-    """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`.
+    """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`."""
 
-    compute_dtype: what activations are computed in, None for the dtype of the weights; the state and the decays stay
-        fp32 (fp64 in an fp64 model).
-    recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass.
-    time_ranks: the ranks that share the time of a segment, each with a slice of it; None: this one has all of it.
-    """
-
-    def __init__(self, sizes: Sizes, backend: str = "auto") -> None:
+    def __init__(self, sizes: Sizes, compute: Compute = Compute()) -> None:  # noqa: B008  (frozen)
         super().__init__()
-        self.sizes = sizes
-        self.compute_dtype: torch.dtype | None = None
-        self.recompute_blocks = False
-        self.time_ranks: TimeRanks | None = None
+        self.sizes, self.compute = sizes, compute
         self.embedding = nn.Embedding(sizes.vocab_size, sizes.width)
         self.embedding_norm = LayerNorm(sizes.width)
-        self.blocks = nn.ModuleList(Block(sizes, backend) for _ in range(sizes.num_layers))
+        self.blocks = nn.ModuleList(Block(sizes, compute.backend) for _ in range(sizes.num_layers))
         self.output_norm = LayerNorm(sizes.width)
         self.head = Linear(sizes.width, sizes.vocab_size)
         # The learned initial state, as `State` without B; None: zeros.
@@ -40,42 +54,61 @@ class RWKV(nn.Module):
         self.initial_time_shift: nn.Parameter | None = None  # (L, D)
         self.initial_channel_shift: nn.Parameter | None = None  # (L, D)
         self.initial_units: State | None = None  # what these parameters are in units of; None: one
-        self.weights_fingerprint: str | None = None  # of frozen weights, `infctx.formats.weights.fingerprint`
 
     def forward(
         self,
         tokens: Tensor,
         state: State | None = None,
         starts: Tensor | None = None,
-        exchanges: list[Exchange] | None = None,
+        received: Received | None = None,
     ) -> tuple[Tensor, State]:
         """Runs one segment, or with time_ranks this rank's slice of it.
 
-        tokens:    (B, T) int64; any T >= 1, with time_ranks a multiple of 16 on every rank but the last
-        state:     what the segment before handed on; None for the initial state (with time_ranks it must be given)
-        starts:    (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
-        exchanges: with time_ranks, an empty list to keep what the other ranks tell in this segment, or the same list
-                   again to run the segment again and ask nobody; None where it is run but once
+        tokens:   (B, T) int64; any T >= 1, with time_ranks a multiple of 16 on every rank but the last
+        state:    what the segment before handed on; None for the initial state (with time_ranks it must be given)
+        starts:   (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
+        received: with time_ranks, keeps what the other ranks send in this segment; given again, the segment is run
+                  again and nobody is asked; None where it is run but once
         Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token of the segment.
         """
         self._check(tokens, state, starts)
-        starts_learned = starts is not None and any(part is not None for part in self.initial_parts())
-        initial = self.initial_state(tokens.shape[0]) if starts_learned or state is None else None
-        if state is None:
-            state = initial
-        embedded = self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
+        initial = self.initial_state(tokens.shape[0]) if state is None or self._learns_start(starts) else None
+        segments = self._layer_segments(starts, initial if self._learns_start(starts) else None, received)
+        state = initial if state is None else state
+        assert state is not None
+        embedded = self.embedding(tokens).to(self.compute.dtype or self.embedding.weight.dtype)
         x = self.embedding_norm(embedded)  # (B, T, D)
-        nothing = [None] * len(self.blocks)
-        first = initial.layers() if starts_learned else nothing
-        exchanges = nothing if self.time_ranks is None else self.time_ranks.exchanges(exchanges, len(self.blocks))
         layers = []
-        for block, layer, first_layer, exchange in zip(self.blocks, state.layers(), first, exchanges, strict=True):
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x, layer = checkpoint(block, x, layer, starts, first_layer, exchange, use_reentrant=False)
+        for block, layer, segment in zip(self.blocks, state.layers(), segments, strict=True):
+            if self.compute.recompute_blocks and torch.is_grad_enabled():
+                x, layer = checkpoint(block, x, layer, segment, use_reentrant=False)
             else:
-                x, layer = block(x, layer, starts, first_layer, exchange)
+                x, layer = block(x, layer, segment)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
+
+    def _learns_start(self, starts: Tensor | None) -> bool:
+        return starts is not None and any(part is not None for part in self.initial_parts())
+
+    def _layer_segments(
+        self, starts: Tensor | None, initial: State | None, received: Received | None
+    ) -> list[LayerSegment]:
+        """What each block is given besides its input; initial: None for zeros."""
+        firsts = [None] * len(self.blocks) if initial is None else initial.layers()
+        ranks = self.compute.time_ranks
+        if ranks is None:
+            return [LayerSegment(starts, first) for first in firsts]
+        received = Received() if received is None else received
+        return [SharedLayerSegment(starts, first, ranks, received.of_layer(n)) for n, first in enumerate(firsts)]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, this rank runs whole segments by itself, whoever shares their time with it otherwise."""
+        compute, self.compute = self.compute, replace(self.compute, time_ranks=None)
+        try:
+            yield
+        finally:
+            self.compute = compute
 
     def _check(self, tokens: Tensor, state: State | None, starts: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
@@ -84,7 +117,7 @@ class RWKV(nn.Module):
         borders = (batch, -(-num_tokens // START_SPACING))
         if starts is not None and (starts.shape != borders or starts.dtype != torch.bool):
             raise InputError(f"model: starts must be bool {borders}, not {starts.dtype} {tuple(starts.shape)}")
-        if state is None and self.time_ranks is not None:
+        if state is None and self.compute.time_ranks is not None:
             raise InputError("model: with time_ranks the state before the segment must be given; zeros and a start do")
         wanted = (self.sizes.num_layers, batch, self.sizes.width)
         if state is not None and state.time_shift.shape != wanted:

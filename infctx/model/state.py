@@ -9,6 +9,7 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.model.sizes import Sizes, describe
+from infctx.recurrence.layer_segment import LayerState
 
 
 class State(NamedTuple):
@@ -60,9 +61,9 @@ class State(NamedTuple):
         """The states of groups of lanes as one."""
         return cls(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
 
-    def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(wkv, time_shift, channel_shift) of each layer; unbind, whose backward is one stack."""
-        return list(zip(*(part.unbind(0) for part in self), strict=True))
+    def layers(self) -> list[LayerState]:
+        """The state of each layer; by unbind, whose backward is one stack."""
+        return [LayerState(*parts) for parts in zip(*(part.unbind(0) for part in self), strict=True)]
 
 
 def describe_state(state: State) -> str:
@@ -83,11 +84,6 @@ def refuse_other_sizes(state: State, sizes: Sizes, place: object) -> None:
         )
 
 
-def stack_layers(layers: list[tuple[Tensor, Tensor, Tensor]]) -> State:
+def stack_layers(layers: list[LayerState]) -> State:
     """The inverse of State.layers."""
     return State(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for an fp64 model, fp32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

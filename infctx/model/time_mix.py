@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
-from infctx.recurrence.time_parallel import Exchange
-from infctx.recurrence.token_shift import blend, token_shift
-from infctx.recurrence.wkv import wkv
+from infctx.recurrence.layer_segment import LayerSegment
+from infctx.recurrence.token_shift import blend
 
 
 class TimeMix(nn.Module):
@@ -27,28 +26,15 @@ class TimeMix(nn.Module):
         self.head_norm = HeadNorm(width)
         self.output = Linear(width, width)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: Tensor,
-        shift: Tensor,
-        starts: Tensor | None,
-        initial: Tensor | None,
-        initial_shift: Tensor | None,
-        exchange: Exchange | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to hand on."""
-        if exchange is None:
-            before, shift = token_shift(x, shift, starts, initial_shift)
-        else:
-            before, shift = exchange.token_shift("time_shift", x, shift, starts, initial_shift)
+        before, shift = segment.token_shift("time_shift", x, shift)
         x_r, x_k, x_v, x_g, w = self.mixing(x, before)
         r, k, v, w = (
             z.unflatten(2, (-1, self.head_size))  # (B, T, H, N)
             for z in (self.receptance(x_r), self.key(x_k), self.value(x_v), w)
         )
-        run = wkv if exchange is None else exchange.wkv
-        y, state = run(r, k, v, w.to(state.dtype), self.bonus, state, starts, initial, self.backend)
+        y, state = segment.wkv(r, k, v, w.to(state.dtype), self.bonus, state, self.backend)
         y = self.head_norm(y)  # (B, T, D)
         gate = self.gate(x_g)
         return self.output(y * torch.nn.functional.silu(gate)), state, shift

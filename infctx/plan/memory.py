@@ -11,6 +11,8 @@ from infctx.config import Config
 from infctx.model.loss import SLICE_LOGITS
 from infctx.model.sizes import Sizes
 
+GB = 1e9
+
 WEIGHT_BYTES = 16
 """A parameter in fp32: the weight, its gradient and two moments of Adam."""
 
@@ -33,6 +35,14 @@ ZERO_BUFFERS = {
 """DeepSpeed's settings (zero_optimization) that the plan counts with; its defaults take up to 10 GB more."""
 
 
+class Strategy(NamedTuple):
+    """How a run is laid out over its ranks: ddp, zero1, zero2, zero3 or auto, and what is kept in host memory."""
+
+    name: str
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
 class Share(NamedTuple):
     """Bytes a parameter that learns: `every` on each device; `device` and `host` are shared out over the ranks."""
 
@@ -42,28 +52,29 @@ class Share(NamedTuple):
 
 
 PARAMETER_BYTES = {
-    # (strategy, offload_optimizer, offload_parameters), gradients reduced behind every segment where that can be; with
-    # fp32 weights and many backward calls a step, counted in DeepSpeed 0.19.8 (tests/plan/test_report.py), whose stages
-    # all step a second copy of a rank's share of the weights
-    ("ddp", False, False): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
-    ("zero1", False, False): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
-    ("zero2", False, False): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the segment at work
-    ("zero3", False, False): Share(0, 20, 0),  # weight, copy, moments, gradient
-    ("zero1", True, False): Share(8, 0, 20),  # on the host: copy, moments, gradient, a buffer of the new weights
-    ("zero2", True, False): Share(4, 0, 24),  # and the gradient so far
-    ("zero3", True, False): Share(0, 4, 20),  # weight; copy, moments, gradient, the gradient so far
-    ("zero3", False, True): Share(0, 16, 4),
-    ("zero3", True, True): Share(0, 0, 24),
+    # Gradients reduced after every segment where that can be; with fp32 weights and many backward calls a step, counted
+    # in DeepSpeed 0.19.8 (tests/plan/test_report.py), whose stages all step a second copy of a rank's share of the
+    # weights.
+    Strategy("ddp"): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
+    Strategy("zero1"): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
+    Strategy("zero2"): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the segment at work
+    Strategy("zero3"): Share(0, 20, 0),  # weight, copy, moments, gradient
+    # on the host: copy, moments, gradient, a buffer of the new weights
+    Strategy("zero1", offload_optimizer=True): Share(8, 0, 20),
+    Strategy("zero2", offload_optimizer=True): Share(4, 0, 24),  # and the gradient so far
+    Strategy("zero3", offload_optimizer=True): Share(0, 4, 20),  # weight; copy, moments, gradient, the gradient so far
+    Strategy("zero3", offload_parameters=True): Share(0, 16, 4),
+    Strategy("zero3", offload_optimizer=True, offload_parameters=True): Share(0, 0, 24),
 }
 
 STEP_PARAMETER_BYTES = PARAMETER_BYTES | {
     # the same with one reduction a step, from gradients that every rank holds whole until then
-    ("zero2", False, False): PARAMETER_BYTES["zero1", False, False],
-    ("zero2", True, False): PARAMETER_BYTES["zero1", True, False],
-    ("zero3", False, False): Share(4, 20, 0),
-    ("zero3", True, False): Share(4, 4, 20),
-    ("zero3", False, True): Share(4, 16, 4),
-    ("zero3", True, True): Share(4, 0, 24),
+    Strategy("zero2"): PARAMETER_BYTES[Strategy("zero1")],
+    Strategy("zero2", offload_optimizer=True): PARAMETER_BYTES[Strategy("zero1", offload_optimizer=True)],
+    Strategy("zero3"): Share(4, 20, 0),
+    Strategy("zero3", offload_optimizer=True): Share(4, 4, 20),
+    Strategy("zero3", offload_parameters=True): Share(4, 16, 4),
+    Strategy("zero3", offload_optimizer=True, offload_parameters=True): Share(4, 0, 24),
 }
 
 ACTIVATION_BYTES = {
@@ -105,7 +116,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     gradient_reduction "auto" is counted as "segment", the least (`plan.resolve_strategy` tells what it stands for).
     device_type: "cpu" or "cuda".
     """
-    lanes, segments = lanes_at_once(config), _run_segments(config)
+    lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * config.slice_tokens * activation_bytes(config, sizes, device_type)
     work += 3 * 4 * SLICE_LOGITS  # slices of the logits
     if not config.model.freezes_weights:
@@ -113,7 +124,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
         if config.run.precision == "bf16":  # copies of the weights, of the block at work or of all blocks
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
     work += _buffers(config, sizes)
-    seams = lanes * segments * (state_bytes(sizes) + told_bytes(config, sizes))
+    seams = lanes * segments * (state_bytes(sizes) + received_bytes(config, sizes))
     held = _held(config, sizes)
     on_device = held.device + max(work, _step_bytes(config, sizes)) + config.rank_lanes * state_bytes(sizes)
     on_host = held.host
@@ -128,13 +139,16 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     return Memory(on_device, on_host)
 
 
-def with_strategy(
-    config: Config, strategy: str, offload_optimizer: bool = False, offload_parameters: bool = False
-) -> Config:
+def strategy_of(config: Config) -> Strategy:
+    """The strategy that the configuration names."""
+    settings = config.distributed
+    return Strategy(settings.strategy, settings.offload_optimizer, settings.offload_parameters)
+
+
+def with_strategy(config: Config, strategy: Strategy) -> Config:
     """The same run with another strategy."""
-    return with_distributed(
-        config, strategy=strategy, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters
-    )
+    name, *offload = strategy
+    return with_distributed(config, strategy=name, offload_optimizer=offload[0], offload_parameters=offload[1])
 
 
 def with_distributed(config: Config, **changed: object) -> Config:
@@ -145,11 +159,6 @@ def with_distributed(config: Config, **changed: object) -> Config:
 def reduces_each_segment(config: Config) -> bool:
     """Whether gradients are reduced behind every segment, for a strategy that is not "auto"; as in `rank_memory`."""
     return config.distributed.strategy in REDUCING_EACH_SEGMENT and config.distributed.gradient_reduction != "step"
-
-
-def lanes_at_once(config: Config) -> int:
-    """Lanes that one rank computes at once."""
-    return min(config.window.lanes_per_pass or config.rank_lanes, config.rank_lanes)
 
 
 def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
@@ -169,9 +178,9 @@ def state_bytes(sizes: Sizes) -> int:
     return 4 * sizes.state_elements
 
 
-def told_bytes(config: Config, sizes: Sizes) -> int:
-    """What a rank keeps of one lane and segment of what the other time ranks told it (recurrence/time_parallel): the
-    state and the two vectors before its slice, and what each slice leaves of a state."""
+def received_bytes(config: Config, sizes: Sizes) -> int:
+    """What a rank keeps of one lane and segment of what the other time ranks sent (recurrence/time_parallel): the state
+    and the two vectors before its slice, and what each slice leaves of a state."""
     ranks = config.distributed.time_ranks
     if ranks == 1:
         return 0
@@ -187,7 +196,7 @@ def step_wire(config: Config, sizes: Sizes) -> Wire:
     """
     strategy, ranks = config.distributed.strategy, config.distributed.world_size
     share = (ranks - 1) / ranks
-    window, passes = config.window, -(-config.rank_lanes // lanes_at_once(config))
+    window, passes = config.window, -(-config.rank_lanes // config.pass_lanes)
     backwards = window.window_segments * passes
     forwards = backwards + (window.window_segments - -(-window.window_segments // _run_segments(config))) * passes
     all_weights = _weight_itemsize(config) * share * sizes.num_parameters
@@ -207,7 +216,7 @@ def time_wire(config: Config, sizes: Sizes) -> tuple[int, int]:
     vectors = 2 * width * _activation_itemsize(config)
     forward = 4 * width * (sizes.head_size + 1) + vectors
     backward = 4 * width * sizes.head_size + vectors
-    return others * lanes_at_once(config) * forward, others * lanes_at_once(config) * backward
+    return others * config.pass_lanes * forward, others * config.pass_lanes * backward
 
 
 def _held(config: Config, sizes: Sizes) -> Memory:
@@ -218,7 +227,7 @@ def _held(config: Config, sizes: Sizes) -> Memory:
         learned = WEIGHT_BYTES * sizes.state_elements
         return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
     shares = PARAMETER_BYTES if reduces_each_segment(config) else STEP_PARAMETER_BYTES
-    share = shares[distributed.strategy, distributed.offload_optimizer, distributed.offload_parameters]
+    share = shares[strategy_of(config)]
     return Memory(
         share.every * sizes.num_parameters + share.device * sizes.num_parameters // ranks,
         share.host * sizes.num_parameters // ranks,

@@ -1,48 +1,32 @@
-"""`infctx plan`: what a run takes, for people to read; nothing of the model or the data is loaded.
-
-python -m infctx.plan.report      prints the tables of docs/distributed.md
-"""
+"""`infctx plan`: what a run takes, for people to read; nothing of the model or the data is loaded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import psutil
 import torch
 
 from infctx.config import (
     Config,
-    DataSettings,
-    DistributedSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunSettings,
-    WindowSettings,
 )
 from infctx.errors import InputError
-from infctx.model.sizes import Sizes, describe, published_sizes
+from infctx.machine import device_memory, host_memory
+from infctx.model.sizes import Sizes, describe
 from infctx.plan.memory import (
+    GB,
     REDUCING_EACH_SEGMENT,
     Memory,
-    lanes_at_once,
+    Strategy,
     rank_memory,
-    reduces_each_segment,
     step_wire,
+    strategy_of,
     time_wire,
     with_distributed,
     with_strategy,
 )
-from infctx.plan.plan import FILLED, GB, OPTIONS, choose_strategy, device_memory, model_sizes, resolve_strategy
-
-Option = tuple[str, bool, bool]
-
-CHOICE_MODELS = ("finch-1.6b", "finch-3b", "eagle-7b", "finch-14b")
-CHOICE_GIGABYTES = (24, 40, 80, 141)
-CHOICE_GPUS = (1, 2, 4, 8)
-TIME_WINDOWS = (16384, 65536, 262144, 1048576)
-TIME_RANKS = (2, 4, 8)
+from infctx.plan.plan import find_weights
+from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
 
 
 def plan_report(config: Config, device_gb: float | None = None) -> str:
@@ -51,7 +35,7 @@ def plan_report(config: Config, device_gb: float | None = None) -> str:
     device_gb: memory of each GPU in GB (1e9 bytes); None: of the GPUs here, if there are any.
     Raises InputError where nothing tells the sizes of the model, or device_gb makes no sense.
     """
-    sizes = model_sizes(config)
+    _, sizes = find_weights(config, hashes=False)
     if sizes is None:
         raise InputError(
             f"model.weights: there is no {config.model.weights}, which would tell the sizes of the model; "
@@ -66,43 +50,6 @@ def plan_report(config: Config, device_gb: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def choice_table() -> str:
-    """Markdown: for published models and GPUs, the first strategy that fits, and GB on each GPU with it."""
-    counts = [f"{count} GPU{'s'[: count > 1]}" for count in CHOICE_GPUS]
-    lines = [f"| model | GPU | {' | '.join(counts)} |", "|---|---:|" + "---|" * len(counts)]
-    for model in CHOICE_MODELS:
-        for gigabytes in CHOICE_GIGABYTES:
-            cells = [_choice(model, gigabytes, count) for count in CHOICE_GPUS]
-            lines.append(f"| {model} | {gigabytes} GB | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def time_table() -> str:
-    """Markdown: GB that a rank of Finch 3B receives for one lane's window, by its length and the number of ranks."""
-    lines = [f"| tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
-    lines.append("|---:|" + "---:|" * len(TIME_RANKS))
-    for tokens in TIME_WINDOWS:
-        configs = [example_config("finch-3b", ranks, time_ranks=ranks, window_tokens=tokens) for ranks in TIME_RANKS]
-        cells = [f"{step_wire(config, published_sizes('finch-3b')).time / GB:.1f} GB" for config in configs]
-        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def example_config(
-    size: str, gpus: int, *, strategy: str = "ddp", time_ranks: int = 1, window_tokens: int = 65536
-) -> Config:
-    """The run that the tables are about: a lane for each group of ranks, segments of 4,096 tokens, bf16, blocks
-    recomputed."""
-    return Config(
-        model=ModelSettings(size=size, recompute_blocks=True),
-        data=DataSettings(store=Path("data/books/train")),
-        window=WindowSettings(segment_tokens=4096, window_tokens=window_tokens, lanes=gpus // time_ranks),
-        optimizer=OptimizerSettings(steps=1000, peak_lr=1e-5),
-        run=RunSettings(folder=Path("runs/example"), device="cuda", precision="bf16"),
-        distributed=DistributedSettings(devices=gpus, strategy=strategy, time_ranks=time_ranks),
-    )
-
-
 def _device_type(config: Config, device_gb: float | None) -> str:
     if device_gb is not None and not 0 < device_gb < math.inf:
         raise InputError(f"--device-gb: {device_gb} is no memory of a GPU; give it in GB, such as 80")
@@ -115,7 +62,7 @@ def _device_type(config: Config, device_gb: float | None) -> str:
 def _memory(config: Config, device_type: str, device_gb: float | None) -> int | None:
     """Bytes that there are: of each GPU, or on a CPU of the machine; None where that is not known."""
     if device_type == "cpu":
-        return psutil.virtual_memory().total
+        return host_memory()
     return device_memory("cuda", config.distributed.devices) if device_gb is None else round(device_gb * GB)
 
 
@@ -138,7 +85,7 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         f"model     {describe(sizes)}; {learns}",
         f"compute   {config.run.precision} for activations, {again}",
         f"window    {window.window_tokens:,} tokens: {segments}, the gradient {reach}",
-        f"lanes     {window.lanes} in all, {config.rank_lanes} for a rank, {lanes_at_once(config)} at once; "
+        f"lanes     {window.lanes} in all, {config.rank_lanes} for a rank, {config.pass_lanes} at once; "
         f"{config.step_tokens:,} tokens a step",
         f"ranks     {ranks}",
     ]
@@ -148,20 +95,20 @@ def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int 
     """The table of strategies, and what its marks mean."""
     known = memory is not None or config.distributed.world_size == 1
     own = resolve_strategy(config, sizes, device_type, memory)
-    auto = resolve_strategy(with_strategy(config, "auto"), sizes, device_type, memory) if known else None
+    auto = resolve_strategy(with_strategy(config, Strategy("auto")), sizes, device_type, memory) if known else None
     chosen = own if known or config.distributed.strategy != "auto" else None
     device = "GPU" if device_type == "cuda" else "process"
     rows = [("strategy", "gradients", f"GB on each {device}", "GB of a node's host", "fits", "received in a step", "")]
-    for option in [*OPTIONS, *([] if _option(own) in OPTIONS else [_option(own)])]:
-        for reduction in ("step", "segment") if option[0] in REDUCING_EACH_SEGMENT else ("step",):
-            other = with_distributed(with_strategy(config, *option), gradient_reduction=reduction)
+    for strategy in [*STRATEGIES, *([] if strategy_of(own) in STRATEGIES else [strategy_of(own)])]:
+        for reduction in ("step", "segment") if strategy.name in REDUCING_EACH_SEGMENT else ("step",):
+            other = with_distributed(with_strategy(config, strategy), gradient_reduction=reduction)
             rank = rank_memory(other, sizes, device_type)
             node = config.distributed.devices * (rank.host + (rank.device if device_type == "cpu" else 0))
             wire = step_wire(other, sizes)
             marks = ["auto"] * _is_row(auto, other) + ["this run"] * _is_row(chosen, other)
             rows.append(
                 (
-                    _name(option),
+                    _name(strategy),
                     f"once a {reduction}",
                     f"{rank.device / GB:.1f}",
                     f"{node / GB:.1f}",
@@ -173,14 +120,9 @@ def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int 
     return [*_aligned(rows, "<<>>>><"), "", *_legend(device_type, memory)]
 
 
-def _option(config: Config) -> Option:
-    settings = config.distributed
-    return settings.strategy, settings.offload_optimizer, settings.offload_parameters
-
-
 def _is_row(config: Config | None, row: Config) -> bool:
     """Whether a row is about a run; both rows of a strategy are, where it takes the device's memory to tell."""
-    if config is None or _option(config) != _option(row):
+    if config is None or strategy_of(config) != strategy_of(row):
         return False
     reductions = config.distributed.gradient_reduction, row.distributed.gradient_reduction
     return config.distributed.strategy not in REDUCING_EACH_SEGMENT or reductions[0] in ("auto", reductions[1])
@@ -209,7 +151,7 @@ def _fits(rank: Memory, node: int, device_type: str, memory: int | None) -> str:
 def _time_lines(config: Config, sizes: Sizes) -> list[str]:
     forward, backward = time_wire(config, sizes)
     segments, segment = config.window.window_segments, sizes.num_layers * (forward + backward)
-    layer = f"a layer of a segment, {_count(lanes_at_once(config), 'lane')} at once"
+    layer = f"a layer of a segment, {_count(config.pass_lanes, 'lane')} at once"
     rows = [
         ("time_ranks: each rank receives, of the states of other slices", "forward", "backward", "both"),
         (layer, _amount(forward), _amount(backward), _amount(forward + backward)),
@@ -220,23 +162,9 @@ def _time_lines(config: Config, sizes: Sizes) -> list[str]:
     return _aligned(rows, "<>>>")
 
 
-def _choice(size: str, gigabytes: int, gpus: int) -> str:
-    """A cell of choice_table: what auto takes, or the first that fits with a part on the host, or a dash."""
-    config, sizes, memory = example_config(size, gpus, strategy="auto"), published_sizes(size), round(gigabytes * GB)
-    chosen = choose_strategy(config, sizes, "cuda", memory)
-    for option in [(chosen, False, False), *(option for option in OPTIONS if option[1])]:
-        resolved = resolve_strategy(with_strategy(config, *option), sizes, "cuda", memory)
-        needed = rank_memory(resolved, sizes, "cuda").device
-        if needed <= FILLED * memory:
-            reduction = ", by segment" if reduces_each_segment(resolved) else ""
-            return f"{option[0]}{' + host' if option[1] else ''}{reduction}, {needed / GB:.1f} GB"
-    return "-"
-
-
-def _name(option: Option) -> str:
-    strategy, optimizer, parameters = option
-    parts = ["optimizer"] * optimizer + ["weights"] * parameters
-    return f"{strategy}, {' and '.join(parts)} on the host" if parts else strategy
+def _name(strategy: Strategy) -> str:
+    parts = ["optimizer"] * strategy.offload_optimizer + ["weights"] * strategy.offload_parameters
+    return f"{strategy.name}, {' and '.join(parts)} on the host" if parts else strategy.name
 
 
 def _amount(count: float) -> str:
@@ -258,7 +186,3 @@ def _aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
         for row in rows
     ]
     return ["  ".join(row).rstrip() for row in cells]
-
-
-if __name__ == "__main__":
-    print(choice_table(), time_table(), sep="\n\n")

@@ -1,7 +1,7 @@
 """Time over ranks: each rank has a slice of every segment, and the recurrence goes on across them, gradient included.
 
 A slice turns the state that comes in, S, into kept * S + added: `kept` is exp of its sum of log decays for each key
-channel (zero where a document starts in it), `added` the state that it reaches from zeros.  Every rank is told both of
+channel (zero where a document starts in it), `added` the state that it reaches from zeros.  Every rank gets both of
 every slice, by one all-gather, and works out the states before its own slice and behind the last one:
 
     S_0 = state of the segment before;    S_(p+1) = kept_p * S_p + added_p                (p = 0 .. P - 1)
@@ -19,7 +19,7 @@ tokens, such as the gradients of weights, is.  So a window, a carry and a checkp
 
 On the wire, received by each rank for a layer, with activations of s bytes:
     forward   (P - 1) B (4 H N (N + 1) + 2 D s) bytes;        backward   (P - 1) B (4 H N N + 2 D s) bytes
-and nothing for a forward pass that is a repetition: what a segment was told is kept (`Exchange`).
+and nothing for a forward pass that is a repetition: what came in is kept (`Received`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infctx.recurrence.layer_segment import LayerSegment, LayerState, Shift
 from infctx.recurrence.token_shift import token_shift
 from infctx.recurrence.wkv import wkv
 
@@ -49,57 +50,67 @@ class TimeRanks:
         _all_gather(everyone, x.contiguous(), group=self.group)
         return everyone.unflatten(0, (self.size, -1))
 
-    def exchanges(self, known: list[Exchange] | None, num_layers: int) -> list[Exchange]:
-        """One for each block: those that are known, or new ones, which are put into the list if it is there."""
-        if known:
-            return known
-        new = [Exchange(self) for _ in range(num_layers)]
-        if known is not None:
-            known += new
-        return new
 
+class Received:
+    """What the other ranks sent in a segment, by layer: empty at first, filled when the segment is run, and kept for
+    when it or one of its blocks is run again, which then asks nobody.
 
-class Exchange:
-    """What one block and the other ranks tell each other in one segment.
-
-    told: what this rank was told, kept for when the segment or the block is run again, which then asks nobody:
-        time_shift, channel_shift (B, D): the vector before its slice; came_in (B, H, N, N): the state before its slice;
-        kept (P, B, H, N, 1): what is left of a state behind each slice.
-        In a repetition the state and the vectors behind the segment are zeros: only their gradient has a meaning.
+    time_shift, channel_shift (B, D): the vector before this rank's slice; came_in (B, H, N, N): the state before it;
+    kept (P, B, H, N, 1): what is left of a state behind each slice.
     """
 
-    def __init__(self, ranks: TimeRanks, told: dict[str, Tensor] | None = None) -> None:
-        self.ranks, self.told = ranks, told or {}
+    def __init__(self, layers: list[dict[str, Tensor]] | None = None) -> None:
+        self.layers = layers or []
 
-    def token_shift(
-        self, name: str, x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`token_shift` of a segment of which this rank holds the slice x (B, T, D); name: of what is told.
+    def of_layer(self, number: int) -> dict[str, Tensor]:
+        """What came in for a layer, to be read or filled."""
+        while len(self.layers) <= number:
+            self.layers.append({})
+        return self.layers[number]
 
-        Returns the shifted slice, and the vector to hand on behind the segment.
-        """
-        before, behind = _Shift.apply(x[:, -1], last, self, name)
-        shifted, _ = token_shift(x, before, starts, initial)
+    def stacked(self) -> dict[str, Tensor]:
+        """Name -> (L, ...), layers stacked; nothing where nothing came in."""
+        names = self.layers[0] if self.layers else ()
+        return {name: torch.stack([layer[name] for layer in self.layers]) for name in names}
+
+    @classmethod
+    def of_stacked(cls, parts: dict[str, Tensor]) -> Received:
+        """The inverse of `stacked`."""
+        if not parts:
+            return cls()
+        return cls([dict(zip(parts, layer, strict=True)) for layer in zip(*parts.values(), strict=True)])
+
+
+class SharedLayerSegment(LayerSegment):
+    """This rank's slice of a segment; starts and the tensors of `token_shift` and `wkv` are those of the slice.
+
+    In a repetition the state and the vectors behind the segment are zeros: only their gradient has a meaning.
+    """
+
+    def __init__(
+        self,
+        starts: Tensor | None,
+        initial: LayerState | None,
+        ranks: TimeRanks,
+        received: dict[str, Tensor],
+    ) -> None:
+        super().__init__(starts, initial)
+        self.ranks, self.received = ranks, received
+
+    def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The shifted slice, and the vector to hand on behind the segment; last: the one before the segment."""
+        before, behind = _Shift.apply(x[:, -1], last, self, shift)
+        shifted, _ = token_shift(x, before, self.starts, self.initial_shift(shift))
         return shifted, behind
 
     def wkv(
-        self,
-        r: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        u: Tensor,
-        state: Tensor,
-        starts: Tensor | None,
-        initial: Tensor | None,
-        backend: str,
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """`infctx.wkv` of a segment of which this rank holds a slice.
+        """y of the slice and the state behind the segment; state: the one before the segment.
 
-        r, k, v, w (B, T, H, N), starts (B, ceil(T / 16)): the slice; state (B, H, N, N): before the segment.
-        Returns y of the slice and the state behind the segment.  The op runs twice, once for `added`: what the states
-        of slices need in between has to cross the wire.
+        The op runs twice, once for `added`: what the states of slices need in between has to cross the wire.
         """
+        starts, initial = self.starts, self.initial[0]
         _, added = wkv(r.detach(), k, v, w, u.detach(), torch.zeros_like(state), starts, initial, backend)
         kept = w.sum(1).exp()[..., None]  # (B, H, N, 1)
         if starts is not None:
@@ -109,29 +120,17 @@ class Exchange:
         return y, behind
 
 
-def stack_told(exchanges: list[Exchange]) -> dict[str, Tensor]:
-    """What all blocks were told, layers stacked: name -> (L, ...); nothing where there are no exchanges."""
-    names = exchanges[0].told if exchanges else ()
-    return {name: torch.stack([exchange.told[name] for exchange in exchanges]) for name in names}
-
-
-def hand_out_told(exchanges: list[Exchange], stacked: dict[str, Tensor]) -> None:
-    """The inverse of `stack_told`."""
-    for layer, exchange in enumerate(exchanges):
-        exchange.told = {name: parts[layer] for name, parts in stacked.items()}
-
-
 class _Shift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, last: Tensor, exchange: Exchange, name: str) -> tuple[Tensor, Tensor]:
-        ctx.ranks = ranks = exchange.ranks
+    def forward(ctx: Any, mine: Tensor, last: Tensor, segment: SharedLayerSegment, name: str) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks = segment.ranks
         ctx.dtypes = mine.dtype, last.dtype
-        if name in exchange.told:
-            return exchange.told[name].detach(), torch.zeros_like(last)
+        if name in segment.received:
+            return segment.received[name].detach(), torch.zeros_like(last)
         vectors = ranks.gather(mine)  # (P, B, D)
         before = last if ranks.rank == 0 else vectors[ranks.rank - 1]
-        exchange.told[name] = before.to(mine.dtype, copy=True)
-        return exchange.told[name].detach(), vectors[-1].to(last.dtype, copy=True)
+        segment.received[name] = before.to(mine.dtype, copy=True)
+        return segment.received[name].detach(), vectors[-1].to(last.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
@@ -144,10 +143,12 @@ class _Shift(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, added: Tensor, state: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        ctx.ranks = ranks = exchange.ranks
-        if "came_in" in exchange.told:
-            everyone_kept, came_in = exchange.told["kept"], exchange.told["came_in"]
+    def forward(
+        ctx: Any, kept: Tensor, added: Tensor, state: Tensor, segment: SharedLayerSegment
+    ) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks = segment.ranks
+        if "came_in" in segment.received:
+            everyone_kept, came_in = segment.received["kept"], segment.received["came_in"]
             behind = torch.zeros_like(state)
         else:
             everyone = ranks.gather(torch.cat([kept, added], dim=-1))  # (P, B, H, N, 1 + N)
@@ -157,7 +158,7 @@ class _Join(torch.autograd.Function):
                 if rank == ranks.rank:
                     came_in = behind
                 behind = everyone_kept[rank] * behind + everyone[rank, ..., 1:]
-            exchange.told["kept"], exchange.told["came_in"] = everyone_kept, came_in
+            segment.received["kept"], segment.received["came_in"] = everyone_kept, came_in
         ctx.save_for_backward(everyone_kept, came_in)
         return came_in.detach(), behind
 

@@ -13,7 +13,7 @@ from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
 from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
-from infctx.model.state import state_dtype
+from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.wkv_check import find_disagreement
 from infctx.recurrence.wkv_chunked import wkv_chunked
 from infctx.recurrence.wkv_compiled import wkv_compiled

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from infctx.conventions import START_SPACING
-from infctx.model.state import state_dtype
+from infctx.recurrence.precision import state_dtype
 
 MIN_THREAD_TOKENS = 256
 """Tokens of one head, about 50 us of forward: for less, waking another thread costs more than it gains."""

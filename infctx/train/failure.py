@@ -42,10 +42,8 @@ def find_failure(engine: Engine, window: Window, state: State, config: Config) -
     last layer with a gradient that is not finite is where it began.  Every rank must call it; all return the same.
     """
     model, lanes = engine.model, len(window.documents)
-    model.time_ranks = None  # every rank runs its lanes whole
-    at_once = config.window.lanes_per_pass or lanes
-    groups = [slice(begin, begin + at_once) for begin in range(0, lanes, at_once)]
-    with engine.gathered([model.head.weight]):
+    groups = [slice(begin, begin + config.pass_lanes) for begin in range(0, lanes, config.pass_lanes)]
+    with model.alone(), engine.gathered([model.head.weight]):  # every rank runs its lanes whole
         seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
     everyone = engine.ranks.gather(seen)
     first = min((place for rank in everyone for place, _ in rank if place is not None), default=None)
@@ -73,9 +71,11 @@ def _first_bad(
     model: RWKV, window: Window, state: State, group: slice, segment_tokens: int
 ) -> tuple[tuple[int, int] | None, list[bool]]:
     """(segment, layer) where some lanes of a group first break (layer L is the head), and which lanes are finite."""
-    parts = (part[group].to(state.wkv.device) for part in (window.tokens, window.targets, window.starts))
+    device = state.wkv.device
+    tokens, targets, starts = (part[group].to(device) for part in (window.tokens, window.targets, window.starts))
     found = None
-    for number, segment in enumerate(cut_window(*parts, segment_tokens)):  # to the end: ranks must do the same
+    # To the end, also behind what was found: all ranks must do the same.
+    for number, segment in enumerate(cut_window(tokens, targets, starts, segment_tokens)):
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
         losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from infctx.config import Config
 from infctx.files import atomic_file
+from infctx.machine import peak_memory
 from infctx.model.state import State
 
 STEP_LOG = "steps.jsonl"
 LAG_TO_SHOW = 0.1
 """How much longer than the median a rank takes to be shown in the progress line."""
+
+
+class Step(NamedTuple):
+    """What a step has come to: its loss (nats a target), the gradient norm before clipping, the state to carry on, and
+    the initial state if one learns."""
+
+    number: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    carry: State
+    initial: State | None
 
 
 def open_metrics(config: Config, first_step: int, reports: bool) -> Metrics | NoMetrics:
@@ -71,34 +81,25 @@ class Metrics:
         self.writer.close()
         self.step_log.close()
 
-    def report(
-        self,
-        step: int,
-        loss: float,
-        learning_rate: float,
-        gradient_norm: float,
-        carry: State,
-        initial: State | None = None,
-        busy_seconds: Tensor | None = None,
-    ) -> None:
-        """Tells of one step: its loss (nats a target), gradient norm before clipping, speed, memory, the sizes of the
-        carried state and of the initial state, if one learns; and of many ranks, which one the others wait for.
+    def report(self, done: Step, busy_seconds: Tensor) -> None:
+        """Reports a step with its speed and memory; and of many ranks, which one the others wait for.
 
         busy_seconds: of every rank, from the beginning of the step to where its gradients are reduced.
         """
+        step, carry = done.number, done.carry
         now = time.perf_counter()
         tokens_per_second = self.step_tokens / (now - self.before)
         self.before = now
         memory = peak_memory(carry.wkv.device)
         scalars = {
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
+            "loss": done.loss,
+            "learning_rate": done.learning_rate,
+            "gradient_norm": done.gradient_norm,
             "tokens_per_second": tokens_per_second,
             "peak_memory_gb": memory / 1e9,
         }
         slowest = ""
-        if busy_seconds is not None and len(busy_seconds) > 1:
+        if len(busy_seconds) > 1:
             rank, lag = int(busy_seconds.argmax()), float(busy_seconds.max() / busy_seconds.median()) - 1
             scalars |= {"slowest_rank": rank, "slowest_rank_lag": lag}
             slowest = f"  slowest rank {rank} (+{lag:.0%})" if lag > LAG_TO_SHOW else ""
@@ -106,12 +107,12 @@ class Metrics:
         self.step_log.flush()
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
-        for name, state in (("carried", carry), ("initial", initial)):
+        for name, state in (("carried", carry), ("initial", done.initial)):
             for layer, size in enumerate(state_sizes(state) if state else ()):
                 self.writer.add_scalar(f"{name}_state_rms/layer_{layer}", size, step)
         left = (now - self.began) / (step - self.first_step + 1) * (self.steps - step)
         line = (
-            f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+            f"step {step}/{self.steps}  loss {done.loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
             f"{_duration(left)} left  peak memory {memory / 1e9:.2f} GB{slowest}"
         )
         self.bar.set_description_str(line, refresh=False)
@@ -127,16 +128,6 @@ class Metrics:
 def read_step_log(folder: Path) -> list[dict[str, Any]]:
     """One dict a step: step, loss, learning_rate, gradient_norm, tokens_per_second, peak_memory_gb."""
     return [json.loads(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or the largest resident set of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure also counts the parent before the exec
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def state_sizes(state: State) -> list[float]:

@@ -11,36 +11,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
+from infctx.formats.checkpoint_folder import INDEX
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import write_tensors
-from infctx.formats.weights import CHECKPOINT_WEIGHTS, state_name
-from infctx.model.rwkv import RWKV
+from infctx.formats.weights import state_name
 from infctx.model.state import State
 
-INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
-"""Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
 
-
-class Holder(Protocol):
-    """Who holds the tensors of a run, whole or in parts: `infctx.distributed.engine.Engine`."""
-
-    ranks: Ranks
-    model: RWKV
-
-    def whole(self, parameter: nn.Parameter) -> Tensor: ...
-    def whole_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
-    def begin_moments(self, steps: float) -> None: ...
-    def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None: ...
-    def learned_state(self) -> State | None: ...
-
-
-def write_weights(folder: Path, engine: Holder) -> list[Path]:
+def write_weights(folder: Path, engine: Engine) -> list[Path]:
     """This rank's share of the weights under their official names, and rank 0's index if there are many: its files."""
     names = stored_names(engine.model.sizes)
     mine: dict[str, Tensor] = {}
@@ -60,7 +45,7 @@ def write_weights(folder: Path, engine: Holder) -> list[Path]:
     return written
 
 
-def write_moments(folder: Path, engine: Holder) -> list[Path]:
+def write_moments(folder: Path, engine: Engine) -> list[Path]:
     """This rank's share of the optimizer's state, as <parameter>/<name>: its file."""
     mine = {}
     for name, parameter, owner in _share_out(engine):
@@ -70,7 +55,7 @@ def write_moments(folder: Path, engine: Holder) -> list[Path]:
     return _write(folder, "optimizer", mine, engine.ranks)
 
 
-def read_moments(folder: Path, engine: Holder) -> None:
+def read_moments(folder: Path, engine: Engine) -> None:
     """Gives the optimizer its state, or this rank's part of it."""
     files = _tensors_of(folder, "optimizer")
     begun = False
@@ -105,12 +90,7 @@ def read_carry(folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
     return State.join_lanes(parts), others
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether a checkpoint has the weights themselves, in one file or in many."""
-    return (folder / CHECKPOINT_WEIGHTS).is_file() or (folder / INDEX).is_file()
-
-
-def _share_out(engine: Holder) -> Iterator[tuple[str, nn.Parameter, int]]:
+def _share_out(engine: Engine) -> Iterator[tuple[str, nn.Parameter, int]]:
     """Every parameter with its name and the rank that writes it: always the one that has the least so far."""
     loads = [0] * engine.ranks.world_size
     for name, parameter in engine.model.named_parameters():

@@ -12,7 +12,7 @@ what later segments ask of a state comes in as its gradient, and what this one a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,34 +20,39 @@ from torch import Tensor
 from infctx.conventions import MASKED, START_SPACING
 from infctx.errors import InputError
 from infctx.machine import keep_freed_memory
-from infctx.model.loss import SegmentLoss
+from infctx.model.loss import Segment, SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.recurrence.time_parallel import Exchange, hand_out_told, stack_told
-
-SEAM_STORES = ("auto", "device", "host")
+from infctx.recurrence.time_parallel import Received
+from infctx.train.seams import Seams
 
 
 class Backward(Protocol):
-    """Who makes the backward calls."""
+    """Who makes the backward calls, and with what the sum of the losses is multiplied in them."""
 
-    def enter(self, segment: int, doing: str, ends_step: bool) -> None:
-        """Says what comes next, counted from 0: the run of a segment without gradients ("forward"), or with them and
-        with a backward call ("backward"), after which the optimizer steps if ends_step."""
+    scale: float
+
+    def enter(self, segment: int, doing: Literal["forward", "backward"]) -> None:
+        """Says what comes next, segments counted from 0: a run without gradients, or one with a backward call."""
 
     def backward(self, scalar: Tensor) -> None:
         """Adds the gradient of the scalar."""
 
 
-class Segment(NamedTuple):
-    """What SegmentLoss takes of a window, for one segment; offset is its place on the 16-token grid."""
+class PlainBackward:
+    """Backward on one device, by torch itself."""
 
-    tokens: Tensor
-    targets: Tensor
-    starts: Tensor | None
-    offset: int
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def enter(self, segment: int, doing: Literal["forward", "backward"]) -> None:
+        pass
+
+    def backward(self, scalar: Tensor) -> None:
+        scalar.backward()
 
 
+# Seven parameters: the public interface of `infctx`, with a default for all that one can do without.
 def window_backward(
     model: RWKV,
     tokens: Tensor,
@@ -62,8 +67,8 @@ def window_backward(
     tokens:            (B, T) int64, any T
     targets:           (B, T) int64, the token that follows each; -100 = no loss there
     segment_tokens:    tokens of a segment; any length gives the same gradient
-    gradient_segments: over how many segments a gradient flows: the window is cut into runs of so many segments with
-                       the exact gradient in each and none between; None: the whole window, 1: truncated BPTT
+    gradient_segments: over how many segments a gradient flows: the window is cut into stretches of so many segments
+                       with the exact gradient in each and none between; None: the whole window, 1: truncated BPTT
     starts:            (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
     state:             what came before the window; None: documents start at its first token, from the initial state.
                        If it requires gradients it receives them.
@@ -77,9 +82,8 @@ def window_backward(
         state = State(*(torch.zeros_like(part) for part in model.initial_state(tokens.shape[0])))
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)
-    loss_sum, state = backward_through_window(
-        SegmentLoss(model), segments, state, 1 / num_targets, PlainBackward(), gradient_segments
-    )
+    backward = PlainBackward(1 / num_targets)
+    loss_sum, state = backward_through_window(SegmentLoss(model), segments, state, backward, gradient_segments)
     return loss_sum / num_targets, state
 
 
@@ -87,69 +91,61 @@ def backward_through_window(
     segment_loss: Callable[..., tuple[Tensor, State]],
     segments: list[Segment],
     state: State,
-    scale: float,
     backward: Backward,
     gradient_segments: int | None = None,
     seam_store: str = "auto",
-    ends_step: bool = True,
 ) -> tuple[Tensor, State]:
-    """The work of window_backward, for whoever makes the backward calls.
+    """The work of window_backward, for whoever makes the backward calls: one a segment.
 
-    scale: what the sum of the losses is multiplied with, 1 / number of targets of the whole step.
-    ends_step: whether the optimizer steps after this window, rather than after another group of lanes.
     Returns the sum of the losses (unscaled) and the state after the window, both detached.
     """
     if state.wkv.device.type == "cpu":
         keep_freed_memory()
-    run = gradient_segments or len(segments)
+    length = gradient_segments or len(segments)
     loss_sum = torch.zeros((), device=state.wkv.device)
-    for begin in range(0, len(segments), run):
-        last_run = ends_step and begin + run >= len(segments)
-        chosen = range(begin, min(begin + run, len(segments)))
-        loss, state = _backward_through_run(
-            segment_loss, segments, chosen, state, scale, backward, seam_store, last_run
-        )
+    for begin in range(0, len(segments), length):
+        stretch = range(begin, min(begin + length, len(segments)))
+        loss, state = _backward_through_stretch(segment_loss, segments, stretch, state, backward, seam_store)
         loss_sum = loss_sum + loss
     return loss_sum, state
 
 
-def _backward_through_run(
+def _backward_through_stretch(
     segment_loss: Callable[..., tuple[Tensor, State]],
     segments: list[Segment],
-    chosen: range,
+    stretch: range,
     state: State,
-    scale: float,
     backward: Backward,
     seam_store: str,
-    ends_step: bool,
 ) -> tuple[Tensor, State]:
-    """Forward over the seams of the chosen segments, then backward over the segments, last first."""
-    seams = Seams(chosen, state, seam_store)
+    """Forward over the seams of a stretch of segments, then backward over the segments, last first."""
+    seams = Seams(stretch, state, seam_store)
     came_in = state
     with torch.no_grad():
-        for index in chosen:
-            exchanges: list[Exchange] = []
+        for index in stretch:
+            received = Received()
             seams.put(index, state)
-            if index < chosen[-1]:
-                backward.enter(index, "forward", False)
-                tokens, _, starts, offset = segments[index]
-                _, state = segment_loss(tokens, None, starts, state, offset, exchanges)
-            seams.put_told(index, exchanges)
+            if index < stretch[-1]:
+                backward.enter(index, "forward")
+                _, state = segment_loss(segments[index]._replace(targets=None), state, received)
+            seams.put_received(index, received)
 
-    loss_sum, behind, gradient = 0.0, None, None
-    for index in reversed(chosen):
-        backward.enter(index, "backward", ends_step and index == chosen[0])
+    loss_sum = torch.zeros((), device=came_in.wkv.device)
+    last_state, gradient = None, None
+    for index in reversed(stretch):
+        backward.enter(index, "backward")
         state = seams.get(index).leaf()
-        loss, next_state = segment_loss(*segments[index][:3], state, segments[index].offset, seams.get_told(index))
-        if behind is None:  # the last segment: nothing asks anything of its state, said with zeros
-            behind = next_state.detach()
-            gradient = State(*(torch.zeros_like(part) for part in behind))
-        backward.backward(loss * scale + next_state.dot(gradient))
+        loss, next_state = segment_loss(segments[index], state, seams.get_received(index))
+        if gradient is None:  # the last segment: nothing asks anything of its state, said with zeros
+            last_state = next_state.detach()
+            gradient = State(*(torch.zeros_like(part) for part in last_state))
+        backward.backward(loss * backward.scale + next_state.dot(gradient))
         gradient = state.gradient()
         loss_sum = loss_sum + loss.detach()
+    assert last_state is not None and gradient is not None  # a stretch has a segment
     if any(part.requires_grad for part in came_in):
         backward.backward(came_in.dot(gradient))
-    return loss_sum, behind
+    return loss_sum, last_state
 
 
 def cut_window(
@@ -172,64 +168,6 @@ def cut_window(
         here = None if starts is None else starts[:, -(-begin // START_SPACING) : -(-end // START_SPACING)]
         segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING))
     return segments
-
-
-class Seams:
-    """The states before some segments, in one block of memory: the device's, or the host's (pinned for a GPU); and what
-    other ranks told in these segments, where time is shared over ranks.
-
-    Copies to and from pinned memory are queued on the current stream, which keeps them in order.
-    """
-
-    def __init__(self, segments: range, like: State, store: str = "auto") -> None:
-        self.segments, self.device = segments, like.wkv.device
-        if store not in SEAM_STORES:
-            raise InputError(f"seam_store: {store!r} is not known; choose {', '.join(SEAM_STORES)}")
-        on_host = self.device.type != "cpu" and store != "device"
-        pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        self.where = pinned if on_host else {"device": self.device}
-        self.blocks = State(*(self._block(part) for part in like))
-        self.told: dict[str, Tensor] = {}
-        self.exchanges: dict[int, list[Exchange]] = {}
-
-    def put(self, index: int, state: State) -> None:
-        for block, part in zip(self.blocks, state, strict=True):
-            block[index - self.segments[0]].copy_(part.detach(), non_blocking=True)
-
-    def get(self, index: int) -> State:
-        return State(*(self._fetch(block, index) for block in self.blocks))
-
-    def put_told(self, index: int, exchanges: list[Exchange]) -> None:
-        """Takes over what was told in a segment."""
-        for name, part in stack_told(exchanges).items():
-            if name not in self.told:
-                self.told[name] = self._block(part)
-            self.told[name][index - self.segments[0]].copy_(part, non_blocking=True)
-        hand_out_told(exchanges, {})
-        self.exchanges[index] = exchanges
-
-    def get_told(self, index: int) -> list[Exchange]:
-        """The segment's exchanges, with what was told; an empty list if nothing was."""
-        exchanges = self.exchanges.pop(index)
-        if exchanges:
-            hand_out_told(exchanges, {name: self._fetch(block, index) for name, block in self.told.items()})
-        return exchanges
-
-    def _block(self, like: Tensor) -> Tensor:
-        return torch.empty((len(self.segments), *like.shape), dtype=like.dtype, **self.where)
-
-    def _fetch(self, block: Tensor, index: int) -> Tensor:
-        return block[index - self.segments[0]].to(self.device, non_blocking=True)
-
-
-class PlainBackward:
-    """Backward on one device, by torch itself."""
-
-    def enter(self, segment: int, doing: str, ends_step: bool) -> None:
-        pass
-
-    def backward(self, scalar: Tensor) -> None:
-        scalar.backward()
 
 
 def _starts_shape(tokens: Tensor) -> tuple[int, int]:

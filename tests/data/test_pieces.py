@@ -9,7 +9,7 @@ from infctx.data.lanes import Lanes
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
-from infctx.train.loop import open_lanes
+from infctx.train.start import open_lanes
 
 from runs import write_config, write_store
 

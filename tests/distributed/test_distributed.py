@@ -5,12 +5,12 @@ import torch
 
 import infctx
 from infctx.config import load_config
-from infctx.train.checkpoint import checkpoints
-from infctx.train.loop import open_run, train_steps
+from infctx.formats.checkpoint_folder import checkpoints
+from infctx.train.loop import train_steps
 from infctx.train.metrics import read_step_log
 
 from ranks import run_ranks
-from runs import write_config, write_store
+from runs import open_run, write_config, write_store
 from tiny_models import random_model
 
 STEPS = 20
@@ -64,7 +64,7 @@ def finished(config_path, overrides):
         "carry": tuple(run.carry),
         "documents": dict(zip(lanes, zip(*run.lanes.documents, strict=True), strict=True)),
         "time_rank": run.engine.ranks.time_rank,
-        "losses": [entry["loss"] for entry in read_step_log(run.config.run.folder)]
+        "losses": [entry["loss"] for entry in read_step_log(run.plan.config.run.folder)]
         if run.engine.ranks.is_first
         else [],
     }

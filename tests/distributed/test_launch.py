@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from infctx.distributed.launch import is_rank, launch
+from infctx.distributed.launch import launch
+from infctx.environment import is_rank
 
 from places import ROOT
 

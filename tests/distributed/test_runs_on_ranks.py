@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import infctx
-from infctx.train.checkpoint import checkpoints
+from infctx.formats.checkpoint_folder import checkpoints
 from infctx.train.metrics import read_step_log
 
 from ranks import free_port

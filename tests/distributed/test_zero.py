@@ -5,10 +5,11 @@ import torch
 
 from infctx.config import load_config
 from infctx.conventions import MASKED
-from infctx.train.loop import gradients_of_step, open_lanes, open_run, train_steps
+from infctx.train.loop import gradients_of_step, train_steps
+from infctx.train.start import open_lanes
 
 from ranks import bytes_received, run_ranks
-from runs import write_config, write_store
+from runs import open_run, write_config, write_store
 
 STRATEGIES = {
     "ddp": {},
@@ -48,9 +49,9 @@ def trained(config_path, overrides):
     run.lanes = Masked(run.lanes, open_lanes(config, run.model.sizes.vocab_size))
     received, begin_step = [], run.engine.begin_step
 
-    def counting(step):
+    def counting(*step):
         received.append(bytes_received())
-        begin_step(step)
+        begin_step(*step)
 
     run.engine.begin_step = counting
     assert train_steps(run)
@@ -70,10 +71,10 @@ def trained_on_ranks(config_path, cases):
 def groups_without_moments(config_path, overrides):
     """Whether DeepSpeed can find the moments of each group of parameters by itself behind a step."""
     run = open_run(load_config(config_path, overrides))
-    run.engine.begin_step(1)
+    run.engine.begin_step(1, 1, run.plan.config.rank_backwards)
     gradients_of_step(run, next(run.lanes)[0])
     run.engine.step()
-    groups = run.engine.sharded.optimizer.bit16_groups
+    groups = run.engine.zero.bit16_groups
     return [all(p._hp_mapping is None or not p._hp_mapping.optim_fragment for p in group) for group in groups]
 
 

@@ -15,11 +15,12 @@ from infctx.formats.export import EXPORT_DTYPES, export
 from infctx.formats.other_names import from_official, naming_of
 from infctx.formats.tensor_file import narrow, read_metadata, read_tensors, write_tensors
 from infctx.formats.weights import fingerprint, is_state_name, stored_tensors
-from infctx.train.checkpoint import Progress, save_checkpoint
+from infctx.train.checkpoint import save_checkpoint
 from infctx.train.learn import freeze_weights
 from infctx.train.optimizer import make_optimizer
+from infctx.train.run import Progress
 
-from runs import plain_engine, write_config
+from runs import run_of, write_config
 from tiny_models import random_model, random_tokens
 
 
@@ -30,9 +31,7 @@ def run_folder(tmp_path):
     for step, model in ((3, random_model(6, seed=3)), (6, newest_model())):
         optimizer = make_optimizer(model, config.optimizer)
         progress = Progress(step, None, step * config.step_tokens)
-        save_checkpoint(
-            tmp_path / "run" / "checkpoints", plain_engine(model, optimizer), model.initial_state(2), progress, config
-        )
+        save_checkpoint(run_of(model, optimizer, config, model.initial_state(2), progress))
     return tmp_path / "run"
 
 
@@ -143,10 +142,7 @@ def tuned_run(folder, shifts=False):
         if part is not None:
             part.data.normal_(generator=torch.Generator().manual_seed(number))
     optimizer = make_optimizer(base, config.optimizer)
-    checkpoint_folder = folder / "run" / "checkpoints"
-    save_checkpoint(
-        checkpoint_folder, plain_engine(base, optimizer), base.initial_state(2), Progress(3, None, 0), config
-    )
+    save_checkpoint(run_of(base, optimizer, config, base.initial_state(2), Progress(3, None, 0)))
     return base, base.initial_state(1).detach()
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infctx.conventions import MASKED
 from infctx.model import loss as loss_module
-from infctx.model.loss import SegmentLoss, cross_entropy_sum, token_losses
+from infctx.model.loss import Segment, SegmentLoss, cross_entropy_sum, token_losses
 
 from tiny_models import random_model, random_tokens
 
@@ -166,7 +166,7 @@ def test_a_segment_begins_anywhere_on_the_grid(version, offset):
         state = model.initial_state(2).detach()
         boundaries = [place for place in range(num_tokens) if (offset + place) % 16 == 0]
         starts = torch.arange(2 * len(boundaries)).view(2, -1) % 2 == 1  # at every other boundary
-        loss, last = segment_loss(tokens, targets, starts, state, offset)
+        loss, last = segment_loss(Segment(tokens, targets, starts, offset), state)
         truth, states = 0.0, []
         for row in range(2):
             borders = [0, *(b for b, start in zip(boundaries, starts[row], strict=True) if start and b), num_tokens]
@@ -186,6 +186,6 @@ def test_a_segment_begins_anywhere_on_the_grid(version, offset):
 def test_without_targets_there_is_only_the_state():
     model = random_model(6)
     tokens = random_tokens(1, 20)
-    loss, state = SegmentLoss(model)(tokens, None, None, model.initial_state(1))
+    loss, state = SegmentLoss(model)(Segment(tokens, None), model.initial_state(1))
     assert loss.item() == 0
     assert all(torch.equal(*pair) for pair in zip(state, model(tokens)[1], strict=True))

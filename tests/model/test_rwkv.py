@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import infctx
 from infctx.formats.weights import stored_names
+from infctx.model.rwkv import Compute
 from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.model.state import State
 from infctx.recurrence.wkv import BACKENDS
@@ -172,7 +173,7 @@ def test_recomputed_blocks_give_the_same_numbers(version):
     tokens, starts = random_tokens(2, 50), torch.tensor([[0, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
 
     def run(recompute):
-        model.recompute_blocks = recompute
+        model.compute = Compute(recompute_blocks=recompute)
         model.zero_grad()
         hidden, state = model(tokens, None, starts)
         (model.logits(hidden).square().sum() + state.dot(state)).backward()
@@ -192,7 +193,7 @@ def test_bfloat16_is_near(golden_paths, name, low_weights):
         model = infctx.load_model(golden_paths[name, ""], dtype=torch.bfloat16)
     else:
         model = infctx.load_model(golden_paths[name, ""])
-        model.compute_dtype = torch.bfloat16
+        model.compute = Compute(torch.bfloat16)
     hidden, state = model(golden(name)["tokens"][None])
     logits = model.logits(hidden)
     assert hidden.dtype == logits.dtype == torch.bfloat16

@@ -8,28 +8,28 @@ import pytest
 import torch
 
 import infctx
+from infctx import machine
 from infctx.config import load_config
 from infctx.errors import InputError
+from infctx.machine import pick_device
+from infctx.model.rwkv import Compute
 from infctx.model.sizes import published_sizes
-from infctx.plan import plan
-from infctx.plan.memory import ACTIVATION_BYTES, rank_memory, with_distributed, with_strategy
-from infctx.plan.plan import (
-    FILLED,
-    OPTIONS,
+from infctx.plan.memory import (
+    ACTIVATION_BYTES,
+    Strategy,
     activation_bytes,
-    choose_reduction,
-    choose_strategy,
-    device_bytes,
-    model_sizes,
-    pick_device,
-    refuse_what_lacks,
-    resolve_strategy,
+    rank_memory,
     state_bytes,
+    with_distributed,
+    with_strategy,
 )
+from infctx.plan.plan import make_plan
+from infctx.plan.strategy import FILLED, STRATEGIES, choose_reduction, choose_strategy, resolve_strategy
+from infctx.recurrence.layer_segment import LayerSegment
 from infctx.train.learn import freeze_weights
 
 from places import CONFIGS
-from plans import FINCH, bytes_of, many
+from plans import FINCH, bytes_of, many, model_sizes, other_run, planned_bytes
 from runs import write_config, write_store
 from tiny_models import random_model
 from wkv_emulated import emulated
@@ -37,7 +37,7 @@ from wkv_emulated import emulated
 
 def lacking(config):
     with pytest.raises(InputError) as refused:
-        refuse_what_lacks(config)
+        make_plan(config)
     message = str(refused.value)
     assert "\n" not in message
     return message
@@ -51,7 +51,7 @@ def no_gpu(monkeypatch):
 
 def given_bytes(monkeypatch, available):
     memory = psutil.virtual_memory()._replace(available=available)
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
 
 
 def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
     assert "data.held_out: there is no data/books/held_out.idx" in message
     assert "run.device: cuda" in message
     sizes = published_sizes("finch-3b")
-    needed = device_bytes(load_config(CONFIGS / "finch-3b-64k.yaml"), sizes, "cuda") / 1e9
+    needed = planned_bytes(load_config(CONFIGS / "finch-3b-64k.yaml"), sizes, "cuda").device / 1e9
     assert f"needs one with {needed:.1f} GB" in message
     assert 16 * sizes.num_parameters / 1e9 < needed < 80  # weights and optimizer alone; the file says one of 80 GB
 
@@ -84,7 +84,7 @@ def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch,
 
 
 def test_nothing_lacks(tmp_path):
-    refuse_what_lacks(load_config(write_config(tmp_path)))
+    make_plan(load_config(write_config(tmp_path)))
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
@@ -97,9 +97,9 @@ def test_half_a_store_is_none(tmp_path, name, suffix):
 
 def test_memory_is_said_with_its_number(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path))
-    needed = device_bytes(config, model_sizes(config), "cpu")
+    needed = planned_bytes(config, model_sizes(config), "cpu").device
     given_bytes(monkeypatch, needed)
-    refuse_what_lacks(config)
+    make_plan(config)
     given_bytes(monkeypatch, needed - 1)
     gigabytes = f"{needed / 1e9:.1f} GB"
     message = lacking(config)
@@ -134,7 +134,7 @@ def test_weights_are_not_needed_behind_a_checkpoint(tmp_path, size):
     config = type(config)(**config.model_dump() | {"model": {"weights": tmp_path / "none.pth"} | size})
     assert "model.weights: there is no" in lacking(config)
     (tmp_path / "run" / "checkpoints" / "step-000003").mkdir(parents=True)
-    refuse_what_lacks(config)
+    make_plan(config)
 
 
 def test_a_file_that_is_not_the_size_it_should_be(tmp_path):
@@ -145,7 +145,7 @@ def test_a_file_that_is_not_the_size_it_should_be(tmp_path):
     with pytest.raises(
         InputError, match=r"model.pth: holds Finch, .* 2 layers of width 24, and model.size finch-3b is"
     ) as refused:
-        refuse_what_lacks(config)
+        make_plan(config)
     assert "\n" not in str(refused.value)
     found = model_sizes(type(config)(**config.model_dump() | {"model": {"weights": tmp_path / "model.pth"}}))
     assert found == random_model(6).sizes
@@ -181,7 +181,7 @@ def saved_bytes(version, low, backend, frozen, width, num_tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model.blocks[0](x, state, None, None)
+        model.blocks[0](x, state, LayerSegment())
     shapes = {tuple(weight.shape) for weight in weights}
     counted = [tensor for tensor in held.values() if tuple(tensor.shape) not in shapes]
     return sum(tensor.untyped_storage().nbytes() for tensor in counted) / num_tokens / width
@@ -206,8 +206,7 @@ def test_activations_of_a_model(tmp_path, precision, recompute):
     config = load_config(write_config(tmp_path, **changes, run__precision=precision, model__recompute_blocks=recompute))
     sizes = model_sizes(config)
     model = infctx.build_model(**{name: value for name, value in vars(sizes).items() if value is not None})
-    model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
-    model.recompute_blocks = recompute
+    model.compute = Compute(torch.bfloat16 if precision == "bf16" else None, recompute)
     num_tokens = 496
     tokens = torch.randint(257, (1, num_tokens))
     shapes = {tuple(view.shape) for p in model.parameters() for view in ((p, p.T) if p.ndim == 2 else (p,))}
@@ -233,7 +232,7 @@ def test_the_parts_of_the_memory(tmp_path):
     assert state_bytes(sizes) == 4 * 2 * (32 * 16 + 2 * 32)
 
     def needed(device="cpu", **changes):
-        return device_bytes(load_config(write_config(tmp_path, **changes)), sizes, device)
+        return planned_bytes(load_config(write_config(tmp_path, **changes)), sizes, device).device
 
     seams = 2 * 4 * state_bytes(sizes)  # two lanes, four segments
     assert needed() - needed("cuda", model__backend="compiled") == seams
@@ -261,9 +260,9 @@ def test_processes_on_a_cpu_share_its_memory(tmp_path, monkeypatch):
     path = write_config(tmp_path, **{name: value for name, value in changes.items() if name[:4] != "dist"})
     overrides = ["distributed.devices=2", "distributed.strategy=ddp"]
     config = load_config(path, overrides)
-    needed = 2 * device_bytes(config, model_sizes(config), "cpu")
+    needed = 2 * planned_bytes(config, model_sizes(config), "cpu").device
     given_bytes(monkeypatch, needed)
-    refuse_what_lacks(config)
+    make_plan(config)
     given_bytes(monkeypatch, needed - 1)
     message = lacking(config)
     assert f"memory: the run needs {needed / 1e9:.1f} GB on cpu for 2 ranks with distributed.strategy: ddp" in message
@@ -274,7 +273,7 @@ def test_what_would_fit_is_said(tmp_path, monkeypatch):
     write_config(tmp_path)
     data = {"data__store": tmp_path / "train"}
     ddp = many(8, **data)
-    needed = {option: bytes_of(ddp, *option).device for option in OPTIONS}
+    needed = {option: bytes_of(ddp, *option).device for option in STRATEGIES}
     given_gpus(monkeypatch, 8, free=needed["zero2", False, False])
     message = lacking(ddp)
     assert f"the run needs {needed['ddp', False, False] / 1e9:.1f} GB on cuda for each rank" in message
@@ -288,7 +287,9 @@ def test_what_would_fit_is_said(tmp_path, monkeypatch):
     assert f"; {words} and gradient_reduction: segment would fit" in lacking(ddp)
     given_gpus(monkeypatch, 8, free=needed["zero3", True, True] - 1)
     assert "would fit" not in lacking(ddp)
-    long = with_strategy(many(8, **data, window__segment_tokens=65536, window__lanes_per_pass=1), "zero3", True, True)
+    long = other_run(
+        many(8, **data, window__segment_tokens=65536, window__lanes_per_pass=1), "zero3", True, True, reduction="auto"
+    )
     given_gpus(monkeypatch, 8, free=rank_memory(long, FINCH, "cuda").device - 1)
     assert "; distributed.time_ranks: 2 would fit, or take fewer" in lacking(long)
 
@@ -302,15 +303,15 @@ def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
         for reduction in ("step", "segment")
     )
     given_gpus(monkeypatch, 8, free=whole)
-    refuse_what_lacks(zero2)
+    make_plan(zero2)
     given_gpus(monkeypatch, 8, free=least)  # of 80 GB: something else has the rest
     for config in (zero2, with_distributed(zero2, gradient_reduction="step")):
         message = lacking(config)
         assert f"the run needs {whole / 1e9:.1f} GB on cuda for each rank" in message
         assert "; distributed.gradient_reduction: segment would fit, or take fewer" in message
     given_gpus(monkeypatch, 8, free=least, total=int(whole))  # too small for whole gradients
-    refuse_what_lacks(zero2)
-    refuse_what_lacks(with_distributed(zero2, gradient_reduction="segment"))
+    make_plan(zero2)
+    make_plan(with_distributed(zero2, gradient_reduction="segment"))
 
 
 def enough_for(*option, reduction="segment"):
@@ -339,7 +340,7 @@ def test_auto_counts_with_the_reduction_that_is_asked_for():
 
 @pytest.mark.parametrize("option", [("zero2",), ("zero3",), ("zero2", True), ("zero3", True, True)])
 def test_reduction_is_once_a_step_where_that_fits(option):
-    config, enough = with_strategy(many(4), *option), enough_for(*option, reduction="step")
+    config, enough = with_strategy(many(4), Strategy(*option)), enough_for(*option, reduction="step")
     for memory, found in ((enough, "step"), (enough - 2, "segment"), (1, "segment")):
         assert choose_reduction(config, FINCH, "cuda", memory) == found
         resolved = resolve_strategy(config, FINCH, "cuda", memory)
@@ -351,14 +352,14 @@ def test_reduction_is_once_a_step_where_that_fits(option):
 
 def test_reduction_is_once_a_step_where_nothing_tells_otherwise():
     for strategy in ("ddp", "zero1"):
-        assert choose_reduction(with_strategy(many(4), strategy), FINCH, "cuda", 1) == "step"
-    sharded = with_strategy(many(4), "zero2")
+        assert choose_reduction(with_strategy(many(4), Strategy(strategy)), FINCH, "cuda", 1) == "step"
+    sharded = with_strategy(many(4), Strategy("zero2"))
     assert choose_reduction(sharded, FINCH, "cpu", 1) == "step"
     assert choose_reduction(sharded, None, "cuda", 1) == "step"
     assert choose_reduction(sharded, FINCH, "cuda", None) == "step"
     assert resolve_strategy(sharded, FINCH, "cpu").distributed.gradient_reduction == "step"
     assert resolve_strategy(sharded, FINCH, "cuda") == sharded  # and counts as the least
-    assert device_bytes(sharded, FINCH, "cuda") == bytes_of(many(4), "zero2").device
+    assert planned_bytes(sharded, FINCH, "cuda").device == bytes_of(many(4), "zero2").device
 
 
 def test_weights_that_stay_are_no_burden(tmp_path):
@@ -368,17 +369,17 @@ def test_weights_that_stay_are_no_burden(tmp_path):
     assert held < ddp < 1.3 * held
     assert bytes_of(frozen, "zero2").device == ddp
     assert bytes_of(frozen, "zero3").device >= 2 * FINCH.num_parameters  # whole, before it is cut up
-    assert choose_strategy(with_strategy(frozen, "auto"), FINCH, "cuda", round(ddp / FILLED) + 1) == "ddp"
+    assert choose_strategy(with_strategy(frozen, Strategy("auto")), FINCH, "cuda", round(ddp / FILLED) + 1) == "ddp"
 
 
 def test_the_host_of_several_gpus(tmp_path, monkeypatch):
     write_config(tmp_path)
     given_gpus(monkeypatch, 8, free=80 * 10**9)
-    config = with_strategy(many(8, data__store=tmp_path / "train"), "zero3")
+    config = with_strategy(many(8, data__store=tmp_path / "train"), Strategy("zero3"))
     needed = 8 * rank_memory(config, FINCH, "cuda").host
     assert needed == 8 * 4 * FINCH.num_parameters
     given_bytes(monkeypatch, needed)
-    refuse_what_lacks(config)
+    make_plan(config)
     given_bytes(monkeypatch, needed - 1)
     message = lacking(config)
     assert f"the run needs {needed / 1e9:.1f} GB on the host for 8 ranks with distributed.strategy: zero3" in message

@@ -6,38 +6,41 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from infctx.config import load_config
-from infctx.distributed.zero import Sharded
+from infctx.distributed.ranks import Ranks
+from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
 from infctx.model.loss import SegmentLoss
+from infctx.model.rwkv import Compute
 from infctx.model.sizes import PUBLISHED_SIZES
-from infctx.plan import plan
 from infctx.plan.memory import (
     PARAMETER_BYTES,
     STEP_PARAMETER_BYTES,
     ZERO_BUFFERS,
-    lanes_at_once,
+    Strategy,
+    activation_bytes,
     rank_memory,
+    received_bytes,
     state_bytes,
     step_wire,
     time_wire,
-    told_bytes,
     with_distributed,
     with_strategy,
 )
-from infctx.plan.plan import OPTIONS, device_bytes, host_bytes, model_sizes, resolve_strategy
-from infctx.plan.report import choice_table, example_config, plan_report, time_table
-from infctx.recurrence.time_parallel import TimeRanks, stack_told
-from infctx.train.window import backward_through_window, cut_window
+from infctx.plan.report import plan_report
+from infctx.plan.strategy import STRATEGIES, resolve_strategy
+from infctx.recurrence.time_parallel import Received, TimeRanks
+from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from places import ROOT
-from plans import FINCH, bytes_of, many, other_run
+from plan_tables import choice_table, example_config, time_table
+from plans import FINCH, bytes_of, many, model_sizes, other_run, planned_bytes
 from ranks import run_ranks
 from runs import write_config
 from tiny_models import random_model
@@ -85,33 +88,33 @@ def test_what_a_parameter_takes(option, reduction, every, shared, host):
 
 def test_more_ranks_never_take_more():
     for size, sizes in PUBLISHED_SIZES.items():
-        for option in OPTIONS:
-            runs = [with_strategy(example_config(size, gpus), *option) for gpus in (1, 2, 4, 8)]
+        for option in STRATEGIES:
+            runs = [with_strategy(example_config(size, gpus), option) for gpus in (1, 2, 4, 8)]
             found = [rank_memory(run, sizes, "cuda") for run in runs]
             assert [rank.device for rank in found] == sorted((rank.device for rank in found), reverse=True)
             assert [rank.host for rank in found] == sorted((rank.host for rank in found), reverse=True)
-    eight = [bytes_of(many(8), *option).device for option in OPTIONS[:4]]
+    eight = [bytes_of(many(8), *option).device for option in STRATEGIES[:4]]
     assert eight == sorted(eight, reverse=True)
 
 
 def test_reducing_by_segment_takes_the_least():
-    for option in OPTIONS:
+    for option in STRATEGIES:
         least, whole = (bytes_of(many(8), *option, reduction=reduction) for reduction in ("segment", "step"))
         assert bytes_of(many(8), *option, reduction="auto") == least
         assert (least.device < whole.device) == (option[0] in ("zero2", "zero3"))
 
 
-def test_time_ranks_share_activations_and_keep_what_they_are_told():
+def test_time_ranks_share_activations_and_keep_what_was_sent():
     alone, shared = many(2), many(2, distributed__time_ranks=2, window__lanes=1)
     layers, width, channels = 32, 2560, 64
-    told = layers * (4 * width * channels + 4 * 2 * width + 2 * 2 * width)
-    assert told_bytes(shared, FINCH) == told
-    assert told_bytes(alone, FINCH) == 0
+    sent = layers * (4 * width * channels + 4 * 2 * width + 2 * 2 * width)
+    assert received_bytes(shared, FINCH) == sent
+    assert received_bytes(alone, FINCH) == 0
     seams = 16 * state_bytes(FINCH)
-    assert host_bytes(alone, FINCH, "cuda") == seams
-    assert host_bytes(shared, FINCH, "cuda") == seams + 16 * told
-    activations = 2048 * plan.activation_bytes(alone, FINCH, "cuda")
-    assert device_bytes(alone, FINCH, "cuda") - device_bytes(shared, FINCH, "cuda") == activations
+    assert planned_bytes(alone, FINCH, "cuda").host == seams
+    assert planned_bytes(shared, FINCH, "cuda").host == seams + 16 * sent
+    activations = 2048 * activation_bytes(alone, FINCH, "cuda")
+    assert planned_bytes(alone, FINCH, "cuda").device - planned_bytes(shared, FINCH, "cuda").device == activations
 
 
 # --- what really is held and sent -------------------------------------------------------------------------------------
@@ -123,6 +126,14 @@ COUNTED = [
     for option in shares
     if option[0] != "ddp" and option[1:] != (False, True)
 ]
+
+
+class OursOver(ZeroEngine):
+    """The engine of ZeRO over one of DeepSpeed that has no Fabric around it."""
+
+    def __init__(self, engine, reduction):
+        self.deepspeed, self.zero, self.reduction = engine, engine.optimizer, reduction
+        self.ranks, self.device, self.watchdog, self._one_reduction = Ranks(), torch.device("cpu"), None, ExitStack()
 
 
 def deepspeed_bytes():
@@ -148,14 +159,14 @@ def deepspeed_bytes():
         }
         optimizer = torch.optim.AdamW(model.parameters())
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-        sharded = Sharded(engine, reduction)
-        for _ in range(3):
-            sharded.begin_step()
-            for ends_step in (False, True):
-                sharded.expect_backward(ends_step)
-                engine.backward(engine(torch.ones(1, WIDTH)).sum())
-                here = here if ends_step else storages()
-            sharded.step()
+        ours = OursOver(engine, reduction)
+        for step in range(3):
+            ours.begin_step(step, num_targets=1, num_backwards=2)
+            for last in (False, True):
+                ours.enter(0, "backward")
+                ours.backward(engine(torch.ones(1, WIDTH)).sum())
+                here = here if last else storages()
+            ours.step()
         new = here.keys() - {storage.data_ptr() for storage in before}
         found[reduction, (strategy, *offloads)] = sum(here[place].nbytes() for place in new) / (WIDTH * WIDTH * LAYERS)
         before = [*before, *storages().values(), *here.values()]  # kept, so that their places are not used again
@@ -186,7 +197,7 @@ def test_deepspeed_holds_what_is_planned(tmp_path):
             assert planned - 0.1 <= found <= planned + 5 * matrix, (reduction, option, planned, found)
 
 
-def told_and_sent():
+def sent_and_kept():
     """Of one rank: bytes received in a window of four segments, and bytes that it kept of a segment."""
     received = []
 
@@ -195,19 +206,17 @@ def told_and_sent():
             received.append((self.size - 1) * x.nbytes)
             return super().gather(x)
 
-    model = random_model(6, backend="chunked")
-    model.recompute_blocks = True
-    model.time_ranks = ranks = Counting(dist.group.WORLD)
+    ranks = Counting(dist.group.WORLD)
+    model = random_model(6, compute=Compute(None, True, "chunked", ranks))
     tokens = torch.arange(2 * 128).reshape(2, 128) % model.sizes.vocab_size
     state = model.initial_state(2)
-    exchanges = []
+    sent = Received()
     with torch.no_grad():
-        model(tokens[:, :16], state, exchanges=exchanges)
-    kept = sum(part.nbytes for part in stack_told(exchanges).values())
+        model(tokens[:, :16], state, received=sent)
+    kept = sum(part.nbytes for part in sent.stacked().values())
     received.clear()
     segments = cut_window(tokens, tokens, None, 32, ranks.rank, ranks.size)
-    backward = SimpleNamespace(enter=lambda *_: None, backward=lambda scalar: scalar.backward())
-    backward_through_window(SegmentLoss(model), segments, state, 1.0, backward)
+    backward_through_window(SegmentLoss(model), segments, state, PlainBackward(1.0))
     return sum(received), kept
 
 
@@ -215,9 +224,9 @@ def test_time_ranks_send_and_keep_what_is_planned(tmp_path):
     sizes = random_model(6).sizes
     config = many(2, distributed__time_ranks=2, window__lanes=2, window__segment_tokens=32, window__window_tokens=128)
     config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "fp32"})})
-    for received, kept in run_ranks(2, told_and_sent, folder=tmp_path):
+    for received, kept in run_ranks(2, sent_and_kept, folder=tmp_path):
         assert received == step_wire(config, sizes).time == 4 * sizes.num_layers * sum(time_wire(config, sizes))
-        assert kept == lanes_at_once(config) * told_bytes(config, sizes)
+        assert kept == config.pass_lanes * received_bytes(config, sizes)
 
 
 # --- on the wire ------------------------------------------------------------------------------------------------------
@@ -252,7 +261,9 @@ def test_bytes_of_gradients_and_weights_by_hand():
         wire = step_wire(other_run(config, strategy, reduction=reduction), FINCH)
         assert (wire.gradients, wire.weights) == (pytest.approx(gradients), pytest.approx(weights))
     truncated = many(8, window__gradient_segments=4)
-    assert step_wire(with_strategy(truncated, "zero3"), FINCH).weights == pytest.approx(share * (12 + 16 + 16))
+    assert step_wire(with_strategy(truncated, Strategy("zero3")), FINCH).weights == pytest.approx(
+        share * (12 + 16 + 16)
+    )
     assert step_wire(many(1), FINCH) == (0, 0, 0)
 
 
@@ -277,7 +288,7 @@ NAMES = {
     ("zero3", True, False): "zero3, optimizer on the host",
 }
 REDUCTIONS = {"ddp": ["step"], "zero1": ["step"], "zero2": ["step", "segment"], "zero3": ["step", "segment"]}
-ROWS = [(option, reduction) for option in OPTIONS for reduction in REDUCTIONS[option[0]]]
+ROWS = [(option, reduction) for option in STRATEGIES for reduction in REDUCTIONS[option[0]]]
 
 
 @pytest.mark.parametrize("gigabytes", [24.0, 40.0, 80.0, None])
@@ -324,7 +335,7 @@ def test_the_report_marks_what_auto_and_this_run_take(settings, gigabytes, auto,
 
 def test_the_report_of_time_ranks_and_offload():
     config = many(16, distributed__devices=8, distributed__nodes=2, distributed__time_ranks=4, window__lanes=8)
-    config = with_strategy(config, "zero3", True, False)
+    config = with_strategy(config, Strategy("zero3", True))
     report = plan_report(config, 80)
     assert "16 on 2 nodes; 4 share a document's time, 1,024 tokens of each segment" in report
     assert rows_of(report)[NAMES["zero3", True, False], "step"][-1] == "<- this run"
@@ -362,8 +373,8 @@ def test_what_can_not_be_reported(tmp_path):
 
 def test_the_tables_of_the_page_are_what_its_command_prints():
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    assert "python -m infctx.plan.report" in page
-    command = [sys.executable, "-m", "infctx.plan.report"]
+    assert "python tools/plan_tables.py" in page
+    command = [sys.executable, "tools/plan_tables.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == f"{choice_table()}\n\n{time_table()}\n"
     for table in printed.strip().split("\n\n"):

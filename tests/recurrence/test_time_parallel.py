@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 
 from infctx.model.loss import SegmentLoss
+from infctx.model.rwkv import Compute
 from infctx.model.state import State
-from infctx.recurrence.time_parallel import TimeRanks
+from infctx.recurrence.time_parallel import Received, TimeRanks
 from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from ranks import bytes_received, run_ranks
@@ -27,14 +28,14 @@ CASES = {
 }
 
 
-def window_of(case, dtype=torch.float64):
+def window_of(case, ranks=None, dtype=torch.float64):
     """The model, the window and the state before it: all that a rank needs."""
     version, num_tokens, segment_tokens, start_rate, gradient_segments, recompute = CASES[case]
-    model = random_model(version, dtype=dtype, with_state=True, seed=num_tokens)
+    compute = Compute(recompute_blocks=recompute, time_ranks=ranks)
+    model = random_model(version, dtype=dtype, with_state=True, seed=num_tokens, compute=compute)
     model.add_initial_state(shifts=True)
     for part in model.initial_parts():
         torch.nn.init.normal_(part, std=0.3, generator=torch.Generator().manual_seed(5))
-    model.recompute_blocks = recompute
     window = random_window(num_tokens, batch=BATCH, seed=segment_tokens, start_rate=start_rate)
     window[2][:, 0] = False  # so that the state before the window matters
     random = torch.Generator().manual_seed(1)
@@ -45,14 +46,11 @@ def window_of(case, dtype=torch.float64):
 
 def through_window(case, ranks=None):
     """Loss sum, state behind, gradients of all weights and of the state before, of one rank or of many together."""
-    model, window, segment_tokens, gradient_segments, state = window_of(case)
-    model.time_ranks = ranks
+    model, window, segment_tokens, gradient_segments, state = window_of(case, ranks)
     place = () if ranks is None else (ranks.rank, ranks.size)
     segments = cut_window(*window, segment_tokens, *place)
     state = state.leaf()
-    loss, behind = backward_through_window(
-        SegmentLoss(model), segments, state, 0.01, PlainBackward(), gradient_segments
-    )
+    loss, behind = backward_through_window(SegmentLoss(model), segments, state, PlainBackward(0.01), gradient_segments)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if ranks is not None:
         for tensor in (loss, *gradients.values()):
@@ -63,8 +61,7 @@ def through_window(case, ranks=None):
 
 def hidden_of(case, ranks=None):
     """The hidden vectors of a window run as one segment: of the whole, or of this rank's slice."""
-    model, (tokens, _, starts), _, _, state = window_of(case)
-    model.time_ranks = ranks
+    model, (tokens, _, starts), _, _, state = window_of(case, ranks)
     slices = ranks.size if ranks else 1
     (piece,) = cut_window(tokens, tokens, starts, tokens.shape[1], ranks.rank if ranks else 0, slices)
     hidden, _ = model(piece.tokens, state, piece.starts)
@@ -126,13 +123,13 @@ def formula(time_ranks, element_bytes):
 
 def wire_of(low, recompute):
     """Bytes a layer that this rank receives: of a forward pass, of it again, of the backward pass, of a window."""
-    model = random_model(6, **WIRE_SIZES)
-    model.time_ranks = ranks = TimeRanks(dist.group.WORLD)
-    model.compute_dtype, model.recompute_blocks = torch.bfloat16 if low else None, recompute
+    ranks = TimeRanks(dist.group.WORLD)
+    compute = Compute(torch.bfloat16 if low else None, recompute, time_ranks=ranks)
+    model = random_model(6, **WIRE_SIZES, compute=compute)
     tokens, targets, starts = random_window(WIRE_SEGMENTS * WIRE_SEGMENT_TOKENS, batch=WIRE_BATCH)
     segments = cut_window(tokens, targets, starts, WIRE_SEGMENT_TOKENS, ranks.rank, ranks.size)
     zeros = State(*(torch.zeros_like(part) for part in random_model(6, **WIRE_SIZES).initial_state(WIRE_BATCH)))
-    exchanges, found = [], {}
+    received, found = Received(), {}
 
     def measured(name, work):
         dist.barrier()
@@ -143,13 +140,13 @@ def wire_of(low, recompute):
         return result
 
     def run():
-        return model(segments[0].tokens, zeros.leaf(), segments[0].starts, exchanges)
+        return model(segments[0].tokens, zeros.leaf(), segments[0].starts, received)
 
     measured("forward", run)
     hidden, behind = measured("again", run)
     scalar = hidden.float().sum() + behind.dot(behind.detach())
     measured("backward", scalar.backward)
-    window = (SegmentLoss(model), segments, zeros, 0.01, PlainBackward())
+    window = (SegmentLoss(model), segments, zeros, PlainBackward(0.01))
     measured("window", lambda: backward_through_window(*window))
     return found
 
@@ -161,7 +158,7 @@ def all_wires():
 
 @pytest.mark.parametrize("time_ranks", [2, 4])
 def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
-    """As the kernel counts them over TCP; what was told is not asked again, by a repetition or a recomputation."""
+    """As the kernel counts them over TCP; what was sent is not asked for again, by a repetition or a recomputation."""
     for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):
         for (low, _), found in rank.items():
             forward, backward = formula(time_ranks, 2 if low else 4)

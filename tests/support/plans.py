@@ -1,8 +1,11 @@
 """Runs of many GPUs that are planned and not made."""
 
 from infctx.model.sizes import published_sizes
-from infctx.plan.memory import rank_memory, with_distributed, with_strategy
-from infctx.plan.report import example_config
+from infctx.plan.memory import Strategy, rank_memory, with_distributed, with_strategy
+from infctx.plan.plan import find_weights
+from infctx.plan.strategy import resolve_strategy
+
+from plan_tables import example_config
 
 FINCH = published_sizes("finch-3b")
 
@@ -17,9 +20,18 @@ def many(gpus=8, **changes):
     return type(config).model_validate(config.model_dump())
 
 
-def other_run(config, *option, reduction="segment"):
-    return with_distributed(with_strategy(config, *option), gradient_reduction=reduction)
+def other_run(config, *strategy, reduction="segment"):
+    return with_distributed(with_strategy(config, Strategy(*strategy)), gradient_reduction=reduction)
 
 
-def bytes_of(config, *option, reduction="segment"):
-    return rank_memory(other_run(config, *option, reduction=reduction), FINCH, "cuda")
+def bytes_of(config, *strategy, reduction="segment"):
+    return rank_memory(other_run(config, *strategy, reduction=reduction), FINCH, "cuda")
+
+
+def planned_bytes(config, sizes, device):
+    """Of a rank, with what "auto" stands for where the device's memory is not known."""
+    return rank_memory(resolve_strategy(config, sizes, device), sizes, device)
+
+
+def model_sizes(config):
+    return find_weights(config)[1]

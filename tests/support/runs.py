@@ -5,14 +5,20 @@ import sys
 import time
 
 import numpy as np
+import torch
 import yaml
 from lightning.fabric import Fabric
 
 from infctx.data.token_store import TokenStoreWriter
+from infctx.distributed.devices import Devices, open_devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
+from infctx.formats.weights import fingerprint
 from infctx.model.loss import SegmentLoss
+from infctx.plan.plan import Plan, make_plan
 from infctx.train.metrics import read_step_log
+from infctx.train.run import Run
+from infctx.train.start import open_run as open_run_on
 
 from places import ROOT
 
@@ -51,9 +57,27 @@ def write_config(folder, **changes):
     return path
 
 
+def open_run(config):
+    """The run of a configuration, in this process or as this rank."""
+    return open_run_on(open_devices(make_plan(config)))
+
+
+def run_of(model, optimizer, config, carry, progress):
+    """A run of one CPU in the middle of its work, without documents."""
+    engine = plain_engine(model, optimizer)
+    tuned_over = fingerprint(model) if config.model.freezes_weights else None
+    return Run(plan_of(config), model, engine, None, carry, progress, tuned_over, None)
+
+
 def plain_engine(model, optimizer):
     """The engine of one CPU for a model and its optimizer."""
-    return Engine(Fabric(accelerator="cpu", devices=1), Ranks(), SegmentLoss(model), optimizer, None)
+    devices = Devices(Fabric(accelerator="cpu", devices=1), Ranks(), plan_of(None))
+    return Engine(devices, SegmentLoss(model), optimizer, None)
+
+
+def plan_of(config):
+    """The plan of a run on one CPU, nothing of it looked up."""
+    return Plan(config, torch.device("cpu"), None, None, "ddp", "step", None)
 
 
 def start(*arguments, program=(sys.executable, "-m", "infctx"), **options):

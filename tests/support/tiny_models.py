@@ -2,16 +2,21 @@
 
 import torch
 
-import infctx
+from infctx.model.build import new_model
+from infctx.model.rwkv import Compute
+from infctx.model.sizes import make_sizes
 
 SIZES = {"num_layers": 2, "width": 24, "vocab_size": 19, "head_size": 8}
 RANKS = {"mix_rank": 3, "decay_rank": 5}
 
 
-def random_model(version, *, dtype=torch.float32, seed=0, with_state=False, noise=0.2, backend="auto", **sizes):
+def random_model(
+    version, *, dtype=torch.float32, seed=0, with_state=False, noise=0.2, backend="auto", compute=None, **sizes
+):
     """A model of SIZES (or others) whose weights are the initial ones and noise; with_state: a learned state too."""
     ranks = RANKS if version == 6 else {}
-    model = infctx.build_model(version=version, **(SIZES | ranks | sizes), dtype=dtype, seed=seed, backend=backend)
+    wanted = make_sizes(version=version, **(SIZES | ranks | sizes))
+    model = new_model(wanted, "cpu", dtype, seed, compute or Compute(backend=backend))
     if with_state:
         model.add_initial_state()
     random = torch.Generator().manual_seed(seed + 1)

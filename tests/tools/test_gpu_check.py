@@ -324,7 +324,9 @@ def test_without_torch_one_line_says_so():
 
 
 def refused(command):
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test` above us
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))
+    }  # of `make test` above us
     environment = outside | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
@@ -347,7 +349,9 @@ sys.path.insert(0, "tools")
 import gpu_check
 assert gpu_check.main([]) == 2
 """
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test` above us
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))
+    }  # of `make test` above us
     environment = outside | {"CUDA_VISIBLE_DEVICES": ""}
     with contextlib.suppress(KeyError):
         del environment["PYTHONPATH"]

@@ -15,12 +15,13 @@ from infctx.config import load_config
 from infctx.data.lanes import Lanes
 from infctx.data.token_store import TokenStore
 from infctx.errors import TrainingFailed
-from infctx.train.checkpoint import checkpoints, lock_folder
+from infctx.formats.checkpoint_folder import checkpoints
+from infctx.train.checkpoint import lock_folder
 from infctx.train.failure import find_failure
-from infctx.train.loop import open_run, train, train_steps
+from infctx.train.loop import train, train_steps
 from infctx.train.optimizer import make_optimizer, set_learning_rate
 
-from runs import infctx_command, losses_of, start, wait_for_steps, write_config, write_store
+from runs import infctx_command, losses_of, open_run, start, wait_for_steps, write_config, write_store
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follo
     window.tokens[0][window.tokens[0] == poisoned] = 1
     with torch.no_grad():
         run.model.embedding.weight[poisoned] = math.inf
-    where = find_failure(run.engine, window, run.carry, run.config)
+    where = find_failure(run.engine, window, run.carry, run.plan.config)
     assert where.place == "layer 0, segment 0"
     assert where.documents == "lane 1: " + ", ".join(map(str, window.documents[1][:8])) + (
         f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""

@@ -12,16 +12,16 @@ import torch
 import infctx
 from infctx.config import load_config
 from infctx.errors import InputError
+from infctx.formats.checkpoint_folder import checkpoints
 from infctx.formats.model_files import open_model
 from infctx.formats.state_file import read_state
 from infctx.formats.tensor_file import read_tensors
-from infctx.train import learn as tune
-from infctx.train.checkpoint import checkpoints
+from infctx.train import finish
 from infctx.train.failure import find_failure
 from infctx.train.learn import freeze_weights
-from infctx.train.loop import open_run, train, train_steps
+from infctx.train.loop import train, train_steps
 
-from runs import infctx_command, losses_of, write_config, write_store
+from runs import infctx_command, losses_of, open_run, write_config, write_store
 from tiny_models import random_model
 
 LEARN = ("initial_state", "initial_state_and_shifts")
@@ -208,7 +208,7 @@ def test_a_broken_gradient_names_the_initial_state(tmp_path, weights):
     run = open_run(tune_config(tmp_path, weights))
     window, _ = next(run.lanes)
     run.model.initial_wkv.grad = torch.full_like(run.model.initial_wkv, float("nan"))
-    where = find_failure(run.engine, window, run.carry, run.config)
+    where = find_failure(run.engine, window, run.carry, run.plan.config)
     assert where.place == "the initial state"
 
 
@@ -250,7 +250,7 @@ def test_what_was_learned_is_written_before_anything_is_said(tmp_path, weights, 
     def fail(*_arguments):
         raise BrokenPipeError
 
-    monkeypatch.setattr(tune, "evaluate_store", fail)
+    monkeypatch.setattr(finish, "evaluate_store", fail)
     with pytest.raises(BrokenPipeError):
         train(config)
     assert {path.name for path in (tmp_path / "run").glob("state.*")} == {"state.pth", "state.st", "state.safetensors"}

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import infctx
 from infctx.errors import InputError
+from infctx.model.rwkv import Compute
 from infctx.model.state import State
-from infctx.train.window import Seams
+from infctx.train.seams import Seams
 
 from tiny_models import random_model, random_window
 
@@ -141,7 +142,7 @@ def test_recomputed_blocks_change_nothing():
     infctx.window_backward(model, tokens, targets, 32, starts=starts)
     truth = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.recompute_blocks = True
+    model.compute = Compute(recompute_blocks=True)
     infctx.window_backward(model, tokens, targets, 32, starts=starts)
     assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
 

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import flop_registry
 import infctx
 from infctx.config import WindowSettings
 from infctx.data.lanes import Window
-from infctx.train.learn import freeze_weights, natural_units, without_state
+from infctx.model.rwkv import Compute
+from infctx.train.finish import without_state
+from infctx.train.learn import freeze_weights, natural_units
 
 from tiny_models import random_model, random_tokens
 
@@ -21,7 +23,7 @@ def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
     """Float64: documents one by one, each in one graph from the initial state, with the loop over time as the judge."""
     model = random_model(version, dtype=torch.float64, backend="chunked", num_layers=3)
     freeze_weights(model, shifts)
-    model.recompute_blocks = recompute
+    model.compute = Compute(recompute_blocks=recompute)
     random = torch.Generator().manual_seed(version)
     for part in model.initial_parts():
         if part is not None:

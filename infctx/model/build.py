@@ -1,0 +1,57 @@
+"""New models: a published name or sizes in, a model with the official initialisation out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from infctx.errors import InputError
+from infctx.model.initialise import initialise
+from infctx.model.rwkv import RWKV, Compute
+from infctx.model.sizes import Sizes, make_sizes, published_sizes
+
+
+def build_model(
+    name: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    backend: str = "auto",
+    **sizes: Any,
+) -> RWKV:
+    """A new model with the official initialisation; device "meta" takes no memory and draws no weights.
+
+    name: a published size, such as "finch-3b"; or sizes by keyword: version, num_layers, width, and optionally
+    vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`).
+    """
+    if (name is None) == (not sizes):
+        raise InputError("build_model: give the name of a published size, or version, num_layers, width, ...")
+    wanted = published_sizes(name) if name else make_sizes(**sizes)
+    return new_model(wanted, device, dtype, seed, Compute(backend=backend))
+
+
+def new_model(
+    sizes: Sizes,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int,
+    compute: Compute = Compute(),  # noqa: B008
+) -> RWKV:
+    """`build_model` for sizes that are known."""
+    model = empty_model(sizes, compute).to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device=device)
+    initialise(model, seed)
+    return model
+
+
+def empty_model(sizes: Sizes, compute: Compute = Compute(), with_state: bool = False) -> RWKV:  # noqa: B008
+    """The module on the meta device: shapes without memory; with_state: with an initial state to learn."""
+    with torch.device("meta"):
+        model = RWKV(sizes, compute)
+        if with_state:
+            model.add_initial_state()
+    return model

@@ -1,0 +1,117 @@
+"""What this machine lacks for a run: files, devices, memory; and with what else the run would fit."""
+
+from __future__ import annotations
+
+import torch
+
+from infctx.config import Config
+from infctx.data.token_store import store_prefix
+from infctx.formats.checkpoint_folder import checkpoints
+from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
+from infctx.model.sizes import Sizes
+from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
+from infctx.plan.strategy import STRATEGIES, resolve_strategy
+
+
+def lacking_files(config: Config) -> list[str]:
+    """What the run reads and is not there, a line each."""
+    lacking: list[str] = []
+    weights = config.model.weights
+    goes_on = checkpoints(config.run.checkpoints)
+    if weights is not None and not weights.exists() and (config.model.freezes_weights or not goes_on):
+        lacking.append(f"model.weights: there is no {weights}; download it or name another file")
+    state = config.model.initial_state
+    if state is not None and not state.exists() and not goes_on:
+        lacking.append(f"model.initial_state: there is no {state}; name another file, or leave it out for zeros")
+    for name in ("store", "held_out"):
+        store = getattr(config.data, name)
+        prefix = None if store is None else store_prefix(store)
+        if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
+            lacking.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
+    return lacking
+
+
+def lacking_device(config: Config, sizes: Sizes | None) -> list[str]:
+    """The devices or the memory that the run needs and does not find, a line each."""
+    count = config.distributed.devices
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        needs = f"{count} of them" if count > 1 else "one"
+        amount = ""
+        if sizes is not None:
+            amount = f" with {rank_memory(resolve_strategy(config, sizes, 'cuda'), sizes, 'cuda').device / GB:.1f} GB"
+        return [f"run.device: cuda, and torch {torch.__version__} finds no GPU here; the run needs {needs}{amount}"]
+    device = own_device(config.run.device, config.distributed.devices)
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        present = torch.cuda.device_count()
+        return [f"distributed.devices: {count}, and torch finds {present} here; take {present}, or more nodes"]
+    if sizes is None:
+        return []
+    return _lacking_memory(config, sizes, device, device_memory(device.type, count))
+
+
+def _lacking_memory(config: Config, sizes: Sizes, device: torch.device, total: int | None) -> list[str]:
+    """What does not fit, with what would; memory of the host is shared by the ranks of a node.
+
+    total: memory of a GPU, in bytes.
+    """
+    asked, config = config, resolve_strategy(config, sizes, device.type, total)
+    count = config.distributed.devices
+    free = Memory(free_device_memory(device), free_host_memory())
+    needed = _on_node(rank_memory(config, sizes, device.type), device.type, count)
+    if needed.device <= free.device and needed.host <= free.host:
+        return []
+    remedy = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+    other = _what_fits(asked, config, sizes, device.type, total, free)
+    if other:
+        remedy = f"{other} would fit, or {remedy}"
+    ranks = f" for {count} ranks" if count > 1 else ""
+    strategy = f" with distributed.strategy: {config.distributed.strategy}" if config.distributed.world_size > 1 else ""
+    if needed.device > free.device:
+        much, place, there = needed.device, f"{device} for each rank" if ranks else f"{device}", free.device
+    elif device.type == "cuda":
+        much, place, there = needed.host, f"the host{ranks}", free.host
+        remedy += ", or keep less there (window.seam_store, distributed.offload_optimizer)"
+    else:
+        much, place, there = needed.host, f"{device}{ranks}", free.host
+    return [f"memory: the run needs {much / GB:.1f} GB on {place}{strategy}, {there / GB:.1f} GB are free; {remedy}"]
+
+
+def _on_node(rank: Memory, device_type: str, count: int) -> Memory:
+    """What `count` ranks of a node take: on each device, and of the host; a CPU's device memory is the host's."""
+    if device_type == "cpu":
+        return Memory(0, count * (rank.device + rank.host))
+    return Memory(rank.device, count * rank.host)
+
+
+def _what_fits(
+    asked: Config, config: Config, sizes: Sizes, device_type: str, total: int | None, free: Memory
+) -> str | None:
+    """The first other strategy, time of reduction or number of time_ranks, with which the run fits.
+
+    asked, config: the run as its settings say, and what "auto" stands for in it.
+    """
+    others = {}
+    for strategy in STRATEGIES:
+        other = resolve_strategy(with_strategy(asked, strategy), sizes, device_type, total)
+        name = _describe_strategy(strategy)
+        others[name] = other
+        by_segment = with_distributed(other, gradient_reduction="segment")
+        if reduces_each_segment(by_segment):
+            prefix = "distributed." if other.distributed == config.distributed else f"{name} and "
+            others[f"{prefix}gradient_reduction: segment"] = by_segment
+    world = config.distributed.world_size
+    for ranks in range(config.distributed.time_ranks + 1, world + 1):
+        whole = world % ranks == 0 and config.window.lanes % (world // ranks) == 0
+        if whole and config.window.segment_tokens % (16 * ranks) == 0:
+            others[f"distributed.time_ranks: {ranks}"] = with_distributed(config, time_ranks=ranks)
+    for name, other in others.items():
+        needed = _on_node(rank_memory(other, sizes, device_type), device_type, config.distributed.devices)
+        if needed.device <= free.device and needed.host <= free.host:
+            return name
+    return None
+
+
+def _describe_strategy(strategy: Strategy) -> str:
+    """As settings: distributed.strategy: zero2 and offload_optimizer: true."""
+    chosen = [name for name in ("offload_optimizer", "offload_parameters") if getattr(strategy, name)]
+    return " and ".join([f"distributed.strategy: {strategy.name}", *(f"{name}: true" for name in chosen)])

@@ -1,0 +1,56 @@
+"""A segment as one layer sees it, besides its input: where documents start in it, and what they start from.
+
+In: the layer's tensors and its memory before the segment; out: results, and the memory behind the segment.
+`LayerSegment` is for a rank that has the whole segment; where its time is shared over ranks,
+`infctx.recurrence.time_parallel.SharedLayerSegment` takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from infctx.recurrence.token_shift import token_shift
+from infctx.recurrence.wkv import wkv
+
+Shift = Literal["time_shift", "channel_shift"]
+
+
+class LayerState(NamedTuple):
+    """The memory of one layer.
+
+    wkv:           (B, H, N, N) the matrices, key channel by value channel
+    time_shift:    (B, D) last normalised input of the time mix
+    channel_shift: (B, D) last normalised input of the channel mix
+    """
+
+    wkv: Tensor
+    time_shift: Tensor
+    channel_shift: Tensor
+
+
+class LayerSegment:
+    """The whole of a segment.
+
+    starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary; None where none does
+    initial: what documents start from, None for zeros
+    """
+
+    def __init__(self, starts: Tensor | None = None, initial: LayerState | None = None) -> None:
+        self.starts = starts
+        self.initial: LayerState | tuple[None, None, None] = initial or (None, None, None)
+
+    def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) one token earlier, and the vector to hand on; last: (B, D) the vector before the segment."""
+        return token_shift(x, last, self.starts, self.initial_shift(shift))
+
+    def wkv(
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """`infctx.wkv` of the segment: y (B, T, H, N) and the state behind it (B, H, N, N)."""
+        return wkv(r, k, v, w, u, state, self.starts, self.initial[0], backend)
+
+    def initial_shift(self, shift: Shift) -> Tensor | None:
+        """The vector that documents see before their first token, (B, D); None for zeros."""
+        return self.initial[LayerState._fields.index(shift)]

@@ -1,0 +1,172 @@
+"""The start of a run: devices and a plan in; a `Run`, new or as its newest whole checkpoint left it, out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infctx.config import Config
+from infctx.data.lanes import Lanes
+from infctx.data.pieces import Pieces
+from infctx.data.token_store import TokenStore
+from infctx.distributed.devices import Devices
+from infctx.distributed.engine import Engine
+from infctx.distributed.ranks import Ranks
+from infctx.distributed.zero import ZeroEngine
+from infctx.errors import InputError
+from infctx.evaluate.loss_by_position import refuse_tokens_beyond
+from infctx.formats.checkpoint_folder import STATE_FILE, checkpoints, newest_checkpoint, remove_leftovers
+from infctx.formats.model_files import ModelFiles, open_model
+from infctx.formats.weights import fingerprint
+from infctx.model.build import new_model
+from infctx.model.loss import SegmentLoss
+from infctx.model.rwkv import RWKV, Compute
+from infctx.model.sizes import describe
+from infctx.model.state import State
+from infctx.plan.plan import Plan
+from infctx.recurrence.precision import state_dtype
+from infctx.recurrence.time_parallel import TimeRanks
+from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
+from infctx.train.learn import freeze_weights, natural_units
+from infctx.train.optimizer import make_optimizer
+from infctx.train.run import Progress, Run
+
+log = logging.getLogger(__name__)
+
+
+def open_run(devices: Devices) -> Run:
+    """A new run, or the one in the folder as its newest whole checkpoint left it."""
+    fabric, ranks, plan = devices
+    config = plan.config
+    if config.run.threads or fabric.device.type == "cpu":
+        torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
+    torch.manual_seed(config.run.seed)
+    checkpoint = ranks.from_first(lambda: find_checkpoint(config))
+    too_large = plan.strategy == "zero3" and not config.model.freezes_weights  # for one device, before it is cut up
+    device = torch.device("cpu") if too_large else fabric.device
+    model = make_model(plan, checkpoint, device, ranks.join_time())
+    tuned_over = fingerprint(model) if config.model.freezes_weights else None
+    if config.model.freezes_weights:
+        model.set_initial_units(state_units(config, model, checkpoint, ranks))
+    optimizer = make_optimizer(model, config.optimizer)
+    kind = Engine if plan.strategy == "ddp" else ZeroEngine
+    engine = kind(devices, SegmentLoss(model, config.optimizer.l2wrap), optimizer, config.optimizer.clip_norm)
+    carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
+    if checkpoint:
+        carry, progress = load_progress(checkpoint, engine)
+    lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
+    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
+        held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
+        ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
+    log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
+    if ranks.world_size > 1:
+        log.info("%s", devices.describe())
+    if checkpoint:
+        log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
+    return Run(plan, model, engine, lanes, carry.to(fabric.device), progress, tuned_over, checkpoint)
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint to go on from, None for a new run; cleans up what a killed run left half done."""
+    folder = config.run.checkpoints
+    remove_leftovers(folder)
+    if config.run.resume == "never" and checkpoints(folder):
+        raise InputError(f"{folder}: holds checkpoints, and run.resume is never; choose another run.folder, or auto")
+    return newest_checkpoint(folder)
+
+
+def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_ranks: TimeRanks | None = None) -> RWKV:
+    """The model of the checkpoint, or of `model.weights`, or a new one, computing in run.precision.
+
+    Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
+    """
+    config, settings = plan.config, plan.config.model
+    if checkpoint and (checkpoint / STATE_FILE).is_file() != settings.freezes_weights:
+        raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
+    low = torch.bfloat16 if config.run.precision == "bf16" else None
+    compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks)
+    if checkpoint or plan.weights:
+        model = _open_model(plan, checkpoint, low or torch.float32, device, compute)
+    else:
+        assert plan.sizes is not None  # or the plan would have refused
+        model = new_model(plan.sizes, device, torch.float32, config.run.seed, compute)
+    if model.initial_time_shift is not None and settings.learn != "initial_state_and_shifts":
+        raise InputError(
+            f"{checkpoint or settings.initial_state or settings.weights}: the state has shift vectors, and model.learn "
+            f"{settings.learn} has no place for them; begin from a state without them, or learn them too"
+        )
+    if settings.freezes_weights:
+        freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
+    return model
+
+
+def _open_model(
+    plan: Plan, checkpoint: Path | None, frozen_dtype: torch.dtype, device: torch.device, compute: Compute
+) -> RWKV:
+    """A model that is read from files, of the sizes that the plan has."""
+    settings, wanted = plan.config.model, plan.sizes
+    files = ModelFiles(checkpoint, None) if checkpoint and not settings.freezes_weights else plan.weights
+    assert files is not None  # a state is tuned over weights that are there
+    source, state = settings.weights, settings.initial_state
+    if checkpoint:
+        source, state = (source, checkpoint / STATE_FILE) if settings.freezes_weights else (checkpoint, None)
+    dtype = frozen_dtype if settings.freezes_weights else torch.float32
+    model = open_model(files, state, dtype, device, compute, same_weights=bool(checkpoint))
+    if wanted not in (None, model.sizes):
+        raise InputError(
+            f"{source}: holds {describe(model.sizes)}, and the configuration asks for {describe(wanted)}; "
+            "choose another run.folder, or set the model's sizes back"
+        )
+    return model
+
+
+def state_units(config: Config, model: RWKV, checkpoint: Path | None, ranks: Ranks) -> State:
+    """What the state that learns counts in: as the run began with, or of the first window of all lanes."""
+    units = load_units(checkpoint) if checkpoint else None
+    if units is None:
+        window, _ = next(open_lanes(config, model.sizes.vocab_size))
+        with model.alone():  # every rank runs all of it, and finds the same
+            units = natural_units(model, window, config.window, config.rank_lanes)
+    device, found = model.embedding.weight.device, units
+    return ranks.from_first(lambda: found.to("cpu")).to(device)
+
+
+def open_lanes(
+    config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
+) -> Lanes:
+    """The windows of the configured documents, from the one behind `position` on, of all lanes or of a rank's."""
+    store = TokenStore(config.data.store)
+    return Lanes(
+        Pieces(store, config.data.document_tokens) if config.data.document_tokens else store,
+        num_lanes=config.window.lanes,
+        window_tokens=config.window.window_tokens,
+        seed=config.run.seed,
+        vocab_size=vocab_size,
+        shuffle=config.data.shuffle,
+        lanes=ranks.lanes(config.window.lanes) if ranks else None,
+        position=position,
+    )
+
+
+@contextmanager
+def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Holds the lock of a run's folder; an InputError on every rank if another run has it."""
+    with ExitStack() as locks:
+        ranks.from_first(lambda: bool(locks.enter_context(lock_folder(folder))))
+        yield
+
+
+def _new_carry(config: Config, model: RWKV) -> State:
+    """Zeros: every lane's first document starts from the initial state."""
+    weight = model.embedding.weight
+    return State.zeros(model.sizes, config.rank_lanes, state_dtype(weight.dtype), "cpu")
+
+
+def _changes(checkpoint: Path, config: Config) -> str:
+    changed = changed_settings(checkpoint, config)
+    return f"; changed since: {', '.join(changed)}" if changed else ""

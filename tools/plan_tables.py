@@ -1,0 +1,83 @@
+"""Prints the tables of docs/distributed.md: which strategy fits which GPUs, and what time_ranks send each other.
+
+    python tools/plan_tables.py
+
+Nothing is run: the figures are planned from the sizes of the published models, as `infctx plan` does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infctx.config import (
+    Config,
+    DataSettings,
+    DistributedSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+    WindowSettings,
+)
+from infctx.model.sizes import published_sizes
+from infctx.plan.memory import GB, Strategy, rank_memory, reduces_each_segment, step_wire, with_strategy
+from infctx.plan.strategy import FILLED, STRATEGIES, choose_strategy, resolve_strategy
+
+CHOICE_MODELS = ("finch-1.6b", "finch-3b", "eagle-7b", "finch-14b")
+CHOICE_GIGABYTES = (24, 40, 80, 141)
+CHOICE_GPUS = (1, 2, 4, 8)
+TIME_WINDOWS = (16384, 65536, 262144, 1048576)
+TIME_RANKS = (2, 4, 8)
+
+
+def choice_table() -> str:
+    """Markdown: for published models and GPUs, the first strategy that fits, and GB on each GPU with it."""
+    counts = [f"{count} GPU{'s'[: count > 1]}" for count in CHOICE_GPUS]
+    lines = [f"| model | GPU | {' | '.join(counts)} |", "|---|---:|" + "---|" * len(counts)]
+    for model in CHOICE_MODELS:
+        for gigabytes in CHOICE_GIGABYTES:
+            cells = [_choice(model, gigabytes, count) for count in CHOICE_GPUS]
+            lines.append(f"| {model} | {gigabytes} GB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table() -> str:
+    """Markdown: GB that a rank of Finch 3B receives for one lane's window, by its length and the number of ranks."""
+    lines = [f"| tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
+    lines.append("|---:|" + "---:|" * len(TIME_RANKS))
+    for tokens in TIME_WINDOWS:
+        configs = [example_config("finch-3b", ranks, time_ranks=ranks, window_tokens=tokens) for ranks in TIME_RANKS]
+        cells = [f"{step_wire(config, published_sizes('finch-3b')).time / GB:.1f} GB" for config in configs]
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def example_config(
+    size: str, gpus: int, *, strategy: str = "ddp", time_ranks: int = 1, window_tokens: int = 65536
+) -> Config:
+    """The run that the tables are about: a lane for each group of ranks, segments of 4,096 tokens, bf16, blocks
+    recomputed."""
+    return Config(
+        model=ModelSettings(size=size, recompute_blocks=True),
+        data=DataSettings(store=Path("data/books/train")),
+        window=WindowSettings(segment_tokens=4096, window_tokens=window_tokens, lanes=gpus // time_ranks),
+        optimizer=OptimizerSettings(steps=1000, peak_lr=1e-5),
+        run=RunSettings(folder=Path("runs/example"), device="cuda", precision="bf16"),
+        distributed=DistributedSettings(devices=gpus, strategy=strategy, time_ranks=time_ranks),
+    )
+
+
+def _choice(size: str, gigabytes: int, gpus: int) -> str:
+    """A cell of choice_table: what auto takes, or the first that fits with a part on the host, or a dash."""
+    config, sizes, memory = example_config(size, gpus, strategy="auto"), published_sizes(size), round(gigabytes * GB)
+    chosen = choose_strategy(config, sizes, "cuda", memory)
+    for strategy in [Strategy(chosen), *(strategy for strategy in STRATEGIES if strategy.offload_optimizer)]:
+        resolved = resolve_strategy(with_strategy(config, strategy), sizes, "cuda", memory)
+        needed = rank_memory(resolved, sizes, "cuda").device
+        if needed <= FILLED * memory:
+            reduction = ", by segment" if reduces_each_segment(resolved) else ""
+            return f"{strategy.name}{' + host' if strategy.offload_optimizer else ''}{reduction}, {needed / GB:.1f} GB"
+    return "-"
+
+
+if __name__ == "__main__":
+    print(choice_table(), time_table(), sep="\n\n")
