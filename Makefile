@@ -24,7 +24,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-v
 # Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare train tune plan evaluate generate export test lint gpu-check
+.PHONY: help install prepare train tune plan evaluate generate export test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -55,13 +55,22 @@ export: $(VENV)/installed  ## weights or a state for other programs: make export
 	@test -n "$${OUTPUT:-}" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
 	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
 
-test: $(VENV)/installed-test  ## runs the tests
+test: $(VENV)/installed-test  ## runs the tests, in minutes
 	@$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
-lint: $(VENV)/installed-test  ## style, formatting, sizes of files and functions
+test-slow: $(VENV)/installed-test  ## runs the tests that `make test` leaves out: long windows, many ranks
+	@$(VENV)/bin/python -m pytest -n 2 -m 'slow and not gpu' $(ARGS)
+
+lint: $(VENV)/installed-test  ## style, formatting, types, sizes of files and functions
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 	@$(VENV)/bin/python tools/check_size.py
+
+dev: $(VENV)/installed-test  ## sets up for contributors: all that tests need, and `make lint` before each commit
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(VENV)/bin/pre-commit install
+	@echo 'Ready. Read docs/architecture.md, then infctx/train/loop.py; make test takes minutes, make lint a moment.'
 
 # With the torch that is there: nothing is installed.
 gpu-check:  ## checks and times the kernels on a GPU, in minutes: make gpu-check ARGS="--output table.md"

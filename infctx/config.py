@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from infctx.errors import InputError
 from infctx.settings import (
@@ -122,11 +124,12 @@ def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
             loader.dispose()
     places: dict[tuple[str, ...], str] = {(): source}
 
-    def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
+    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode) and len(path) < 2:
             for key, value in node.value:
-                places[(*path, key.value)] = f"{source}:{key.start_mark.line + 1}"
-                walk(value, (*path, key.value))
+                place = (*path, key.value)
+                places[place] = f"{source}:{key.start_mark.line + 1}"
+                walk(value, place)
 
     walk(node, ())
     return content, places
@@ -155,7 +158,7 @@ def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tup
     setting, _, rest = remedy.partition(": ")
     if first["type"] == "value_error" and not where:  # two sections that do not fit together
         where, remedy = tuple(setting.split(".")), rest
-    elif first["type"] == "value_error" and setting in Config.model_fields[where[0]].annotation.model_fields:
+    elif first["type"] == "value_error" and setting in _settings_of(where[0]):
         where, remedy = (*where, setting), rest
     place = next((places[where[:n]] for n in range(len(where), -1, -1) if where[:n] in places), str(path))
     message = f"{place}: {'.'.join(where)}: {remedy}"
@@ -163,10 +166,10 @@ def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tup
     return message + (f" (and {more} more problem{'s'[: more > 1]})" if more else "")
 
 
-def _remedy(problem: dict[str, Any], where: tuple[str, ...]) -> str:
+def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        known = Config.model_fields if len(where) == 1 else Config.model_fields[where[0]].annotation.model_fields
+        known = Config.model_fields if len(where) == 1 else _settings_of(where[0])
         close = difflib.get_close_matches(where[-1], known, n=1)
         return "unknown setting; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
     if kind == "missing":
@@ -184,6 +187,12 @@ def _remedy(problem: dict[str, Any], where: tuple[str, ...]) -> str:
         expected = problem["msg"] if len(where) > 1 else "the section is empty" if value is None else "it is a section"
         return f"{value!r} does not fit; {expected}"
     return f"{value!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _settings_of(section: str) -> Mapping[str, FieldInfo]:
+    kind = Config.model_fields[section].annotation
+    assert isinstance(kind, type) and issubclass(kind, BaseModel)
+    return kind.model_fields
 
 
 def _signed(number: str) -> str:

@@ -18,7 +18,7 @@ import infctx
 from infctx.__main__ import main
 
 from places import ROOT
-from runs import infctx_command, write_config, write_store
+from runs import infctx_command, infctx_here, write_config, write_store
 
 
 def refused(capfd, *arguments):
@@ -197,7 +197,7 @@ def test_standard_input(tmp_path):
     ],
 )
 def test_a_mistyped_command_is_one_line(arguments, said):
-    code, output, errors = infctx_command(*arguments)
+    code, output, errors = infctx_here(*arguments)
     assert (code, output) == (2, "")
     assert said in errors
     assert len(errors.splitlines()) == 1
@@ -217,7 +217,7 @@ def test_evaluate_and_generate_refuse_what_makes_no_sense(capfd, tmp_path, tiny_
 
 
 def test_a_prompt_that_is_not_utf8(tiny_weights):
-    code, output, errors = infctx_command("generate", tiny_weights, "--prompt", os.fsdecode(b"a\xffb"))
+    code, output, errors = infctx_here("generate", tiny_weights, "--prompt", os.fsdecode(b"a\xffb"))
     assert (code, output) == (2, "")
     assert "not UTF-8 at byte 1" in errors
 
@@ -256,7 +256,7 @@ def test_plan_refuses_what_makes_no_sense(capfd):
         capfd, "plan", config, "model.weights=gone.pth", "model.size=null"
     )
     for words in (["--device-gb", "much"], ["--device-gb", "8", "optimizer.steps=1", "--gpus", "8"]):
-        code, output, errors = infctx_command("plan", config, *words)
+        code, output, errors = infctx_here("plan", config, *words)
         assert (code, output) == (2, "")
         assert len(errors.splitlines()) == 1
         assert words[-1] in errors

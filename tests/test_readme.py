@@ -14,6 +14,8 @@ import infctx
 from places import ROOT
 from runs import write_store
 
+pytestmark = pytest.mark.xdist_group("readme")  # their fixtures take long: made once
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 SHELL = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]

@@ -19,6 +19,7 @@ import torch
 
 import infctx
 from infctx.machine import peak_memory
+from infctx.model.rwkv import RWKV
 
 SEGMENT_TOKENS = 512
 SEGMENTS = 4
@@ -82,16 +83,16 @@ def long_document(version: int, num_tokens: int = 16384) -> None:
     print(f"{num_tokens:,} tokens, exact, vocabulary 4,096: {seconds:.1f} CPU-s, peak memory {largest / 1e9:.2f} GB")
 
 
-def make_model(version: int, vocab_size: int) -> torch.nn.Module:
+def make_model(version: int, vocab_size: int) -> RWKV:
     """New weights, moved a little so that no matrix is zero."""
     model = infctx.build_model(version=version, num_layers=6, width=384, vocab_size=vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
+            parameter.add_(0.01 * torch.randn_like(parameter))
     return model
 
 
-def cpu_seconds(work: Callable[[], None]) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from infctx.train.learn import freeze_weights
 from infctx.train.optimizer import make_optimizer
 
 SEGMENT_TOKENS = 512
-SIZES = {"version": 6, "num_layers": 4, "width": 256, "vocab_size": 257}
+SIZES: dict[str, Any] = {"version": 6, "num_layers": 4, "width": 256, "vocab_size": 257}
 TUNED_SIZES = SIZES | {"num_layers": 8, "width": 512}
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 # A bare machine has torch, and infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +33,8 @@ from infctx.recurrence.wkv_chunked import wkv_chunked
 
 from gpu_correctness import BF16, Case, draw, in_float64, outputs, relative_rms
 from wkv_table import BAR_SHAPE, HEAD_SIZE, MISSING, NOT_RUN, Report, Row, bars, find_facts, markdown, table_row
+
+Result = TypeVar("Result")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCHES = (1, 8)
@@ -203,7 +206,7 @@ class Bench:
             self.fla_was_called = True
             row.fla = self.attempt(row, "fla", lambda: self.time_fla(self.draw_sets(row)))
 
-    def attempt(self, row: Row, what: str, work: Callable[[], object]) -> object:
+    def attempt(self, row: Row, what: str, work: Callable[[], Result]) -> Result | str:
         if self.deadline.left() <= 0:
             return NOT_RUN
         try:
@@ -245,7 +248,7 @@ class Bench:
         with torch.no_grad():
             return median_us(prepare, self.timer)
 
-    def time_training(self, op: Callable, sets: Sequence[tuple], **options: float) -> float:
+    def time_training(self, op: Callable, sets: Sequence[tuple], **options: Any) -> float:
         """Forward that keeps what backward needs."""
 
         def prepare(number: int) -> Callable[[], object]:
@@ -254,7 +257,7 @@ class Bench:
 
         return median_us(prepare, self.timer, **options)
 
-    def time_backward(self, op: Callable, sets: Sequence[tuple], **options: float) -> float:
+    def time_backward(self, op: Callable, sets: Sequence[tuple], **options: Any) -> float:
         def prepare(number: int) -> Callable[[], object]:
             inputs, cotangents = sets[number % len(sets)]
             leaves = _leaves(inputs)
@@ -268,12 +271,14 @@ class Bench:
         return sum(time(op, sets, seconds=0.1, least=2) for time in (self.time_training, self.time_backward))
 
     def time_fla(self, sets: Sequence[tuple]) -> float:
-        ours, theirs = (outputs(op, *sets[0]) for op in (wkv_cuda, self.fla))
+        fla = self.fla
+        assert fla is not None  # or nobody would ask
+        ours, theirs = (outputs(op, *sets[0]) for op in (wkv_cuda, fla))
         error = max(relative_rms(theirs[name], ours[name]) for name in ("y", "dr"))
         if not error < 0.05:
             raise ValueError(f"its results differ from ours by {error:.2g}")
         del ours, theirs
-        return self.time_both(self.fla, sets)
+        return self.time_both(fla, sets)
 
 
 def _leaves(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -288,7 +293,8 @@ def find_errors(inputs_and_cotangents: tuple) -> tuple[float, float]:
     part = in_float64(by_token | {"u": inputs["u"][:2], "state": state, "starts": None, "initial": None})
     dy, dfinal = cotangents
     truth = outputs(wkv_chunked, part, (dy[:1, :, :2].double(), dfinal[:1, :2].double()))
-    return tuple(relative_rms(found[name][:1, :, :2], truth[name]) for name in ("y", "dr"))
+    y_error, dr_error = (relative_rms(found[name][:1, :, :2], truth[name]) for name in ("y", "dr"))
+    return y_error, dr_error
 
 
 def find_fla(notes: list[str]) -> Callable | None:

@@ -1,4 +1,7 @@
-"""Says which files and functions have outgrown one head: 400 lines a file, 60 lines a function.
+"""Says which files and functions have outgrown one head: 400 lines a file, 60 lines and 6 parameters a function.
+
+More parameters need a comment above the function that says why.  Private functions may have as many as they want, and
+the numerics of kernels (recurrence/, cuda/).
 
 python tools/check_size.py          exits with 1 if there is one
 """
@@ -13,6 +16,8 @@ from pathlib import Path
 
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60
+MOST_PARAMETERS = 6
+NUMERICS = {"recurrence", "cuda"}
 CHECKED_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
 
 
@@ -36,9 +41,23 @@ def too_long(file: Path) -> Iterator[str]:
         return
     for node in ast.walk(ast.parse(text, str(file))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None  # as of everything that was parsed
             length = node.end_lineno - node.lineno + 1
             if length > MOST_FUNCTION_LINES:
                 yield f"{file}:{node.lineno}: {node.name} has {length} lines, {MOST_FUNCTION_LINES} at most"
+            yield from too_many_parameters(file, node, text.splitlines())
+
+
+def too_many_parameters(file: Path, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Iterator[str]:
+    """A line for a public function that has more than a caller can keep apart, and no comment above it."""
+    given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    count = sum(argument.arg not in ("self", "cls", "ctx") for argument in given)
+    private = node.name.startswith("_") and node.name != "__init__"
+    if count <= MOST_PARAMETERS or private or "infctx" not in file.parts or NUMERICS & set(file.parts):
+        return
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    if not lines[first - 2].strip().startswith("#"):
+        yield f"{file}:{node.lineno}: {node.name} has {count} parameters, {MOST_PARAMETERS} at most, or a comment why"
 
 
 if __name__ == "__main__":

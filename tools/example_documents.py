@@ -15,7 +15,9 @@ import json
 import os
 import sys
 import sysconfig
+from io import TextIOWrapper
 from pathlib import Path
+from typing import cast
 
 LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 FIRST = "pydoc_data/topics.py"
@@ -31,7 +33,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     folder, paths = {"python": python_sources, "cpp": cpp_headers}[arguments.kind](arguments.min_bytes)
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    cast(TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8", newline="\n")
     for path in paths:
         try:
             text = path.read_bytes().decode("utf-8")
@@ -51,7 +53,9 @@ def python_sources(min_bytes: int) -> tuple[Path, list[Path]]:
 def cpp_headers(min_bytes: int) -> tuple[Path, list[Path]]:
     """The folder of torch's headers, and the long ones by name."""
     # Its folder, without importing it.
-    folder = Path(importlib.util.find_spec("torch").origin).parent / "include"
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    folder = Path(torch.origin).parent / "include"
     return folder, [path for path in _files(folder, ".h", min_bytes) if path.stat().st_size <= MAX_HEADER_BYTES]
 
 

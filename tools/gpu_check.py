@@ -211,10 +211,12 @@ def lines_of(
 ) -> Iterator[str]:
     """What a process prints, line by line, and an Ending; it is killed if it says nothing for too long."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, errors="replace", text=True, start_new_session=True)
+    output = process.stdout
+    assert output is not None  # it is a pipe
     said: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in process.stdout:
+        for line in output:
             said.put(line.rstrip("\n"))
         said.put(None)
 
@@ -229,14 +231,15 @@ def lines_of(
             except queue.Empty:
                 ending = f"it said nothing for {longest:g} s" if left > longest else OUT_OF_TIME
                 continue
-            ended = line is None
-            if not ended:
+            if line is None:
+                ended = True
+            else:
                 yield line
     finally:  # also where whoever reads the lines was interrupted
         stop(process, kill=not ended)
         reader.join(timeout=5)
         if not reader.is_alive():  # what the process started may hold its output open
-            process.stdout.close()
+            output.close()
     code = process.returncode
     yield Ending(ending or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"))
 

@@ -150,11 +150,18 @@ def log_decay(name: str, z: Tensor) -> Tensor:
 
 def outputs(op: Op, inputs: Mapping[str, Tensor | None], cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
     """y, the final state, and the gradients of all inputs under both outputs' cotangents."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in GRADIENTS if inputs[name] is not None}
+    leaves = {name: x.detach().requires_grad_() for name in GRADIENTS if (x := inputs[name]) is not None}
     y, final = op(**{**inputs, **leaves})
     gradients = torch.autograd.grad((y, final), list(leaves.values()), cotangents)
     found = {"y": y.detach(), "S_T": final.detach()}
     return found | {GRADIENTS[name]: x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def given(inputs: Mapping[str, Tensor | None], name: str) -> Tensor:
+    """An input that is never left out."""
+    found = inputs[name]
+    assert found is not None, name
+    return found
 
 
 def in_float64(tensors: Mapping[str, Tensor | None]) -> Tensors:
@@ -206,8 +213,8 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Verdict
 def judge(subject: Subject) -> Verdict:
     """`wkv_chunked` in float64, which judges all else, against the loop over time."""
     inputs, cotangents = draw(Case((2, 100, 2, 16), FP32, "extreme", documents=True), subject.device)
-    inputs, cotangents = in_float64(inputs), [x.to(FP64) for x in cotangents]
-    found, truth = (outputs(op, inputs, cotangents) for op in (wkv_chunked, wkv_reference))
+    inputs, precise = in_float64(inputs), [x.to(FP64) for x in cotangents]
+    found, truth = (outputs(op, inputs, precise) for op in (wkv_chunked, wkv_reference))
     return judged(errors(found, truth), dict.fromkeys(truth, 1e-12))
 
 
@@ -225,9 +232,9 @@ def accuracy(case: Case, subject: Subject) -> Verdict:
     too_many = []
     if case.dtype == BF16:
         too_many = [name for name, most in MOST_TIMES_CHUNKED.items() if not ratios[name] <= most]
-    shape, largest = inputs["r"].shape, HEAD_SIZES[-1]
+    r, largest = given(inputs, "r"), HEAD_SIZES[-1]
     # Heads above 64 channels are cut up before the kernels see them.
-    spans = Layout.of(inputs["r"], subject.processors).spans if shape[3] <= largest else "of pieces"
+    spans = Layout.of(r, subject.processors).spans if r.shape[3] <= largest else "of pieces"
     beside = " ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
     text = f"{verdict.text}; spans {spans}; times chunked: {beside}"
     return Verdict(verdict.passed and not too_many, text + "".join(f"; {name}: too many" for name in too_many))
@@ -271,7 +278,7 @@ def any_strides(case: Case, subject: Subject) -> Verdict:
     dy = torch.ones((), dtype=case.dtype, device=subject.device).expand(case.shape)
     by_head = dict(inputs)
     for name in ("r", "k", "v", "w"):
-        by_head[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)  # (B, T, H, N) as before
+        by_head[name] = given(inputs, name).transpose(1, 2).contiguous().transpose(1, 2)  # (B, T, H, N) as before
     found = outputs(subject.op, by_head, (dy, dfinal.mT.contiguous().mT))
     return same(found, outputs(subject.op, inputs, (dy.contiguous(), dfinal)))
 
@@ -279,13 +286,13 @@ def any_strides(case: Case, subject: Subject) -> Verdict:
 def expanded_decay(case: Case, subject: Subject) -> Verdict:
     """A decay that is the same for all tokens, as RWKV-5 has it: stride 0, and the gradient is their sum."""
     inputs, cotangents = draw(case, subject.device)
-    inputs["w"] = inputs["w"][:1, :1]
+    inputs["w"] = given(inputs, "w")[:1, :1]
 
     def expanded(op: Op, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return op(**{**inputs, "w": inputs["w"].expand(case.shape)})
+        return op(**{**inputs, "w": given(inputs, "w").expand(case.shape)})
 
     def written_out(op: Op, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return op(**{**inputs, "w": inputs["w"].expand(case.shape).contiguous()})
+        return op(**{**inputs, "w": given(inputs, "w").expand(case.shape).contiguous()})
 
     found = outputs(partial(expanded, subject.op), inputs, cotangents)
     different = bits_differ(found, outputs(partial(written_out, subject.op), inputs, cotangents))
@@ -305,7 +312,7 @@ def cut_anywhere(case: Case, subject: Subject) -> Verdict:
     def in_pieces(cut: int, state: Tensor, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         ys = []
         for piece in (slice(0, cut), slice(cut, None)):
-            part = {name: inputs[name][:, piece] for name in ("r", "k", "v", "w")}
+            part = {name: given(inputs, name)[:, piece] for name in ("r", "k", "v", "w")}
             y, state = subject.op(**{**inputs, **part}, state=state)
             ys.append(y)
         return torch.cat(ys, 1), state

@@ -32,7 +32,7 @@ from torch import Tensor
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, backward_shared_bytes, find_layout, forward_shared_bytes
 
-from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, outputs, same
+from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, given, outputs, same
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("wkv_forward.cu", "wkv_backward.cu")
@@ -222,7 +222,7 @@ def _copy_into(places: Mapping[str, Tensor | None], values: Mapping[str, Tensor 
     with torch.no_grad():
         for name, place in places.items():
             if place is not None:
-                place.copy_(values[name])
+                place.copy_(given(values, name))
 
 
 def threads(case: Case, subject: Subject) -> Verdict:
@@ -295,7 +295,7 @@ def shared_memory(subject: Subject) -> Verdict:
         for dtype in (BF16, FP32):
             case = Case((2, 130, 3, size), dtype, documents=True)
             inputs, _ = draw(case, subject.device)
-            layout = Layout.of(inputs["r"], subject.processors)
+            layout = Layout.of(given(inputs, "r"), subject.processors)
             verdict = accuracy(case, subject)
             passed = passed and bool(verdict.passed)
             kilobytes = [count(layout) / 1024 for count in (forward_shared_bytes, backward_shared_bytes)]

@@ -8,6 +8,7 @@ Nothing is run: the figures are planned from the sizes of the published models, 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from infctx.config import (
     Config,
@@ -52,7 +53,7 @@ def time_table() -> str:
 
 
 def example_config(
-    size: str, gpus: int, *, strategy: str = "ddp", time_ranks: int = 1, window_tokens: int = 65536
+    size: str, gpus: int, *, strategy: Literal["auto", "ddp"] = "ddp", time_ranks: int = 1, window_tokens: int = 65536
 ) -> Config:
     """The run that the tables are about: a lane for each group of ranks, segments of 4,096 tokens, bf16, blocks
     recomputed."""

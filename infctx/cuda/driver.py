@@ -188,7 +188,8 @@ def _three(sizes: int | Sequence[int]) -> tuple[int, ...]:
 
 def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
     """Puts the arguments where cuLaunchKernel reads them, which is during the call: it copies them."""
-    formats, values, sizes = ["<"], [], []
+    formats, sizes = ["<"], []
+    values: list[int | float] = []
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             if argument.get_device() != kernel.device:
@@ -319,7 +320,8 @@ class Driver:
     def _parameter_bytes(self, handle: int) -> tuple[int, ...] | None:
         if not hasattr(self.library, "cuKernelGetParamInfo"):
             return None
-        offset, size, sizes = ctypes.c_size_t(), ctypes.c_size_t(), []
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        sizes: list[int] = []
         query = self.library.cuKernelGetParamInfo
         query.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
         while (result := query(handle, len(sizes), ctypes.byref(offset), ctypes.byref(size))) == SUCCESS:
@@ -333,7 +335,7 @@ class Driver:
 
     def current_context(self) -> int | None:
         """The context that is current in this thread; None if there is none."""
-        return self.fetch("cuCtxGetCurrent")
+        return self._fetch_or_none("cuCtxGetCurrent")
 
     def call(self, function: str, *arguments: object, about: str = "") -> None:
         """Calls the driver; raises DriverError with the result's name and description."""
@@ -341,8 +343,16 @@ class Driver:
         if result != SUCCESS:
             self.fail(function, result, about)
 
-    def fetch(self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p) -> int | None:
+    def fetch(self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p) -> int:
         """Calls the driver for what it stores in its first argument, which is not among `arguments`."""
+        found = self._fetch_or_none(function, *arguments, about=about, kind=kind)
+        assert found is not None, f"{function} gave a null pointer"
+        return found
+
+    def _fetch_or_none(
+        self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p
+    ) -> int | None:
+        """The same where a null pointer, which ctypes gives as None, has a meaning."""
         place = kind()
         self.call(function, ctypes.byref(place), *arguments, about=about)
         return place.value

@@ -178,7 +178,8 @@ def _gpu(device: int) -> Machine:
 
 @torch.library.register_fake("infctx::wkv_forward", lib=_library)
 def _forward_shapes(r, k, v, w, u, state, starts, initial, keep):
-    kept = kept_shape(*r.shape, r.dtype) if keep else (0,)
+    B, T, H, N = r.shape
+    kept = kept_shape(B, T, H, N, r.dtype) if keep else (0,)
     return torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state), state.new_empty(kept)
 
 
@@ -286,8 +287,11 @@ def backward(
     kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), (*arguments, *numbers, initial_heads))
     dr, dk, dv, dw = (layout.whole(x) for x in (dr, dk, dv, dw))
     du = du.sum(0)[..., : layout.channels].contiguous()
-    dinitial = dfinal.new_zeros(matrices) if learns and dinitial is None else dinitial
-    dinitial = layout.unpadded(dinitial.sum(2)) if learns else dfinal.new_empty(0)
+    if learns:
+        by_span = dfinal.new_zeros(matrices) if dinitial is None else dinitial
+        dinitial = layout.unpadded(by_span.sum(2))
+    else:
+        dinitial = dfinal.new_empty(0)
     return dr, dk, dv, dw, du, layout.unpadded(dstate), dinitial
 
 

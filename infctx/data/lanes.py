@@ -28,9 +28,11 @@ class Store(Protocol):
     """What lanes need of a token store."""
 
     path: Any
-    document_tokens: int | None
     num_documents: int
     num_tokens: int
+
+    @property
+    def document_tokens(self) -> int | None: ...
 
     def length(self, i: int) -> int: ...
 
@@ -96,6 +98,7 @@ class Lanes:
     and when `position` belongs to other documents, lanes or another order.
     """
 
+    # Eight parameters: what makes two runs see the same documents in the same order, each given apart by its setting.
     def __init__(
         self,
         store: Store,

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -72,6 +72,7 @@ class PrepareSummary:
         return "\n".join(lines)
 
 
+# Nine parameters: one for each option of `infctx prepare`.
 def prepare(
     inputs: Sequence[str],
     output: Path,
@@ -166,7 +167,9 @@ def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty()))
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, workers: int) -> Iterator[Iterable[np.ndarray]]:
+def _encoded(
+    documents: Iterator[Document], tokenizer: Tokenizer, workers: int
+) -> Generator[Iterable[np.ndarray], None, None]:
     """The ids of every document, in arrays, in order."""
     if workers == 1:
         for document in documents:

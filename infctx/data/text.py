@@ -69,7 +69,7 @@ def find_sources(inputs: Sequence[str], input_format: str | None = None) -> list
     return [source for name in inputs for source in _sources_of(name, input_format)]
 
 
-def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], None] | None = None) -> Iterator[Document]:
+def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Document]:
     """The documents of all sources in order; `on_bytes` is told how many bytes were read on disk since the last call.
 
     Raises InputError, naming file and place, for empty files, bytes that are not UTF-8, broken lines and damaged
@@ -125,7 +125,7 @@ def _source(path: Path, input_format: str | None, named: bool) -> Source | None:
     return Source(str(path), text_format, compression, named) if text_format else None
 
 
-def _documents_of(source: Source, on_bytes: Callable[[int], None]) -> Iterator[Document]:
+def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator[Document]:
     blocks = _blocks(source, on_bytes)
     first = next(blocks, None)
     if first is None and source.named:
@@ -141,7 +141,7 @@ def _documents_of(source: Source, on_bytes: Callable[[int], None]) -> Iterator[D
             yield Document(place, _slices(_text_of_line(line, place)))
 
 
-def _blocks(source: Source, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
     """The decompressed bytes of a file in blocks, none of them empty."""
     told = 0
     try:
@@ -203,7 +203,8 @@ def _decoded(blocks: Iterator[bytes], name: str) -> Iterator[str]:
 
 
 def _lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    number, parts, length = 1, [], 0  # the line that is not complete yet
+    number, length = 1, 0
+    parts: list[bytes] = []  # of the line that is not complete yet
     for block in blocks:
         *complete, rest = block.split(b"\n")
         if complete:

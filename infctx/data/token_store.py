@@ -25,7 +25,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<QBQQ")  # version, dtype code, n, d
 ARRAYS_BEGIN = len(MAGIC) + HEADER.size
-DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 WRITTEN_CODE = 8
 # A size is an int32, so a longer document is stored as several sequences.
 MAX_SEQUENCE_TOKENS = 2**31 - 1

@@ -21,8 +21,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, Strategy
 
 from infctx.config import dump_config
+from infctx.distributed.beats import open_watch_store
 from infctx.distributed.ranks import Ranks, refuse_other_settings
-from infctx.distributed.watchdog import Watchdog, open_watch_store
+from infctx.distributed.watchdog import Watchdog
 from infctx.distributed.zero_strategy import zero_strategy
 from infctx.environment import ranks_started
 from infctx.errors import InputError, TrainingFailed

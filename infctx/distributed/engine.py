@@ -6,6 +6,7 @@ The loop and the window know none of this; they call the Engine.  One device and
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Literal
 
@@ -114,7 +115,7 @@ class Engine:
         gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Inside, these parameters are whole on every rank; every rank must enter it."""
         return nullcontext()
 

@@ -76,7 +76,7 @@ class Ranks:
         """What rank 0 gets for the work; an InputError or OSError of it is raised on every rank."""
         if self.world_size == 1:
             return work()
-        outcome = [_attempt(work) if self.is_first else None]
+        outcome: list[Any] = [_attempt(work) if self.is_first else None]
         dist.broadcast_object_list(outcome)
         return _unwrap(outcome)[0]
 

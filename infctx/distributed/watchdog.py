@@ -9,69 +9,35 @@ hang with it; the other judges what came in, and never waits for the first.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch.distributed as dist
 from torch.distributed import TCPStore
 from tqdm import tqdm
 
+from infctx.distributed.beats import Beat, Exchange, knock, listen
 from infctx.environment import LAUNCHER
 
 log = logging.getLogger(__name__)
 
-SILENT_SECONDS, LOST_SECONDS, STALL_SECONDS = 20.0, 5.0, 120.0
-BEAT_SECONDS, LINGER_SECONDS, CONNECT_SECONDS = 1.0, 2.0, 60.0
 
+class Patience(NamedTuple):
+    """In seconds: between two beats; without a beat, until a rank is gone (twice that for its first); until rank 0 is
+    gone when its store breaks off; without any progress, until a warning; from the verdict to the end of the process,
+    so that the line is printed first."""
 
-def open_watch_store(rank: int, world_size: int) -> TCPStore:
-    """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, behind init_process_group.
-
-    Raises RuntimeError where rank 0 ($MASTER_ADDR) can not be reached within CONNECT_SECONDS.
-    """
-    host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=CONNECT_SECONDS)
-    hosted = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == 0 else None
-    told = [hosted.port if hosted else None]
-    if world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    return hosted or TCPStore(host, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank tells the others, once a second: where it is, whether and why it left, whether it has said who is
-    gone; `count` changes with every beat."""
-
-    count: int = 0
-    step: int | None = None
-    segment: int | None = None
-    doing: str = ""
-    marks: int = 0
-    """Marks so far in this step: what orders the ranks within it."""
-    host: str = ""
-    address: Sequence | None = None
-    """Where something listens for as long as the process lives."""
-    left: bool = False
-    reason: str | None = None
-    verdict: tuple[int, ...] = ()
-    """Ranks that it found gone, the first of them first: it is ending."""
-    said: bool = False
-
-    @property
-    def place(self) -> str:
-        """Where the rank is, in words."""
-        if self.step is None:
-            return "before its first step"
-        segment = "" if self.segment is None else f", segment {self.segment}"
-        return f"in step {self.step}{segment}{f' ({self.doing})' if self.doing else ''}"
+    beat: float = 1.0
+    silent: float = 20.0
+    lost: float = 5.0
+    stall: float = 120.0
+    linger: float = 2.0
 
 
 class Watchdog:
@@ -79,9 +45,6 @@ class Watchdog:
 
     rank, world_size: of this process.  store: of open_watch_store, for nobody else's use.
     describe_remedy: what the user can do when a rank is gone, a sentence without its full stop.
-    silent_seconds: without a beat, until a rank is gone (twice that for its first).  lost_seconds: until rank 0 is gone
-    when its store breaks off.  stall_seconds: without any progress, until a warning.  linger_seconds: from the verdict
-    to the end of the process, so that the line is printed first.
     """
 
     def __init__(
@@ -89,23 +52,19 @@ class Watchdog:
         rank: int,
         world_size: int,
         store: TCPStore,
-        *,
         describe_remedy: Callable[[], str],
-        beat_seconds: float = BEAT_SECONDS,
-        silent_seconds: float = SILENT_SECONDS,
-        lost_seconds: float = LOST_SECONDS,
-        stall_seconds: float = STALL_SECONDS,
-        linger_seconds: float = LINGER_SECONDS,
+        patience: Patience = Patience(),  # noqa: B008  (a tuple)
     ) -> None:
+        beat_seconds, silent_seconds, stall_seconds = patience.beat, patience.silent, patience.stall
         self.rank, self.describe_remedy = rank, describe_remedy
         self.others = [other for other in range(world_size) if other != rank]
-        self.beat_seconds, self.linger_seconds = beat_seconds, linger_seconds
-        self.silent_seconds, self.lost_seconds, self.stall_seconds = silent_seconds, lost_seconds, stall_seconds
+        self.beat_seconds, self.linger_seconds = beat_seconds, patience.linger
+        self.silent_seconds, self.lost_seconds, self.stall_seconds = silent_seconds, patience.lost, stall_seconds
         self._launcher = os.environ.get(LAUNCHER)
-        self._listener = _listen(store)
+        self._listener = listen(store)
         address = self._listener.getsockname()[:2] if self._listener else None
         mine = Beat(host=socket.gethostname(), address=address)
-        self._exchange = _Exchange(store, rank, self.others, mine, beat_seconds)
+        self._exchange = Exchange(store, rank, self.others, mine, beat_seconds)
         self._clock = 0.0  # runs only while the judge does: a process that was stopped finds nobody else silent
         self._news = dict.fromkeys(self.others, (0, silent_seconds))  # count of the last beat, when it came
         self._answers = (0, 0.0)  # of the store
@@ -222,7 +181,7 @@ class Watchdog:
             gone = [rank for rank in late if silence[rank] > limit - missed]
         else:  # a process of this machine that is no more need not be waited for
             here = [rank for rank in late if rank in beats and beats[rank].host == self._exchange.mine.host]
-            gone = [rank for rank in here if isinstance(_knock(beats[rank].address), ConnectionRefusedError)]
+            gone = [rank for rank in here if isinstance(knock(beats[rank].address), ConnectionRefusedError)]
         return tuple(sorted(gone, key=lambda rank: (-silence[rank], rank)))
 
     def _is_lost(self) -> bool:
@@ -258,7 +217,7 @@ class Watchdog:
             return not lower
         dead_hosts = set()
         for beat in reversed(lower):
-            answer = _knock(beat.address) if beat.host not in dead_hosts else TimeoutError()
+            answer = knock(beat.address) if beat.host not in dead_hosts else TimeoutError()
             if answer is None:
                 return False
             if not isinstance(answer, ConnectionRefusedError):
@@ -298,97 +257,13 @@ class Watchdog:
             log.warning("no progress for %s; %s", _duration(quiet), _describe_places(beats, order))
 
 
-class _Exchange:
-    """A thread that writes this rank's beat to the store and reads the others', once a second or when woken.
-
-    beats: the newest of each rank that was ever seen.  written: the newest of this rank that the store has.
-    answers: counts exchanges.  broken: the last one raised.
-    """
-
-    def __init__(self, store: TCPStore, rank: int, others: list[int], mine: Beat, seconds: float) -> None:
-        self.store, self.rank, self.others, self.mine, self.seconds = store, rank, others, mine, seconds
-        self.beats: dict[int, Beat] = {}
-        self.answers, self.broken, self.written = 0, False, Beat()
-        self.wake, self._lock, self._stopping = threading.Event(), threading.Lock(), False
-        self.thread = threading.Thread(target=self._run, name="watchdog-exchange", daemon=True)
-        store.set_timeout(timedelta(days=1))  # an operation that hangs is the judge's to notice, not the log's
-
-    def tell(self, **changes: object) -> None:
-        """Changes this rank's next beats."""
-        with self._lock:
-            self.mine = replace(self.mine, **changes)
-
-    def stop(self) -> None:
-        """Ends the thread, unless it hangs in the store."""
-        self._stopping = True
-        self.wake.set()
-        if self.thread.is_alive():
-            self.thread.join(LOST_SECONDS)
-
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                if self.broken:
-                    self._reconnect()
-                self._exchange()
-            except Exception:  # of the store: its host is gone
-                self.broken = True
-            self.wake.wait(self.seconds)
-            self.wake.clear()
-
-    def _exchange(self) -> None:
-        self.tell(count=self.mine.count + 1)
-        mine = self.mine
-        self.store.set(_key(self.rank), json.dumps(asdict(mine)))
-        here = [rank for rank in self.others if rank in self.beats or self.store.check([_key(rank)])]
-        found = self.store.multi_get([_key(rank) for rank in here]) if here else []
-        self.beats = {rank: Beat(**json.loads(text)) for rank, text in zip(here, found, strict=True)}
-        self.written, self.broken = mine, False
-        self.answers += 1
-
-    def _reconnect(self) -> None:
-        host, port = self.store.host, self.store.port
-        if refusal := _knock((host, port)):  # a store would say so on standard error
-            raise refusal
-        timeout = timedelta(seconds=LOST_SECONDS)
-        self.store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-        self.store.set_timeout(timedelta(days=1))
-
-
-def _key(rank: int) -> str:
-    return f"beat/{rank}"
-
-
-def _listen(store: TCPStore) -> socket.socket | None:
-    """A socket whose address others can knock at; None where there is no network to speak of."""
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as way:
-            way.connect(target)  # sends nothing, but tells which of this machine's addresses leads there
-            address = way.getsockname()
-        return socket.create_server((address[0], 0), family=family)
-    except OSError:
-        return None
-
-
-def _knock(address: Sequence | None) -> OSError | None:
-    """None if something listens there, also while its process is busy; ConnectionRefusedError if it is no more."""
-    if address is None:
-        return OSError("no address")
-    try:
-        socket.create_connection(tuple(address), timeout=1).close()
-    except OSError as error:
-        return error
-    return None
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 119.5 else f"{seconds:.0f} seconds"
 
 
 def _describe_places(beats: dict[int, Beat], order: dict[int, tuple[int, int]]) -> str:
     behind = [rank for rank in beats if order[rank] == min(order.values())]
-    ahead = sorted(beats.keys() - set(behind), key=order.get)
+    ahead = sorted(beats.keys() - set(behind), key=order.__getitem__)
     last = beats[behind[0]].place
     if not ahead:
         return f"every rank is {last}"

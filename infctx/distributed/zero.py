@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -50,7 +51,7 @@ class ZeroEngine(Engine):
     def parameters_without_finite_gradient(self) -> None:
         return None
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
         if not any(hasattr(parameter, "ds_id") for parameter in parameters):
             return nullcontext()
         from deepspeed import zero

@@ -21,6 +21,7 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 log = logging.getLogger(__name__)
 
 
+# Seven parameters: one for each option of `infctx export`.
 def export(
     source: Path,
     output: Path,

@@ -13,6 +13,7 @@ What a file is is told by its content: the container, and the names in it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -76,6 +77,7 @@ def save_state(
     elif isinstance(model, StoredWeights):
         copy_weights(model, path, dtype or torch.float32, state=value_major)
     elif form == "merged":
+        assert model is not None  # or _check would have refused
         weights = {name: tensor for name, tensor in stored_tensors(model).items() if not is_state_name(name)}
         write_tensors(narrow(weights, dtype, path) | value_major, path)
     else:
@@ -190,7 +192,7 @@ def _has_shifts(state: State) -> bool:
     return bool(state.time_shift.any() or state.channel_shift.any())
 
 
-def _some(names: object) -> str:
+def _some(names: Iterable[object]) -> str:
     """A few of the names, cut to a readable length."""
     shown = [re.sub(r"(?<=.{60}).+", "...", str(name)) for name in sorted(names, key=str)[:2]]
     return f"found {', '.join(shown)}" if shown else "the file has no tensors"

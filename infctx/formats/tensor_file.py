@@ -105,7 +105,8 @@ def narrow(
     """The tensors in `dtype`, None for their own; raises InputError naming the first value that it can not hold."""
     narrowed = {}
     for name, tensor in tensors.items():
-        narrowed[name] = tensor.to(dtype or tensor.dtype)
+        wanted = dtype or tensor.dtype
+        narrowed[name] = tensor.to(wanted)
         # The extremes take no memory of their own, and mostly say that there is no infinity to look for.
         if not tensor.numel() or all(extreme.isfinite() for extreme in narrowed[name].aminmax()):
             continue
@@ -114,7 +115,7 @@ def narrow(
             place = tuple(beyond.nonzero()[0].tolist())
             raise InputError(
                 f"{path}: {name}[{', '.join(map(str, place))}] is {tensor[place].item():g}, beyond the "
-                f"{torch.finfo(dtype).max:g} of {str(dtype).removeprefix('torch.')}; {remedy}"
+                f"{torch.finfo(wanted).max:g} of {str(wanted).removeprefix('torch.')}; {remedy}"
             )
     return narrowed
 
@@ -136,7 +137,7 @@ def write_tensors(
                 torch.save(dict(tensors), file)
         else:
             # One key at most, or the order in the file, and so its bytes, would be up to chance.
-            safetensors.torch.save_file(dict(tensors), temporary, metadata=metadata or {"format": "pt"})
+            safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
 
 
 @contextmanager

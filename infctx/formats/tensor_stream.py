@@ -124,7 +124,7 @@ def _stream_safetensors(tensors: LazyTensors, file: IO[bytes]) -> None:
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
-        file.write(_values(tensors, name).flatten().view(torch.uint8).numpy())
+        file.write(_values(tensors, name).flatten().view(torch.uint8).numpy().data)
 
 
 def _values(tensors: LazyTensors, name: str) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ def initialise(model: RWKV, seed: int) -> None:
     _uniform(model.embedding.weight, 1e-4, random)
     growth = max(sizes.vocab_size / sizes.width, 1) ** 0.5
     _orthogonal(model.head.weight, 0.5 * growth, random)
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         _initialise_mixes(block, layer, sizes, random)
         time_mix, channel_mix = block.time_mix, block.channel_mix
         time_mix.head_norm.weight.fill_(((1 + layer) / sizes.num_layers) ** 0.7)

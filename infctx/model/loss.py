@@ -108,14 +108,14 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))
         for rows, logits, wanted in _slices(hidden, head, targets):
             loss_sum += F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="sum")
-            if not (needs_hidden or needs_head):
+            if d_hidden is None and d_head is None:
                 continue
             d_logits = _logit_gradient(logits, wanted, l2wrap).to(hidden.dtype)
-            if needs_hidden:
+            if d_hidden is not None:
                 torch.mm(d_logits, head.to(hidden.dtype), out=d_hidden[rows])
-            if needs_head and head.dtype == hidden.dtype:
+            if d_head is not None and head.dtype == hidden.dtype:
                 d_head.addmm_(d_logits.T, hidden[rows])
-            elif needs_head:
+            elif d_head is not None:
                 d_head += d_logits.T @ hidden[rows]
         ctx.save_for_backward(d_hidden, d_head)
         return loss_sum
@@ -124,8 +124,10 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_head = ctx.saved_tensors
-        scaled = (None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in (d_hidden, d_head))
-        return *scaled, None, None
+        d_hidden, d_head = (
+            None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in (d_hidden, d_head)
+        )
+        return d_hidden, d_head, None, None
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,14 @@ class Compute:
     time_ranks: TimeRanks | None = None
 
 
+class InitialParts(NamedTuple):
+    """The learned parameters of the initial state, as `State` without B; None for each part that is zeros."""
+
+    wkv: nn.Parameter | None  # (L, H, N, N) key by value
+    time_shift: nn.Parameter | None  # (L, D)
+    channel_shift: nn.Parameter | None  # (L, D)
+
+
 class RWKV(nn.Module):
     """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`."""
 
@@ -49,10 +58,10 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, compute.backend) for _ in range(sizes.num_layers))
         self.output_norm = LayerNorm(sizes.width)
         self.head = Linear(sizes.width, sizes.vocab_size)
-        # The learned initial state, as `State` without B; None: zeros.
-        self.initial_wkv: nn.Parameter | None = None  # (L, H, N, N) key by value
-        self.initial_time_shift: nn.Parameter | None = None  # (L, D)
-        self.initial_channel_shift: nn.Parameter | None = None  # (L, D)
+        # The learned initial state: see InitialParts.
+        self.initial_wkv: nn.Parameter | None = None
+        self.initial_time_shift: nn.Parameter | None = None
+        self.initial_channel_shift: nn.Parameter | None = None
         self.initial_units: State | None = None  # what these parameters are in units of; None: one
 
     def forward(
@@ -131,21 +140,23 @@ class RWKV(nn.Module):
         """What a document starts from: zeros, or the learned state expanded over B (with its gradient)."""
         weight = self.embedding.weight
         zeros = State.zeros(self.sizes, batch_size, state_dtype(weight.dtype), weight.device)
-        units = self.initial_units or (1, 1, 1)
-        parts = zip(zeros, self.initial_parts(), units, strict=True)
+        parts = zip(zeros, self.initial_parts(), self._units(), strict=True)
         return State(
             *(z if part is None else (part.to(z.dtype) * unit)[:, None].expand_as(z) for z, part, unit in parts)
         )
 
-    def initial_parts(self) -> State:
+    def initial_parts(self) -> InitialParts:
         """The learned parameters of the initial state, in `initial_units`; None for each part that is zeros."""
-        return State(self.initial_wkv, self.initial_time_shift, self.initial_channel_shift)
+        return InitialParts(self.initial_wkv, self.initial_time_shift, self.initial_channel_shift)
+
+    def _units(self) -> tuple[Tensor | int, ...]:
+        return self.initial_units or (1, 1, 1)
 
     def learned_state(self) -> State | None:
         """The initial state of one document (B = 1), detached, if the model has one to learn."""
         return None if self.initial_wkv is None else self.initial_state(1).detach()
 
-    def add_initial_state(self, shifts: bool = False) -> State:
+    def add_initial_state(self, shifts: bool = False) -> InitialParts:
         """Gives the model an initial state to learn, zeros at first, where it has none; returns its parameters.
 
         shifts: the two shift vectors too.
@@ -165,7 +176,7 @@ class RWKV(nn.Module):
         """
         refuse_other_sizes(state, self.sizes, "set_initial_state")
         parts = self.add_initial_state(shifts=bool(state.time_shift.any() or state.channel_shift.any()))
-        for mine, given, unit in zip(parts, state, self.initial_units or (1, 1, 1), strict=True):
+        for mine, given, unit in zip(parts, state, self._units(), strict=True):
             if mine is not None:
                 mine.copy_(given[:, 0] / unit)
 

@@ -35,6 +35,7 @@ class Sizes:
         matrices = 6 * width * width + 2 * width * self.ffn_width
         small = 14 * width
         if self.version == 6:
+            assert self.mix_rank is not None and self.decay_rank is not None
             small = (16 + 10 * self.mix_rank + 2 * self.decay_rank) * width
         return layers * (matrices + small) + 4 * width + 2 * self.vocab_size * width
 
@@ -44,6 +45,7 @@ class Sizes:
         return self.num_layers * (self.width * self.head_size + 2 * self.width)
 
 
+# Eight parameters: the sizes that a configuration or a file may give.
 def make_sizes(
     *,
     version: int,

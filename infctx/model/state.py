@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
     def dot(self, other: State) -> Tensor:
         """Sum of the products of all elements, a scalar."""
-        return sum((mine * its).sum() for mine, its in zip(self, other, strict=True))
+        return cast(Tensor, sum((mine * its).sum() for mine, its in zip(self, other, strict=True)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> State:
         return State(*(part.to(device=device, dtype=dtype) for part in self))

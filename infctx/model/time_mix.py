@@ -14,6 +14,8 @@ from infctx.recurrence.token_shift import blend
 class TimeMix(nn.Module):
     """W_o (head_norm(WKV(r, k, v, w, u)) * silu(g))   (arXiv 2404.05892, section 4)."""
 
+    mixing: StaticMixing | DataDependentMixing
+
     def __init__(self, sizes: Sizes, backend: str) -> None:
         super().__init__()
         width, self.head_size, self.backend = sizes.width, sizes.head_size, backend
@@ -54,7 +56,8 @@ class StaticMixing(nn.Module):
         """(B, T, D), (B, T, D) -> x_r, x_k, x_v, x_g and the log decay, expanded over T, each (B, T, D)."""
         mixes = torch.stack([self.mix_receptance, self.mix_key, self.mix_value, self.mix_gate]).to(x.dtype)
         log_decay = -torch.exp(_precise(self.decay))
-        return *blend(before, x - before, mixes), log_decay.flatten().expand(x.shape)
+        x_r, x_k, x_v, x_g = blend(before, x - before, mixes)
+        return x_r, x_k, x_v, x_g, log_decay.flatten().expand(x.shape)
 
 
 class DataDependentMixing(nn.Module):
@@ -63,6 +66,7 @@ class DataDependentMixing(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         width = sizes.width
+        assert sizes.mix_rank is not None and sizes.decay_rank is not None
         self.mix_inner, self.mix_decay, self.mix_key, self.mix_value, self.mix_receptance, self.mix_gate = (
             nn.Parameter(torch.empty(1, 1, width)) for _ in range(6)
         )
@@ -78,8 +82,8 @@ class DataDependentMixing(nn.Module):
         inner = torch.addcmul(x, difference, self.mix_inner.to(x.dtype))
         low = torch.tanh(inner @ self.mix_down.to(x.dtype))  # (B, T, 5 M)
         low = low.flatten(0, 1).unflatten(1, (5, -1)).transpose(0, 1)  # (5, B * T, M)
-        bases = (self.mix_decay, self.mix_key, self.mix_value, self.mix_receptance, self.mix_gate)
-        bases = torch.cat([base.view(1, 1, -1) for base in bases]).to(x.dtype)  # (5, 1, D)
+        vectors = (self.mix_decay, self.mix_key, self.mix_value, self.mix_receptance, self.mix_gate)
+        bases = torch.cat([vector.view(1, 1, -1) for vector in vectors]).to(x.dtype)  # (5, 1, D)
         mixes = torch.baddbmm(bases, low, self.mix_up.to(x.dtype)).unflatten(1, x.shape[:2])  # (5, B, T, D)
         x_w, x_k, x_v, x_r, x_g = blend(x, difference, mixes)
         change = torch.tanh(x_w @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)

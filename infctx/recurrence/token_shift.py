@@ -54,7 +54,7 @@ class _Blend(torch.autograd.Function):
         d_difference = gradients[0] * mixes[0]
         d_mixes = torch.empty_like(mixes) if difference is not None else None
         for place, (gradient, mix) in enumerate(zip(gradients, mixes, strict=True)):
-            if difference is None:  # frozen
+            if d_mixes is None:  # frozen
                 pass
             elif mixes.shape[1:] == difference.shape:
                 torch.mul(gradient, difference, out=d_mixes[place])

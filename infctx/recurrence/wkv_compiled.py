@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -92,7 +92,7 @@ def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tens
 def _run(kernel: str, *tensors: Tensor) -> None:
     """Shares the pairs of batch and head out, to this thread first."""
     arrays = [x.detach().numpy() for x in tensors]
-    function = _kernels().compiled(kernel, arrays[0].dtype)
+    function: Callable[..., None] = _kernels().compiled(kernel, arrays[0].dtype)
     B, T, H, _ = tensors[0].shape
     threads = max(1, min(torch.get_num_threads(), B * H, B * H * T // MIN_THREAD_TOKENS))
     bounds = [B * H * n // threads for n in range(threads + 1)]

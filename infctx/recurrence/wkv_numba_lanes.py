@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from llvmlite import binding, ir
 from numba import types
@@ -28,7 +29,7 @@ TOKENS = range(CHUNK)
 INDEX = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
 
-Term = int | ir.Value | tuple
+Term: TypeAlias = int | ir.Value | tuple
 
 
 def macro(write: Callable) -> Callable:
@@ -57,7 +58,7 @@ class Lanes:
     An address is a pointer and terms to add up, of which a pair is a product: load(data, (row, width), column).
     """
 
-    def __init__(self, builder: ir.IRBuilder, real: types.Type):
+    def __init__(self, builder: ir.IRBuilder, real: types.Float):
         self.builder = builder
         self.bytes = real.bitwidth // 8
         self.scalar = ir.FloatType() if self.bytes == 4 else ir.DoubleType()

@@ -78,6 +78,7 @@ def _first_bad(
     for number, segment in enumerate(cut_window(tokens, targets, starts, segment_tokens)):
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
+        assert segment.targets is not None  # cut_window gives them
         losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
         for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
             if found is None and not all(lanes):

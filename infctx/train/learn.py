@@ -22,6 +22,7 @@ def freeze_weights(model: RWKV, shifts: bool = False) -> None:
     model.requires_grad_(False)
     parts = model.add_initial_state(shifts)
     for part in parts if shifts else parts[:1]:
+        assert part is not None  # it was added
         part.requires_grad_()
 
 

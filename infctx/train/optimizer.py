@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
     matrices = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
     } | {"initial_wkv"}
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "matrices": {"lr_scale": 1.0, "weight_decay": weight_decay},
         "decays": {"lr_scale": DECAY_LR_SCALE, "weight_decay": 0.0},
         "rest": {"lr_scale": 1.0, "weight_decay": 0.0},

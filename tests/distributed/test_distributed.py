@@ -1,5 +1,7 @@
 """Runs on many ranks are the run of one: time shared over ranks, state tuning, and resuming on other numbers."""
 
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from infctx.train.metrics import read_step_log
 from ranks import run_ranks
 from runs import open_run, write_config, write_store
 from tiny_models import random_model
+
+pytestmark = pytest.mark.xdist_group("distributed")  # their fixtures take long: made once
 
 STEPS = 20
 TIME = {
@@ -105,16 +109,15 @@ def alone(config_path):
 
 @pytest.fixture(scope="module")
 def over_time(config_path, tmp_path_factory):
-    found = {}
-    for count in (2, 4):
-        ranks = on_ranks(count, config_path, TIME, tmp_path_factory.mktemp(f"time_{count}"))
-        found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
-    return found
+    """over_time(count): what each of so many ranks found, by case."""
+    return functools.cache(lambda count: on_ranks(count, config_path, TIME, tmp_path_factory.mktemp(f"time_{count}")))
 
 
-@pytest.mark.parametrize("case", TIME)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if count > 2 else []) for case, (count, _) in TIME.items()]
+)
 def test_time_over_ranks_trains_the_same_model(over_time, alone, case):
-    ranks = over_time[case]
+    ranks = [rank[case] for rank in over_time(TIME[case][0])]
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     for rank in ranks:
         for name, weight in rank["weights"].items():

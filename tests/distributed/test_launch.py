@@ -171,10 +171,11 @@ def test_a_request_before_the_ranks_can_save_ends_them(start_launcher):
 
 WATCHED = """
 import torch.distributed as dist
-from infctx.distributed.watchdog import Watchdog, open_watch_store
+from infctx.distributed.beats import open_watch_store
+from infctx.distributed.watchdog import Watchdog, Patience
 dist.init_process_group("gloo")
 store = open_watch_store(rank, 2)
-watchdog = Watchdog(rank, 2, store, describe_remedy=lambda: "Run it again", beat_seconds=0.2, silent_seconds=10.0)
+watchdog = Watchdog(rank, 2, store, describe_remedy=lambda: "Run it again", patience=Patience(beat=0.2, silent=10.0))
 watchdog.start()
 watchdog.mark(3, 1, "forward")
 time.sleep(1)

@@ -32,7 +32,7 @@ def ranks_of(process):
     return found
 
 
-@pytest.mark.parametrize("how", ["launcher", "torchrun"])
+@pytest.mark.parametrize("how", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
     config = write_config(tmp_path, optimizer__schedule="constant", run__evaluate_tokens=0)
     settings = ["optimizer.steps=1000", "distributed.devices=2", "distributed.strategy=zero2"]
@@ -80,7 +80,7 @@ def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{done:06d}"]
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_from_start_to_export(tmp_path, strategy):
     """All that a user reads and gets, and that every other command takes it."""
     config = write_config(tmp_path, optimizer__steps=5)
@@ -136,7 +136,7 @@ def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
         assert wanted in said
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_is_told_once_with_its_documents(tmp_path, strategy):
     config = write_config(tmp_path, run__save_every_steps=1)
     settings = [f"distributed.strategy={strategy}", "distributed.devices=2"]

@@ -4,25 +4,24 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
+from forked import Forked, run_script
 from places import ROOT
 
 RANK = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from infctx.distributed.watchdog import Watchdog, open_watch_store
+from infctx.distributed.beats import open_watch_store
+from infctx.distributed.watchdog import Patience, Watchdog
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 store = open_watch_store(rank, world_size)
-seconds = dict(beat_seconds=0.1, silent_seconds=3.0, lost_seconds=1.0, stall_seconds=100.0, linger_seconds=0.7)
-seconds |= eval(os.environ.get("SECONDS", "{}"))
+seconds = dict(beat=0.1, silent=3.0, lost=1.0, stall=100.0, linger=0.7) | eval(os.environ.get("SECONDS", "{}"))
 
 def work(step, segment, doing):
     watchdog.mark(step, segment, doing)
@@ -41,7 +40,7 @@ def done():
     watchdog.close()
     print("done", time.time(), flush=True)
 
-watchdog = Watchdog(rank, world_size, store, describe_remedy=lambda: "Run it again", **seconds)
+watchdog = Watchdog(rank, world_size, store, describe_remedy=lambda: "Run it again", patience=Patience(**seconds))
 if os.environ["RANK"] != os.environ.get("ABSENT"):
     watchdog.start()
 """
@@ -56,15 +55,12 @@ def start_ranks(tmp_path):
     ranks = []
 
     def start(world_size, lines, **environment):
-        script = tmp_path / "rank.py"
-        script.write_text(RANK + lines)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
         common |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)} | environment
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         for rank in range(world_size):
-            ranks.append(subprocess.Popen([sys.executable, script], env=common | {"RANK": str(rank)}, **pipes))
+            ranks.append(Forked(run_script, RANK + lines, env=common | {"RANK": str(rank)}))
         return ranks
 
     yield start
@@ -213,7 +209,7 @@ watchdog.mark(12, 5, "forward")
 sys.stdin.readline()
 done()
 """
-    ranks = start_ranks(3, lines, SECONDS="dict(stall_seconds=1.0)")
+    ranks = start_ranks(3, lines, SECONDS="dict(stall=1.0)")
     await_ready(ranks)
     behind = ranks[0].stderr.readline()
     assert behind == here(

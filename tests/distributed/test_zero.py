@@ -1,5 +1,7 @@
 """Every strategy trains the same weights: real ranks against one process, with targets spread unevenly over lanes."""
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from infctx.train.start import open_lanes
 
 from ranks import bytes_received, run_ranks
 from runs import open_run, write_config, write_store
+
+pytestmark = pytest.mark.xdist_group("zero")  # their fixtures take long: made once
 
 STRATEGIES = {
     "ddp": {},
@@ -111,21 +115,25 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found(config_path, tmp_path_factory):
-    return {
-        count: run_ranks(
-            count,
-            trained_on_ranks,
-            config_path,
-            {case: overrides_of(config_path.parent, count, *case) for case in cases},
-            folder=tmp_path_factory.mktemp("ranks"),
-        )
-        for count, cases in CASES.items()
-    }
+    """found(count): what each of so many ranks found, by case."""
+
+    @functools.cache
+    def on_ranks(count):
+        cases = {case: overrides_of(config_path.parent, count, *case) for case in CASES[count]}
+        return run_ranks(count, trained_on_ranks, config_path, cases, folder=tmp_path_factory.mktemp("ranks"))
+
+    return on_ranks
 
 
-@pytest.mark.parametrize(("count", "case"), [(count, case) for count, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("count", "case"),
+    [
+        *((2, case) for case in CASES[2]),
+        *(pytest.param(4, case, marks=pytest.mark.slow) for case in CASES[4]),
+    ],
+)
 def test_weights_are_those_of_one_process(found, alone, count, case):
-    for rank in found[count]:
+    for rank in found(count):
         for name, weight in rank[case]["weights"].items():
             difference = (weight - alone["weights"][name]).abs().max().item()
             assert difference <= 1e-6, (name, difference)
@@ -145,20 +153,20 @@ WIRE = {
 
 @pytest.mark.parametrize(("strategy", "reduction"), WIRE)
 def test_gradients_are_reduced_once_a_step_or_by_segment(found, strategy, reduction):
-    case = found[2][0][strategy, False, reduction]
+    case = found(2)[0][strategy, False, reduction]
     parameters = sum(weight.numel() for weight in case["weights"].values())
     assert case["step_bytes"] / parameters == pytest.approx(WIRE[strategy, reduction], rel=0.1)
 
 
 def test_deepspeed_still_loses_the_moments_of_all_groups_but_the_first(config_path, tmp_path):
-    """Where this fails, `Sharded._link_moments` has nothing left to mend: remove it."""
+    """Where this fails, `ZeroEngine._link_moments` has nothing left to mend: remove it."""
     overrides = overrides_of(tmp_path, 2, "zero1", False)
     for found in run_ranks(2, groups_without_moments, config_path, overrides, folder=tmp_path):
         assert found == [False, True, True]
 
 
 def test_zero3_gathers_weights_for_every_pass_and_reduces_gradients_once(found):
-    by_step, by_segment = (found[2][0]["zero3", False, reduction] for reduction in ("step", "segment"))
+    by_step, by_segment = (found(2)[0]["zero3", False, reduction] for reduction in ("step", "segment"))
     parameters = sum(weight.numel() for weight in by_step["weights"].values())
     assert by_step["step_bytes"] / parameters > 4 + 2 * 2
     assert (by_segment["step_bytes"] - by_step["step_bytes"]) / parameters == pytest.approx(4, rel=0.1)

@@ -13,6 +13,8 @@ from infctx.train.window import PlainBackward, backward_through_window, cut_wind
 from ranks import bytes_received, run_ranks
 from tiny_models import random_model, random_window
 
+pytestmark = pytest.mark.xdist_group("time")  # their fixtures take long: made once
+
 BATCH = 2
 CASES = {
     # name: (version, tokens, segment tokens, start rate, gradient segments, recompute blocks)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, for all ranks
+from forked import fork_server
 
 TCPI_BYTES_RECEIVED = 128
 """Offset of tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
@@ -21,8 +21,7 @@ def run_ranks(count, function, *arguments, folder):
     function must be importable: at the top of a module.  Its results go through `torch.save` into `folder`.
     """
     port = free_port()
-    # Forked from a process that has imported everything and done nothing: an import takes seconds, times the ranks.
-    multiprocessing.set_forkserver_preload(["infctx.train.loop", "deepspeed"])
+    fork_server()
     multiprocessing.start_processes(
         _rank, (count, port, function, arguments, str(folder)), count, join=True, start_method="forkserver"
     )

@@ -21,7 +21,9 @@ from infctx.train.failure import find_failure
 from infctx.train.loop import train, train_steps
 from infctx.train.optimizer import make_optimizer, set_learning_rate
 
-from runs import infctx_command, losses_of, open_run, start, wait_for_steps, write_config, write_store
+from runs import infctx_command, infctx_here, losses_of, open_run, start, wait_for_steps, write_config, write_store
+
+pytestmark = pytest.mark.xdist_group("loop")  # their fixtures take long: made once
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +121,12 @@ def test_sigterm_finishes_the_step_saves_and_exits(uninterrupted, tmp_path):
 
 def test_torn_checkpoints_are_passed_over_in_one_line(uninterrupted, tmp_path):
     config = write_config(tmp_path)
-    assert infctx_command("train", config, "optimizer.steps=7", "optimizer.final_lr=1.0e-4")[0] == 0
+    assert infctx_here("train", config, "optimizer.steps=7", "optimizer.final_lr=1.0e-4")[0] == 0
     folder = tmp_path / "run" / "checkpoints"
     shutil.rmtree(folder / "step-000007")
     newest = folder / "step-000006" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    code, _, errors = infctx_command("train", config)
+    code, _, errors = infctx_here("train", config)
     assert code == 0, errors
     said = [line for line in errors.splitlines() if "is torn" in line]
     assert len(said) == 1
@@ -159,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
     else:
         config = write_config(tmp_path, run__save_every_steps=1)
         overrides = ["optimizer.peak_lr=1.0e+30", "optimizer.clip_norm=null"]
-    code, _, errors = infctx_command("train", config, *overrides)
+    code, _, errors = infctx_here("train", config, *overrides)
     assert code == 1
     message = errors.strip().splitlines()[-1]
     assert message.startswith("infctx: step ")
@@ -181,10 +183,10 @@ SIZES = ("version", "num_layers", "width", "head_size", "vocab_size")
 def test_resume_never_and_other_lanes_are_refused(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
     train(load_config(config))
-    code, _, errors = infctx_command("train", config, "run.resume=never")
+    code, _, errors = infctx_here("train", config, "run.resume=never")
     assert code == 2
     assert "run.resume is never" in errors
-    code, _, errors = infctx_command("train", config, "window.lanes=4", "optimizer.steps=6")
+    code, _, errors = infctx_here("train", config, "window.lanes=4", "optimizer.steps=6")
     assert code == 2
     assert "num_lanes" in errors
     assert len(errors.splitlines()) == 1
@@ -193,11 +195,11 @@ def test_resume_never_and_other_lanes_are_refused(tmp_path):
 def test_a_configuration_for_another_model_is_refused_and_other_changes_are_said(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)
     train(load_config(config))
-    code, _, errors = infctx_command("train", config, "optimizer.steps=5", "model.width=64")
+    code, _, errors = infctx_here("train", config, "optimizer.steps=5", "model.width=64")
     assert code == 2
     assert len(errors.splitlines()) == 1
     assert "2 layers of width 32, and the configuration asks for" in errors
-    code, _, errors = infctx_command("train", config, "optimizer.steps=5", "window.window_tokens=256")
+    code, _, errors = infctx_here("train", config, "optimizer.steps=5", "window.window_tokens=256")
     assert code == 0
     assert "optimizer.steps 3 -> 5" in errors
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -207,7 +209,7 @@ def test_a_configuration_for_another_model_is_refused_and_other_changes_are_said
 def test_two_runs_do_not_share_a_folder(tmp_path):
     config = write_config(tmp_path)
     lock = lock_folder(tmp_path / "run")
-    code, _, errors = infctx_command("train", config)
+    code, _, errors = infctx_here("train", config)
     lock.close()
     assert code == 2
     assert "another run is training there" in errors

@@ -9,6 +9,8 @@ from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.train.learn import freeze_weights, natural_units
 
+pytestmark = pytest.mark.xdist_group("recall")  # their fixtures take long: made once
+
 SEGMENT_TOKENS, SEGMENTS, VALUES, BATCH = 16, 8, 16, 32
 MARK, QUERY, NOISE = VALUES, VALUES + 1, VALUES + 2
 VOCAB_SIZE = NOISE + 16

@@ -21,7 +21,7 @@ from infctx.train.failure import find_failure
 from infctx.train.learn import freeze_weights
 from infctx.train.loop import train, train_steps
 
-from runs import infctx_command, losses_of, open_run, write_config, write_store
+from runs import infctx_command, infctx_here, losses_of, open_run, write_config, write_store
 from tiny_models import random_model
 
 LEARN = ("initial_state", "initial_state_and_shifts")
@@ -149,7 +149,7 @@ def test_it_begins_from_a_state_file(tmp_path, weights):
 def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
     """`infctx tune` as a user sees it, with what it wrote used again."""
     config = _with_weights(write_config(tmp_path, optimizer__steps=12, optimizer__peak_lr=0.05), weights)
-    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=2000")
+    code, output, errors = infctx_here("tune", config, "run.evaluate_tokens=2000")
     assert code == 0, errors
     assert "without state   with the state      change" in output
     assert "--- without the state\n" in output and "--- with the state\n" in output
@@ -168,13 +168,12 @@ def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
         (weights, "--state", tmp_path / "run" / "state.safetensors"),
         (weights,),
     ):
-        options = {"encoding": "latin-1"}  # bytes of any kind
-        code, output, errors = infctx_command("generate", *arguments, "--prompt", "ab", "--tokens", 40, **options)
+        code, output, errors = infctx_here("generate", *arguments, "--prompt", "ab", "--tokens", 40)
         assert code == 0, errors
         said.append(output)
     assert said[0] == said[1] == said[2] != said[3]
     for options, match in (((), "bits/byte"), (("--state", tmp_path / "run" / "state.st"), "bits/byte")):
-        code, output, errors = infctx_command("evaluate", weights, tmp_path / "held_out", *options)
+        code, output, errors = infctx_here("evaluate", weights, tmp_path / "held_out", *options)
         assert code == 0, errors
         assert match in output
         said.append(output)
@@ -185,7 +184,7 @@ def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
     config = _with_weights(write_config(tmp_path, optimizer__steps=5, model__learn="initial_state_and_shifts"), weights)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier run")
-    code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=0")
+    code, output, errors = infctx_here("tune", config, "run.evaluate_tokens=0")
     assert code == 0, errors
     assert "state.pth: the state has shift vectors, and a file of form pth has no place for them" in errors
     assert [path.name for path in (tmp_path / "run").glob("state.*")] == ["state.safetensors"]
@@ -298,12 +297,12 @@ def test_mistakes_are_one_line(tmp_path, weights):
         (f"model.weights={tmp_path / 'other.pth'}", "other.pth: is a state, not a model"),
         (f"model.initial_state={tmp_path}", "state.safetensors: no such file; give a state"),
     ):
-        code, output, errors = infctx_command("tune", config, override)
+        code, output, errors = infctx_here("tune", config, override)
         assert (code, output) == (2, ""), override
         assert said in errors
         assert len([line for line in errors.splitlines() if line.startswith("infctx: ")]) == 1
         assert "Traceback" not in errors
-    code, _, errors = infctx_command("tune", write_config(tmp_path))
+    code, _, errors = infctx_here("tune", write_config(tmp_path))
     assert code == 2
     assert "model.learn: initial_state tunes a finished model; say which with model.weights" in errors
 
