@@ -34,6 +34,13 @@ def test_deepspeed_imports_on_a_cpu():
     assert done.stdout.strip().splitlines()[-1].startswith(version("deepspeed"))
 
 
+def test_pytest_does_not_read_the_id_that_xdist_writes(request):
+    """Where this fails, xdist's --dist loadgroup works again: let it take the place of what tests/conftest.py does."""
+    request.node._nodeid, before = "another", request.node._nodeid
+    assert request.node.nodeid == before
+    request.node._nodeid = before
+
+
 def test_every_public_name_is_there():
     for name in infctx.__all__:
         assert callable(getattr(infctx, name)), name

@@ -12,9 +12,7 @@ import torch
 import infctx
 
 from places import ROOT
-from runs import write_store
-
-pytestmark = pytest.mark.xdist_group("readme")  # their fixtures take long: made once
+from runs import infctx_here, write_store
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -108,7 +106,8 @@ def test_make_tune(demonstration, tmp_path):
     assert "this machine lacks what the run needs: model.weights: there is no models/rwkv6-3b.pth" in done.stderr
 
 
-def test_every_command_of_the_table(demonstration, tmp_path):
+def test_every_command_of_the_table(demonstration, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     folder, _ = demonstration
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("One.\n")
@@ -139,8 +138,8 @@ def test_every_command_of_the_table(demonstration, tmp_path):
         }
         more["tune"] += [f"model.weights={folder}", f"data.store={store}", "data.held_out=null"]
         words += more.get(words[0], [])
-        done = subprocess.run([sys.executable, "-m", "infctx", *words], cwd=ROOT, capture_output=True, check=False)
-        assert done.returncode == 0, (command, done.stderr.decode())
+        code, _, errors = infctx_here(*words)
+        assert code == 0, (command, errors)
 
 
 def test_make_with_many_gpus():

@@ -109,6 +109,7 @@ def test_cases_of_fla(case, dtype):
         assert_accurate_as_fla(case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [FLA_CASES[4], (1, 16384, 1, 64, 1)])
 def test_long_cases_of_fla_and_longer(case):
     with emulated(processors=40) as launched:

@@ -15,8 +15,6 @@ from ranks import run_ranks
 from runs import open_run, write_config, write_store
 from tiny_models import random_model
 
-pytestmark = pytest.mark.xdist_group("distributed")  # their fixtures take long: made once
-
 STEPS = 20
 TIME = {
     # name: (ranks, overrides), against one process
@@ -163,7 +161,9 @@ def test_state_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
             assert_close(rank[case]["weights"][name], truth["weights"][name], 2e-5, name)
 
 
-@pytest.mark.parametrize("strategies", [("zero2", "ddp", "zero3"), ("zero3", "zero1", "ddp")])
+@pytest.mark.parametrize(
+    "strategies", [("zero2", "ddp", "zero3"), pytest.param(("zero3", "zero1", "ddp"), marks=pytest.mark.slow)]
+)
 def test_resuming_on_two_one_and_four_ranks_is_one_run(tmp_path, strategies):
     """The same documents, losses and carried states, over changes of ranks, strategies and time ranks."""
     write_store(tmp_path / "train", lengths=[700, 40, 333, 1500, 90, 17, 2, 2, 600], seed=2)

@@ -13,8 +13,6 @@ from infctx.train.start import open_lanes
 from ranks import bytes_received, run_ranks
 from runs import open_run, write_config, write_store
 
-pytestmark = pytest.mark.xdist_group("zero")  # their fixtures take long: made once
-
 STRATEGIES = {
     "ddp": {},
     "zero1": {},

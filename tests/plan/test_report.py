@@ -185,6 +185,7 @@ def storages():
     return found
 
 
+@pytest.mark.slow
 def test_deepspeed_holds_what_is_planned(tmp_path):
     """ZeRO 1 and 2 also have the gradient that is just being reduced, which is gone behind the call or comes later."""
     one, two = run_ranks(2, deepspeed_bytes, folder=tmp_path)

@@ -13,8 +13,6 @@ from infctx.train.window import PlainBackward, backward_through_window, cut_wind
 from ranks import bytes_received, run_ranks
 from tiny_models import random_model, random_window
 
-pytestmark = pytest.mark.xdist_group("time")  # their fixtures take long: made once
-
 BATCH = 2
 CASES = {
     # name: (version, tokens, segment tokens, start rate, gradient segments, recompute blocks)
@@ -158,7 +156,7 @@ def all_wires():
     return {case: wire_of(*case) for case in cases}
 
 
-@pytest.mark.parametrize("time_ranks", [2, 4])
+@pytest.mark.parametrize("time_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
     """As the kernel counts them over TCP; what was sent is not asked for again, by a repetition or a recomputation."""
     for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):

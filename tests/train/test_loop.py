@@ -23,8 +23,6 @@ from infctx.train.optimizer import make_optimizer, set_learning_rate
 
 from runs import infctx_command, infctx_here, losses_of, open_run, start, wait_for_steps, write_config, write_store
 
-pytestmark = pytest.mark.xdist_group("loop")  # their fixtures take long: made once
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
