@@ -75,7 +75,7 @@ dev: $(VENV)/installed-test  ## sets up for contributors: all that tests need, a
 # With the torch that is there: nothing is installed.
 gpu-check:  ## checks and times the kernels on a GPU, in minutes: make gpu-check ARGS="--output table.md"
 	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(0 if find_spec("torch") else f"gpu-check needs torch, which {sys.executable} has not; name a Python that has: make gpu-check PYTHON=python3.11")'
-	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)
+	@$(GPU_PYTHON) tools/gpu/gpu_check.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV); this takes a minute or two ...'

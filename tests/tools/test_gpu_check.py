@@ -311,7 +311,7 @@ MAKE = ["make", "--silent", "gpu-check"]
 
 
 @pytest.mark.parametrize(
-    "command", [[*MAKE, "VENV=none", f"PYTHON={sys.executable}"], [sys.executable, "tools/bench_wkv.py"]]
+    "command", [[*MAKE, "VENV=none", f"PYTHON={sys.executable}"], [sys.executable, "tools/gpu/bench_wkv.py"]]
 )
 def test_without_a_gpu_one_line_says_so(command):
     code, line = refused(command)
@@ -345,7 +345,7 @@ class Refuse:
         if name.partition(".")[0] in {others.split()} and name not in sys.modules:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-sys.path.insert(0, "tools")
+sys.path.insert(0, "tools/gpu")
 import gpu_check
 assert gpu_check.main([]) == 2
 """

@@ -1,4 +1,4 @@
-"""The Markdown that `tools/bench_wkv.py` writes: what was measured, where, and against which bars."""
+"""The Markdown that `tools/gpu/bench_wkv.py` writes: what was measured, where, and against which bars."""
 
 from __future__ import annotations
 

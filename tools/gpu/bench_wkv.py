@@ -1,7 +1,7 @@
 """Speed of the WKV kernels on a GPU, beside torch, fla and the memory's own speed.  Writes Markdown.
 
-    python tools/bench_wkv.py                            docs/benchmarks/wkv-<device>.md
-    python tools/bench_wkv.py --output table.md --all    fla at every size, not only where its table is compared
+    python tools/gpu/bench_wkv.py                            docs/benchmarks/wkv-<device>.md
+    python tools/gpu/bench_wkv.py --output table.md --all    fla at every size, not only where its table is compared
 
 Times are medians by CUDA events, over several sets of inputs so that none is in a cache, with the launches queued ahead
 so that the host does not count.  `docs/benchmarks/README.md` says how to read the table.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # A bare machine has torch, and infctx only as this folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from wkv_table import BAR_SHAPE, HEAD_SIZE, MISSING, NOT_RUN, Report, Row, bars,
 
 Result = TypeVar("Result")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 BATCHES = (1, 8)
 TOKENS = (1024, 4096, 16384, 65536)
 HEADS = (32, 40, 64)

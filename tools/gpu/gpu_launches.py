@@ -1,9 +1,9 @@
 """How the WKV kernels are launched on a GPU: streams, graphs, torch.compile, threads, devices; how fast they compile.
 
-`checks()` are those of `tools/gpu_check.py` that need CUDA itself.  As a program it is the small run that
+`checks()` are those of `tools/gpu/gpu_check.py` that need CUDA itself.  As a program it is the small run that
 compute-sanitizer watches:
 
-    compute-sanitizer --tool racecheck python tools/gpu_launches.py
+    compute-sanitizer --tool racecheck python tools/gpu/gpu_launches.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 # A bare machine has torch, and infctx only as this folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, backward_shared_bytes, fi
 
 from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, given, outputs, same
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("wkv_forward.cu", "wkv_backward.cu")
 COLD_SECONDS_BAR = 5.0
 WARM_SECONDS_BAR = 0.010

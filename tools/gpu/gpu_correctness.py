@@ -1,6 +1,6 @@
 """What the WKV kernels have to get right: checks on any device that has the op, judged in float64 on that device.
 
-`checks()` lists them; each takes a `Subject` and returns a `Verdict`.  `tools/gpu_check.py` runs them on a GPU, the
+`checks()` lists them; each takes a `Subject` and returns a `Verdict`.  `tools/gpu/gpu_check.py` runs them on a GPU, the
 tests on the CPU with the emulator.  Errors are relative RMS: that of the difference over that of the truth.
 """
 

@@ -1,7 +1,7 @@
 """Checks and times the WKV kernels on this machine's GPU, within minutes; needs torch alone.
 
     make gpu-check                                        docs/benchmarks/wkv-<device>.md
-    python tools/gpu_check.py --output table.md --only accuracy
+    python tools/gpu/gpu_check.py --output table.md --only accuracy
 
 One line a check: PASS, FAIL, or SKIP where it cannot be made.  Exit code 0: none failed; 1: some did; 2: no GPU.
 The work is done in processes of its own: one that crashes or hangs is a FAIL, and the next check goes on in a new one.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A bare machine has torch, and infctx only as this folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
