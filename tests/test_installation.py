@@ -35,10 +35,8 @@ def test_deepspeed_imports_on_a_cpu():
 
 
 def test_pytest_does_not_read_the_id_that_xdist_writes(request):
-    """Where this fails, xdist's --dist loadgroup works again: let it take the place of what tests/conftest.py does."""
-    request.node._nodeid, before = "another", request.node._nodeid
-    assert request.node.nodeid == before
-    request.node._nodeid = before
+    """Where this fails, xdist's --dist loadgroup may work again, in the place of what tests/conftest.py does."""
+    assert not hasattr(request.node, "_nodeid")
 
 
 def test_every_public_name_is_there():
