@@ -7,7 +7,6 @@ line, the setting, the value and what would do.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from infctx.settings import (
     RunSettings,
     WindowSettings,
 )
+from infctx.small_texts import quoted, read_yaml
 
 __all__ = [
     "Config",
@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
         raise InputError(f"{path}: no such file; the shipped configurations are in configs/") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    content, lines = _parse(text, str(path))
+    content, lines = read_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: no sections in it; it needs {', '.join(Config.model_fields)}")
     if learn and isinstance(content.get("model"), dict):
@@ -75,72 +75,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its traps: no octal or base-60 integers, no key twice."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = node.value.replace("_", "")
-        if re.fullmatch(r"[-+]?0[0-9]+|[-+]?[0-9]+(:[0-9]+)+", text):
-            value = super().construct_yaml_int(node)
-            remedy = "quote it" if ":" in text else f"write {int(text)} for decimal, or quote it"
-            raise yaml.MarkedYAMLError(
-                problem=f"YAML reads {node.value} as {value}; {remedy}",
-                problem_mark=node.start_mark,
-            )
-        return super().construct_yaml_int(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a setting's name is plain text", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The content, and for each setting the place it was read from."""
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        content = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{source}{line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
-    except ValueError as error:  # a date or a number that is none
-        raise InputError(f"{source}: {error}; quote what is text") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    places: dict[tuple[str, ...], str] = {(): source}
-
-    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode) and len(path) < 2:
-            for key, value in node.value:
-                place = (*path, key.value)
-                places[place] = f"{source}:{key.start_mark.line + 1}"
-                walk(value, place)
-
-    walk(node, ())
-    return content, places
-
-
 def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str], override: str) -> None:
     name, equals, text = override.partition("=")
     path = tuple(name.split("."))
     if not equals or len(path) != 2 or not all(path):
-        raise InputError(f"{override}: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4")
-    value, _ = _parse(text, override)
+        raise InputError(f"{quoted(override)}: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4")
+    value, _ = read_yaml(text, quoted(override))
     section = content.setdefault(path[0], {})
     if not isinstance(section, dict):
         raise InputError(f"{places[path[:1]]}: {path[0]}: is a section and needs settings below it")
@@ -161,7 +101,7 @@ def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tup
     elif first["type"] == "value_error" and setting in _settings_of(where[0]):
         where, remedy = (*where, setting), rest
     place = next((places[where[:n]] for n in range(len(where), -1, -1) if where[:n] in places), str(path))
-    message = f"{place}: {'.'.join(where)}: {remedy}"
+    message = f"{place}: {quoted('.'.join(where))}: {remedy}"
     more = len(problems) - 1
     return message + (f" (and {more} more problem{'s'[: more > 1]})" if more else "")
 
@@ -176,25 +116,15 @@ def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
         return "is missing; give it in the file or as an override"
     if kind == "value_error":
         return str(problem["ctx"]["error"])
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        if "int" in problem["msg"]:
-            return f"'{value}' is text in YAML; write the number out: {int(float(value))}"
-        written = value.lower() if "." in value else value.lower().replace("e", ".0e")
-        return f"'{value}' is text in YAML, which wants a dot and a sign: write {_signed(written)}"
     if isinstance(value, bool):
         return f"{str(value).lower()} does not fit ({problem['msg']}); YAML reads yes, no, on and off so: quote text"
     if kind == "model_type" or value is None:
         expected = problem["msg"] if len(where) > 1 else "the section is empty" if value is None else "it is a section"
-        return f"{value!r} does not fit; {expected}"
-    return f"{value!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{quoted(repr(value))} does not fit; {expected}"
+    return f"{quoted(repr(value))} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _settings_of(section: str) -> Mapping[str, FieldInfo]:
     kind = Config.model_fields[section].annotation
     assert isinstance(kind, type) and issubclass(kind, BaseModel)
     return kind.model_fields
-
-
-def _signed(number: str) -> str:
-    """6.0e4 -> 6.0e+4: YAML 1.1 takes no exponent without its sign."""
-    return re.sub(r"e(?=\d)", "e+", number)

@@ -1,0 +1,135 @@
+"""Small texts from outside, YAML of settings and JSON beside tensors: size, depth and kinds are checked before use.
+
+What comes out is plain dicts, lists, strings and numbers.  What is quoted from a text in a message goes through
+`quoted`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from infctx.errors import InputError
+
+MOST_YAML_BYTES = 1 << 20
+"""Of a configuration; those that are shipped have some 2 kB."""
+MOST_JSON_BYTES = 1 << 26
+"""Of a manifest or an index; that of a model of 100,000 tensors has 10 MB."""
+MOST_DIGITS = 40
+MOST_QUOTED = 80
+
+
+def quoted(text: str, most: int = MOST_QUOTED) -> str:
+    """A text as a message can show it: control characters written out, cut where it is too long to read."""
+    letters = text[: most + 1]
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in letters)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
+    """The content, and for each setting the place it was read from, as messages name it.
+
+    YAML 1.1 without its traps: no octal or base-60 integers, no key twice, no aliases, merges or tags, and 1e-3 is a
+    number.  Raises InputError with source and line.
+    """
+    if len(text) > MOST_YAML_BYTES:
+        raise InputError(f"{source}: {len(text):,} characters are no configuration; name a file of settings")
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{source}{line}: {quoted(error.problem or 'not YAML', 200)}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
+    except ValueError as error:  # a date that is none
+        raise InputError(f"{source}: {quoted(str(error))}; quote what is text") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    places: dict[tuple[str, ...], str] = {(): source}
+
+    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode) and len(path) < 2:
+            for key, value in node.value:
+                place = (*path, key.value)
+                places[place] = f"{source}:{key.start_mark.line + 1}"
+                walk(value, place)
+
+    walk(node, ())
+    return content, places
+
+
+def read_json(file: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """The content of a JSON file of ours or of another program's; ValueError, in a few words, for what is none."""
+    size = file.stat().st_size
+    if size > most_bytes:
+        raise ValueError(f"{size:,} bytes, {most_bytes:,} at most")
+    return parse_json(file.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, whose every complaint is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """See `read_yaml`."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _error(event, "aliases (*name) are not read; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise _error(event, f"tags ({event.tag}) are not read; write the value without it")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value.replace("_", "")
+        if len(text) > MOST_DIGITS:
+            raise _error(node, f"a number of {len(text)} digits; no setting is that large")
+        if re.fullmatch(r"[-+]?0[0-9]+|[-+]?[0-9]+(:[0-9]+)+", text):
+            value = super().construct_yaml_int(node)
+            remedy = "quote it" if ":" in text else f"write {int(text)} for decimal, or quote it"
+            raise _error(node, f"YAML reads {node.value} as {value}; {remedy}")
+        return super().construct_yaml_int(node)
+
+    def construct_power_of_ten(self, node: yaml.ScalarNode) -> int | float:
+        """1e-3, 6E4, 1.5e3: a whole number where it is one."""
+        value = float(node.value)
+        return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _error(key, "a setting's name is plain text")
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise _error(key, "merges (<<) are not read; write the settings out")
+            if key.value in seen:
+                raise _error(key, f"{key.value} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_POWER_OF_TEN = "tag:infctx,2026:power-of-ten"
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor(_POWER_OF_TEN, _Loader.construct_power_of_ten)
+# YAML 1.1 wants a dot and a sign in these; everybody else reads them as numbers.
+_WRITTEN = re.compile(r"[-+]?\d{1,40}(\.\d*)?[eE][-+]?\d{1,4}$")
+_Loader.add_implicit_resolver(_POWER_OF_TEN, _WRITTEN, list("-+0123456789"))
+
+
+def _error(where: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=cast(yaml.Mark | None, where.start_mark))
