@@ -21,12 +21,12 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from infctx.errors import InputError
+from infctx.small_texts import read_json, read_yaml
 
 CHECKPOINT_WEIGHTS = "model.safetensors"
 """The file of a checkpoint that holds the model."""
@@ -73,22 +73,75 @@ def newest_checkpoint(folder: Path, hashes: bool = True) -> Path | None:
 
 
 def find_damage(path: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words; None if every file is as it was written."""
-    try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, (size, digest) in entries.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes of {size}"
-            if hashes and size_and_hash(file)[1] != digest:
-                return f"{name} has other content than was written"
-    except FileNotFoundError:
+    """What is wrong with a checkpoint folder, in a few words; None if all that belongs to it is as it was written."""
+    if not (path / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
-    except (ValueError, TypeError, AttributeError):
+    try:
+        entries = read_manifest(path)
+    except ValueError:
         return f"{MANIFEST} is not readable"
-    return None if entries.keys() & {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE} else f"{MANIFEST} is empty"
+    for name, (size, digest) in entries.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+        if hashes and size_and_hash(file)[1] != digest:
+            return f"{name} has other content than was written"
+    return _find_gap(path, entries.keys())
+
+
+def _find_gap(path: Path, names: Collection[str]) -> str | None:
+    """What a manifest of these names lacks."""
+    if not {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE} & set(names):
+        return f"{MANIFEST} lists no model and no state"
+    for stem in ("optimizer", "carry"):
+        if not _shares(stem, names):
+            return f"{MANIFEST} lists no file of the {stem}"
+    for name in (PROGRESS, SETTINGS):
+        if name not in names:
+            return f"{MANIFEST} does not list {name}"
+    carries = _shares("carry", names)
+    counts = {int(name[-17:-12]) for name in carries if "-of-" in name}  # carry-00001-of-00004.safetensors
+    if counts not in (set(), {len(carries)}):
+        return f"{MANIFEST} lists {len(carries)} of {max(counts)} files of the carry"
+    if INDEX in names:
+        try:
+            wanted = set(read_json(path / INDEX)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{INDEX} is not readable"
+        if not wanted <= set(names):
+            return f"{MANIFEST} does not list all files of {INDEX}"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """File name -> size and SHA-256 of all that belongs to a checkpoint; ValueError for what is no manifest."""
+    entries = read_json(path / MANIFEST)
+    if not isinstance(entries, dict):
+        raise ValueError("no object")
+    for name, entry in entries.items():
+        fits = isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+        if not fits or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            raise ValueError("no list of files with their sizes and hashes")
+    return {name: (size, digest) for name, (size, digest) in entries.items()}
+
+
+def listed_files(path: Path) -> set[str] | None:
+    """The names of all that belongs to a checkpoint; None for a folder that is none."""
+    try:
+        return set(read_manifest(path)) if (path / MANIFEST).is_file() else None
+    except ValueError:
+        raise InputError(f"{path / MANIFEST}: is not readable; copy the checkpoint again") from None
+
+
+def tensor_files(path: Path, stem: str) -> list[Path]:
+    """The files of a checkpoint's "optimizer" or "carry", in the order of the ranks that wrote them."""
+    return [path / name for name in _shares(stem, listed_files(path) or ())]
+
+
+def _shares(stem: str, names: Collection[str]) -> list[str]:
+    return sorted(name for name in names if re.fullmatch(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors", name))
 
 
 def write_manifest(folder: Path, entries: dict[str, tuple[int, str]]) -> None:
@@ -107,12 +160,17 @@ def size_and_hash(file: Path) -> tuple[int, str]:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a checkpoint has the weights themselves, in one file or in many."""
-    return (folder / CHECKPOINT_WEIGHTS).is_file() or (folder / INDEX).is_file()
+    listed = listed_files(folder)
+    names = [name for name in (CHECKPOINT_WEIGHTS, INDEX) if listed is None or name in listed]
+    return any((folder / name).is_file() for name in names)
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
     """The settings that a checkpoint was saved with, as section -> setting -> value."""
-    return yaml.safe_load((path / SETTINGS).read_text(encoding="utf-8"))
+    content, _ = read_yaml((path / SETTINGS).read_text(encoding="utf-8", errors="replace"), str(path / SETTINGS))
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise InputError(f"{path / SETTINGS}: holds no settings of a run; copy the checkpoint again")
+    return content
 
 
 def remove_leftovers(folder: Path) -> None:

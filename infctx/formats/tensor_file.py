@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.files import atomic_file
+from infctx.formats.checkpoint_folder import listed_files
+from infctx.small_texts import read_json
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,13 +60,14 @@ def weight_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
+    listed = listed_files(path)  # of a checkpoint of ours; what else lies in its folder is not looked at
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return [path / name]
         index = path / f"{name}.index.json"
-        if index.is_file():
+        if (path / name).is_file() and (listed is None or name in listed):
+            return [path / name]
+        if index.is_file() and (listed is None or index.name in listed):
             try:
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                names = sorted(set(read_json(index)["weight_map"].values()))
                 files = [path / Path(name).name for name in names]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{index}: not an index of weight files; copy it again") from None

@@ -36,8 +36,9 @@ from infctx.formats.checkpoint_folder import (
 )
 from infctx.formats.state_file import save_state
 from infctx.model.state import State
+from infctx.small_texts import read_json
 from infctx.train.run import Progress, Run
-from infctx.train.shares import read_carry, read_moments, write_carry, write_moments, write_weights
+from infctx.train.shares import ANOTHER_CHECKPOINT, read_carry, read_moments, write_carry, write_moments, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +117,30 @@ def lock_folder(folder: Path) -> IO[str]:
 
 def load_progress(path: Path, engine: Engine) -> tuple[State, Progress]:
     """Fills the optimizer and the random generators from a checkpoint; returns the carried state of this rank's lanes,
-    on the CPU, and the progress."""
+    on the CPU, and the progress.  Raises InputError for what no run has written so."""
     read_moments(path, engine)
     state, others = read_carry(path, engine.ranks)
-    torch.set_rng_state(others["random_cpu"])
-    if "random_cuda" in others and torch.cuda.is_available():
-        torch.cuda.set_rng_state(others["random_cuda"])
-    return state, Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
+    wanted = State.zeros(engine.model.sizes, state.batch_size, state.wkv.dtype, "meta")
+    if [part.shape for part in state] != [part.shape for part in wanted]:
+        raise InputError(f"{path}: its carry is of a model of other sizes; {ANOTHER_CHECKPOINT}")
+    try:
+        torch.set_rng_state(others["random_cpu"])
+        if "random_cuda" in others and torch.cuda.is_available():
+            torch.cuda.set_rng_state(others["random_cuda"])
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError(f"{path}: holds no state of the random generators; {ANOTHER_CHECKPOINT}") from None
+    return state, _read_progress(path / PROGRESS)
+
+
+def _read_progress(file: Path) -> Progress:
+    try:
+        step, position, num_tokens = (read_json(file)[name] for name in Progress._fields)
+    except (ValueError, KeyError, TypeError):
+        step = position = num_tokens = None
+    counts = all(type(count) is int and count >= 0 for count in (step, num_tokens))
+    if not counts or not isinstance(position, dict | None):
+        raise InputError(f"{file}: holds no progress of a run; {ANOTHER_CHECKPOINT}")
+    return Progress(step, position, num_tokens)
 
 
 def load_units(path: Path) -> State | None:

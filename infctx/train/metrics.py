@@ -16,6 +16,7 @@ from infctx.config import Config
 from infctx.files import atomic_file
 from infctx.machine import peak_memory
 from infctx.model.state import State
+from infctx.small_texts import parse_json
 
 STEP_LOG = "steps.jsonl"
 LAG_TO_SHOW = 0.1
@@ -127,7 +128,7 @@ class Metrics:
 
 def read_step_log(folder: Path) -> list[dict[str, Any]]:
     """One dict a step: step, loss, learning_rate, gradient_norm, tokens_per_second, peak_memory_gb."""
-    return [json.loads(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
 
 
 def state_sizes(state: State) -> list[float]:
@@ -141,7 +142,7 @@ def _reopen_step_log(path: Path, first_step: int) -> Any:
     if path.exists() and first_step > 1:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if entry["step"] < first_step and isinstance(entry["loss"], float):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):

@@ -13,16 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from infctx.distributed.engine import Engine
+from infctx.distributed.engine import MOMENTS, Engine
 from infctx.distributed.ranks import Ranks
-from infctx.formats.checkpoint_folder import INDEX
+from infctx.errors import InputError
+from infctx.formats.checkpoint_folder import INDEX, tensor_files
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import write_tensors
 from infctx.formats.weights import state_name
 from infctx.model.state import State
+
+ANOTHER_CHECKPOINT = "remove this checkpoint to go on from the one before"
 
 
 def write_weights(folder: Path, engine: Engine) -> list[Path]:
@@ -56,16 +60,28 @@ def write_moments(folder: Path, engine: Engine) -> list[Path]:
 
 
 def read_moments(folder: Path, engine: Engine) -> None:
-    """Gives the optimizer its state, or this rank's part of it."""
+    """Gives the optimizer its state, or this rank's part of it.
+
+    Raises InputError where a parameter that learns has none, or one of another shape.
+    """
     files = _tensors_of(folder, "optimizer")
+    if not files:
+        return
     begun = False
     for name, parameter in engine.model.named_parameters():
-        moments = {key.rpartition("/")[2]: _read(files[key], key) for key in files if key.rpartition("/")[0] == name}
-        if moments and not begun:
+        if not parameter.requires_grad:
+            continue
+        keys = {key: f"{name}/{key}" for key in (*MOMENTS, "step")}
+        moments = {key: _read(files[stored], stored) for key, stored in keys.items() if stored in files}
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3, which leaves an empty tensor
+        wanted = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
+        found = {key: tensor.shape for key, tensor in moments.items() if tensor.is_floating_point()}
+        if found != wanted:
+            raise InputError(f"{folder}: the optimizer's state of {name} is not there whole; {ANOTHER_CHECKPOINT}")
+        if not begun:
             engine.begin_moments(moments["step"].item())
             begun = True
-        if moments:
-            engine.set_moments(parameter, moments)
+        engine.set_moments(parameter, moments)
 
 
 def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ranks) -> list[Path]:
@@ -78,8 +94,16 @@ def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ra
 
 
 def read_carry(folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
-    """The carried state of the lanes that are this rank's now, on the CPU; and the `others`."""
-    opened = [safe_open(path, framework="pt") for path in sorted(folder.glob("carry*.safetensors"))]
+    """The carried state of the lanes that are this rank's now, on the CPU; and the `others`.
+
+    Raises InputError where a file holds no state.
+    """
+    opened = [safe_open(path, framework="pt") for path in tensor_files(folder, "carry")]
+    for file in opened:
+        missing = set(State._fields) - set(file.keys())
+        dimensions = [] if missing else [len(file.get_slice(name).get_shape()) for name in State._fields]
+        if dimensions != [5, 3, 3]:
+            raise InputError(f"{folder}: its carry is no state of a model; {ANOTHER_CHECKPOINT}")
     lanes = [file.get_slice("wkv").get_shape()[1] for file in opened]
     wanted, first, parts = ranks.lanes(sum(lanes)), 0, []
     for file, count in zip(opened, lanes, strict=True):
@@ -121,7 +145,7 @@ def _write(folder: Path, stem: str, tensors: dict[str, Tensor], ranks: Ranks) ->
 def _tensors_of(folder: Path, stem: str) -> dict[str, Path]:
     """The file of each tensor."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+    for path in tensor_files(folder, stem):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found

@@ -1,14 +1,24 @@
 """Checkpoints: whole or not there, damage found, everything that a run needs inside."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import infctx
 from infctx.config import OptimizerSettings, load_config
 from infctx.errors import InputError
-from infctx.formats.checkpoint_folder import checkpoints, find_damage, newest_checkpoint, remove_leftovers
+from infctx.formats.checkpoint_folder import (
+    checkpoints,
+    find_damage,
+    newest_checkpoint,
+    remove_leftovers,
+    saved_settings,
+    size_and_hash,
+    write_manifest,
+)
 from infctx.formats.model_files import find_model
 from infctx.model.state import State
 from infctx.train import checkpoint as checkpoint_module
@@ -16,7 +26,9 @@ from infctx.train.checkpoint import load_progress, save_checkpoint
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import Progress
 
+from places import FIXTURES
 from runs import plain_engine, run_of, write_config
+from tiny_models import random_model
 
 
 def trained(seed=0):
@@ -85,8 +97,8 @@ def test_damage_is_found_and_the_one_before_is_used(config, caplog, name, damage
         file.write_bytes(content)
     assert name in find_damage(torn)
     assert newest_checkpoint(config.run.checkpoints) == before
-    assert [record.message.count("\n") for record in caplog.records] == [0]
-    assert f"{torn} is torn ({name}" in caplog.records[0].message
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "\n" not in warning and f"{torn} is torn ({name}" in warning
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", "[]", '{"model.safetensors": 3}'])
@@ -145,3 +157,112 @@ def test_states_of_several_lanes(config):
     state, progress = load_progress(path, plain_engine(model, optimizer))
     assert progress.position is None
     assert all(torch.equal(a, b) for a, b in zip(state, carry, strict=True))
+
+
+def test_what_the_manifest_does_not_list_is_not_looked_at(config):
+    """Files that somebody has left there, under names that fit."""
+    model, optimizer, carry = trained()
+    path = save_checkpoint(run_of(model, optimizer, config, carry, Progress(1, None, 0)))
+    other = save(config, 2, seed=7)
+    for file, stray in (
+        ("carry", "carry-old"),
+        ("carry", "carry-00001-of-00001"),
+        ("optimizer", "optimizer_old"),
+        ("optimizer", "optimizer-00001-of-00001"),
+    ):
+        shutil.copy(other / f"{file}.safetensors", path / f"{stray}.safetensors")
+    assert find_damage(path) is None
+    back = infctx.load_model(path)
+    theirs = make_optimizer(back, OptimizerSettings(steps=20, peak_lr=1e-2))
+    state, progress = load_progress(path, plain_engine(back, theirs))
+    assert progress.step == 1 and all(torch.equal(a, b) for a, b in zip(state, carry, strict=True))
+    for mine, its in zip(model.parameters(), back.parameters(), strict=True):
+        assert torch.equal(theirs.state[its]["exp_avg"], optimizer.state[mine]["exp_avg"])
+
+
+def test_a_stray_model_beside_shares_is_not_taken(tmp_path):
+    shutil.copytree(FIXTURES / "runs-of-0.1.0" / "two-ranks" / "checkpoints" / "step-000004", tmp_path / "step-000004")
+    truth = infctx.load_model(tmp_path / "step-000004")
+    infctx.save_weights(random_model(6), tmp_path / "step-000004" / "model.safetensors")
+    found = infctx.load_model(tmp_path / "step-000004")
+    assert all(torch.equal(*pair) for pair in zip(found.parameters(), truth.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lost", ["optimizer.safetensors", "carry.safetensors", "progress.json", "config.yaml"])
+def test_a_manifest_that_lists_too_little_is_not_whole(config, lost):
+    path = save(config, 1)
+    entries = json.loads((path / "manifest.json").read_text())
+    del entries[lost]
+    (path / lost).unlink()
+    (path / "manifest.json").write_text(json.dumps(entries))
+    assert lost.partition(".")[0] in find_damage(path)
+
+
+def rewritten(path, name, content):
+    """A file of a checkpoint with another content, and the manifest that goes with it."""
+    content(path / name) if callable(content) else (path / name).write_text(content)
+    entries = json.loads((path / "manifest.json").read_text())
+    entries[name] = size_and_hash(path / name)
+    write_manifest(path, entries)
+
+
+def changed(**tensors):
+    """Another tensor, or none, in a safetensors file."""
+
+    def change(file):
+        content = load_file(file) | {name.replace("__", "/"): tensor for name, tensor in tensors.items()}
+        save_file({name: tensor for name, tensor in content.items() if tensor is not None}, file)
+
+    return change
+
+
+DEEP = "[" * 100_000
+DAMAGES = [
+    ("progress.json", content)
+    for content in ("", "[]", "3", "{}", DEEP, '{"step": "1", "position": null, "num_tokens": 2}')
+] + [
+    ("progress.json", '{"step": -1, "position": null, "num_tokens": 2}'),
+    ("progress.json", '{"step": true, "position": null, "num_tokens": 2}'),
+    ("progress.json", '{"step": 1, "position": [1], "num_tokens": 2}'),
+    ("carry.safetensors", changed(wkv=None)),
+    ("carry.safetensors", changed(wkv=torch.zeros(3))),
+    ("carry.safetensors", changed(time_shift=torch.zeros(2, 2, 5))),
+    ("carry.safetensors", changed(random_cpu=None)),
+    ("carry.safetensors", changed(random_cpu=torch.zeros(4))),
+    ("carry.safetensors", changed(random_cpu=torch.zeros(4, dtype=torch.uint8))),
+    ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": None})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__step": None})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": torch.zeros(3)})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": torch.zeros(64, 32, dtype=torch.int32)})),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGES)
+def test_content_of_the_wrong_kind_is_one_line_though_the_hashes_agree(config, name, content):
+    path = save(config, 1)
+    rewritten(path, name, content)
+    assert find_damage(path) is None
+    back = infctx.load_model(path)
+    other = make_optimizer(back, OptimizerSettings(steps=20, peak_lr=1e-2))
+    with pytest.raises(InputError, match=r"step-000001.*; remove this checkpoint to go on from the one before$"):
+        load_progress(path, plain_engine(back, other))
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "model: 3\n", "a: &a [*a]\n", "x" * 2_000_000])
+def test_settings_of_the_wrong_kind_are_one_line(config, content):
+    path = save(config, 1)
+    rewritten(path, "config.yaml", content)
+    with pytest.raises(InputError, match=r"step-000001.config.yaml") as refused:
+        saved_settings(path)
+    assert len(str(refused.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [DEEP, '{"../x": [1, "a"]}', '{"/etc/passwd": [1, "a"]}', '{"a": [true, "a"]}', '{"a\\n": [1, "a"]}']
+)
+def test_a_manifest_of_the_wrong_kind_is_not_readable(config, content):
+    path = save(config, 1)
+    (path / "manifest.json").write_text(content)
+    assert find_damage(path) == "manifest.json is not readable"
+    with pytest.raises(InputError, match="manifest.json: is not readable; copy the checkpoint again"):
+        infctx.load_model(path)
