@@ -56,10 +56,10 @@ export: $(VENV)/installed  ## weights or a state for other programs: make export
 	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
 
 test: $(VENV)/installed-test  ## runs the tests, in minutes
-	@$(VENV)/bin/python -m pytest -n 3 $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 4 $(ARGS)
 
 test-slow: $(VENV)/installed-test  ## runs the tests that `make test` leaves out: long windows, many ranks
-	@$(VENV)/bin/python -m pytest -n 3 -m 'slow and not gpu' $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 4 -m 'slow and not gpu' $(ARGS)
 
 lint: $(VENV)/installed-test  ## style, formatting, types, sizes of files and functions
 	@$(VENV)/bin/ruff check .

@@ -64,6 +64,7 @@ def test_every_element_of_the_outputs_is_written(shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_sanitizers_find_nothing(dtype):
     inputs, starts, cotangents = make_inputs(3, dtype, (1, 117, 1, 32))
     with emulated(processors=24):

@@ -29,6 +29,7 @@ TIME = {
     "4 time ranks, zero2": (4, ["distributed.time_ranks=4", "distributed.strategy=zero2"]),
     "2 time ranks of 4, zero2": (4, ["distributed.time_ranks=2", "distributed.strategy=zero2"]),
 }
+QUICK = ("2 time ranks", "2 time ranks, zero3, recomputed")
 TUNING = {
     f"{strategy}, {learn}": (
         2,
@@ -107,15 +108,22 @@ def alone(config_path):
 
 @pytest.fixture(scope="module")
 def over_time(config_path, tmp_path_factory):
-    """over_time(count): what each of so many ranks found, by case."""
-    return functools.cache(lambda count: on_ranks(count, config_path, TIME, tmp_path_factory.mktemp(f"time_{count}")))
+    """over_time(case): what each rank found."""
+
+    @functools.cache
+    def of_case(case):
+        count = TIME[case][0]
+        ranks = on_ranks(count, config_path, {case: TIME[case]}, tmp_path_factory.mktemp(f"time_{count}"))
+        return [rank[case] for rank in ranks]
+
+    return of_case
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if count > 2 else []) for case, (count, _) in TIME.items()]
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in TIME]
 )
 def test_time_over_ranks_trains_the_same_model(over_time, alone, case):
-    ranks = [rank[case] for rank in over_time(TIME[case][0])]
+    ranks = over_time(case)
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     for rank in ranks:
         for name, weight in rank["weights"].items():

@@ -106,6 +106,7 @@ def test_from_start_to_export(tmp_path, strategy):
     assert len(losses_of(tmp_path / "run")) == 7
 
 
+@pytest.mark.slow
 def test_tuning_a_state_on_two_ranks_from_start_to_export(tmp_path):
     sizes = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
     infctx.save_weights(random_model(6, noise=0.05, **sizes), tmp_path / "base.pth", torch.bfloat16)

@@ -222,6 +222,7 @@ for source, output, options in [
 """
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_memory_of_some_tensors_and_not_of_all(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()

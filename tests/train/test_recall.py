@@ -81,7 +81,9 @@ def unmarked_batch(random, value):
     return tokens, targets
 
 
-@pytest.mark.parametrize(("gradient_segments", "lowest", "highest"), [(None, 0.95, 1.0), (1, 0.0, 0.15)])
+@pytest.mark.parametrize(
+    ("gradient_segments", "lowest", "highest"), [(None, 0.95, 1.0), pytest.param(1, 0.0, 0.15, marks=pytest.mark.slow)]
+)
 def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest):
     """The model stays as it is; its initial state learns the answer to a question that comes 8 segments later."""
     model, *_ = recalling
