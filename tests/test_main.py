@@ -45,7 +45,7 @@ def tiny_weights(tmp_path):
     [
         ("optimizer.peak_rate=1.0", "optimizer.peak_rate: unknown setting; did you mean peak_lr?"),
         ("optimizer.steps=many", "optimizer.steps: 'many' does not fit: input should be a valid integer"),
-        ("optimizer.peak_lr=6e-4", "peak_lr: '6e-4' is text in YAML, which wants a dot and a sign: write 6.0e-4"),
+        ("optimizer.peak_lr=6e-4x", "peak_lr: '6e-4x' does not fit"),
         ("window.window_tokens=100", "window_tokens: 100 is not a multiple of segment_tokens 32; 96 would do"),
         ("window.segment_tokens=24", "segment_tokens: 24 is not a multiple of 16"),
         ("run.device=tpu", "run.device: 'tpu' does not fit: input should be 'auto', 'cpu' or 'cuda'"),

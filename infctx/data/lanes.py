@@ -34,6 +34,9 @@ class Store(Protocol):
     @property
     def document_tokens(self) -> int | None: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def length(self, i: int) -> int: ...
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray: ...
@@ -132,6 +135,7 @@ class Lanes:
             "num_tokens": store.num_tokens,
             "seed": seed,
             "shuffle": int(shuffle),
+            "store": store.fingerprint,
         }
         self._next = 0  # stream index of the next document
         self._open: list[_Open | None] = [None] * num_lanes
@@ -214,12 +218,18 @@ class Lanes:
         }
 
     def _restore(self, position: dict[str, Any]) -> None:
+        before = {"store": self._identity["store"]} | position  # 0.1.0 did not keep it
         for name, value in self._identity.items():
-            if position.get(name) != value:
+            if name != "store" and before.get(name) != value:
                 raise InputError(
                     f"the saved position in {self.store.path} was made with {name} = {position.get(name)}, "
                     f"this run has {value}: set it back, or begin a new run"
                 )
+        if before["store"] != self._identity["store"]:
+            raise InputError(
+                f"{self.store.path}: holds other documents than when the checkpoint was saved: put those back, or "
+                "begin a new run in another run.folder"
+            )
         self._next = _integers([position.get("next")], 1)[0]
         indices = _integers(position.get("indices"), self.num_lanes)
         begins = _integers(position.get("begins"), self.num_lanes)

@@ -32,6 +32,11 @@ class Pieces:
             self._ends.append(count)
         self.num_documents = count
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the store that was cut."""
+        return self._store.fingerprint
+
     def length(self, i: int) -> int:
         """Tokens of piece i, its last target included."""
         document, begin = self._place(i)

@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from infctx.data.text import STDIN, Document, Source, find_sources, read_documents
-from infctx.data.token_store import TokenStore, TokenStoreWriter
+from infctx.data.token_store import SUMMARY_FILE, TokenStore, TokenStoreWriter
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
 from infctx.data.workers import WorkerKilled, Workers
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
 
-TRAIN, HELD_OUT, SUMMARY_FILE = "train", "held_out", "store.json"
+TRAIN, HELD_OUT = "train", "held_out"
 UNSPLIT = "unsplit"
 FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx"))}
 # Characters that go to a worker at once, and what a document may have to go to a worker whole: with a batch and its

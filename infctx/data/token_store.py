@@ -6,11 +6,13 @@ document i; nearly always that is one sequence. The last token of a document is 
 """
 
 import contextlib
+import hashlib
 import mmap
 import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -20,6 +22,7 @@ import numpy as np
 from infctx.conventions import END_OF_DOCUMENT
 from infctx.errors import InputError
 from infctx.files import flush_to_disk, naming_errors, temporary_name
+from infctx.small_texts import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -32,6 +35,9 @@ MAX_SEQUENCE_TOKENS = 2**31 - 1
 BLOCK = 1 << 18  # index entries that are checked or written at once
 RESIDENT_BYTES = 16 << 20  # pages of a mapping that may stay in the process
 FAULT_BYTES = 64 << 10  # what Linux maps in around a page that is touched
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 256, 4096  # of each file, evenly spaced
+SUMMARY_FILE = "store.json"
+"""What `infctx prepare` writes beside the stores of a folder: tokenizer, vocab_size, and sizes of each split."""
 
 
 class TokenStore:
@@ -43,6 +49,7 @@ class TokenStore:
         path: the name without .bin and .idx.
         num_documents: documents in the store.
         num_tokens: tokens of all documents, ends of documents included.
+        tokenizer: the name of the tokenizer that made the ids, as store.json beside it says; None where nothing does.
     """
 
     document_tokens = None  # documents are whole, see infctx.data.pieces
@@ -58,6 +65,20 @@ class TokenStore:
         self._documents_begin = self._offsets_begin + 8 * self._num_sequences
         self.num_tokens = self._check_sequences()
         self._check_documents()
+        self.tokenizer = _tokenizer_of(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells stores apart, 16 hex digits: of the sizes of both files and of blocks all over them."""
+        digest = hashlib.sha256()
+        for mapping in (self._index, self._data):
+            digest.update(f"{mapping.num_bytes} ".encode())
+            last = max(0, mapping.num_bytes - FINGERPRINT_BLOCK)
+            for number in range(FINGERPRINT_BLOCKS):
+                place = last * number // (FINGERPRINT_BLOCKS - 1)
+                count = min(FINGERPRINT_BLOCK, mapping.num_bytes - place)
+                digest.update(mapping.read(place, count, np.dtype(np.uint8)).tobytes())
+        return digest.hexdigest()[:16]
 
     def length(self, i: int) -> int:
         """Tokens of document i, its end included."""
@@ -293,6 +314,16 @@ class _Mapping:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
         return values
+
+
+def _tokenizer_of(prefix: Path) -> str | None:
+    summary = prefix.with_name(SUMMARY_FILE)
+    try:
+        content = read_json(summary) if summary.is_file() else {}
+        known = content.get("tokenizer") if prefix.name in content.get("splits", ()) else None
+    except (ValueError, AttributeError, TypeError):
+        raise InputError(f"{summary}: not what `infctx prepare` writes: make the store again, or remove it") from None
+    return known if isinstance(known, str) else None
 
 
 def _file_of(prefix: Path, suffix: str) -> Path:

@@ -57,6 +57,19 @@ def tokenizer_for_vocab(vocab_size: int) -> str | None:
     return "world" if 65530 <= vocab_size <= WorldTokenizer.vocab_size else None
 
 
+def refuse_other_tokenizer(store: str, made_with: str | None, vocab_size: int) -> None:
+    """Raises InputError where a store was made with another tokenizer than that of a model with `vocab_size` ids.
+
+    store: its name, for the message; made_with: None where nothing tells.
+    """
+    wanted = tokenizer_for_vocab(vocab_size)
+    if made_with is not None and wanted not in (None, made_with):
+        raise InputError(
+            f"{store}: was made with the tokenizer {made_with}, and the model's {vocab_size:,} ids are those of "
+            f"{wanted}: prepare the documents with --tokenizer {wanted}, or name another model"
+        )
+
+
 class WorldTokenizer:
     """The RWKV World vocabulary: ids 1..65529, size padded to 65,536."""
 

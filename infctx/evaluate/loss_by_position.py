@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from infctx.data.token_store import TokenStore
-from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
+from infctx.data.tokenizer import get_tokenizer, refuse_other_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.model.loss import token_losses
 from infctx.model.rwkv import RWKV
@@ -134,6 +134,7 @@ def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: tor
 
 def _documents(store: TokenStore, vocab_size: int, max_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Number and tokens of at most 1,024 documents, evenly spaced over the store, of those with a target, cut."""
+    refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
     chosen = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
     documents = [document for document in chosen if store.length(document) >= 2]

@@ -14,6 +14,7 @@ from infctx.config import Config
 from infctx.data.lanes import Lanes
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
+from infctx.data.tokenizer import refuse_other_tokenizer
 from infctx.distributed.devices import Devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
@@ -141,6 +142,7 @@ def open_lanes(
 ) -> Lanes:
     """The windows of the configured documents, from the one behind `position` on, of all lanes or of a rank's."""
     store = TokenStore(config.data.store)
+    refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     return Lanes(
         Pieces(store, config.data.document_tokens) if config.data.document_tokens else store,
         num_lanes=config.window.lanes,

@@ -23,7 +23,7 @@ class ListStore:
     def __init__(self, lengths, seed=0):
         rng = np.random.default_rng(seed)
         self.documents = [np.append(rng.integers(1, 257, max(n - 1, 0)), 0)[:n] for n in lengths]
-        self.document_tokens = None
+        self.document_tokens, self.fingerprint = None, "of no file"
         self.num_documents = len(self.documents)
         self.num_tokens = sum(lengths)
         self.num_read = 0

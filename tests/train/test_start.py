@@ -1,16 +1,20 @@
 """The start of a run: what is read, and how often."""
 
+import json
 from collections import Counter
 
 import pytest
 
+import infctx
 from infctx.config import load_config
 from infctx.distributed import launch
+from infctx.errors import InputError
 from infctx.formats import checkpoint_folder
 from infctx.formats.checkpoint_folder import checkpoints
 from infctx.train.loop import train
 
-from runs import write_config
+from runs import infctx_here, write_config, write_store
+from tiny_models import random_model
 
 
 @pytest.fixture
@@ -47,3 +51,52 @@ def test_a_checkpoint_is_read_for_its_hash_once_a_start(tmp_path, hashed, learn)
     train(config)  # goes on, and needs the source's weights where they stay as they are
     read = {file for file in own.iterdir() if file.name != "manifest.json"} | (files if learn != "weights" else set())
     assert hashed == dict.fromkeys(read, 1)
+
+
+def made_with(folder, tokenizer, splits=("train", "held_out")):
+    """What `infctx prepare` leaves beside the stores."""
+    content = {"tokenizer": tokenizer, "vocab_size": 257, "splits": dict.fromkeys(splits, {})}
+    (folder / "store.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("command", ["train", "tune", "evaluate"])
+def test_a_store_of_another_tokenizer_is_refused(tmp_path, command):
+    """A model of the World tokenizer would learn bytes, or be judged by them, and nothing would tell."""
+    weights = tmp_path / "world.pth"
+    infctx.save_weights(random_model(6, num_layers=1, width=16, vocab_size=65536), weights)
+    learn = {"learn": "initial_state"} if command == "tune" else {}
+    config = write_config(tmp_path, model={"weights": str(weights)} | learn)
+    arguments = ("evaluate", weights, tmp_path / "held_out") if command == "evaluate" else (command, config)
+    made_with(tmp_path, "bytes")
+    code, _, errors = infctx_here(*arguments)
+    assert code == 2 and sum(line.startswith("infctx: ") for line in errors.splitlines()) == 1
+    assert "was made with the tokenizer bytes, and the model's 65,536 ids are those of world" in errors
+    assert "prepare the documents with --tokenizer world, or name another model" in errors
+    for tokenizer, splits in (("world", ("train", "held_out")), ("bytes", ("other",))):
+        made_with(tmp_path, tokenizer, splits)
+        few = ["optimizer.steps=1", "optimizer.warmup_steps=0", "run.evaluate_tokens=0"]
+        few += [f"run.folder={tmp_path / tokenizer}"]
+        assert infctx_here(*arguments, *(few if command != "evaluate" else []))[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "[" * 100_000, '{"splits": 3}'])
+def test_a_summary_of_the_wrong_kind_is_one_line(tmp_path, content):
+    config = write_config(tmp_path)
+    (tmp_path / "store.json").write_text(content)
+    code, _, errors = infctx_here("train", config)
+    assert code == 2 and "store.json: not what `infctx prepare` writes: make the store again, or remove it" in errors
+
+
+def test_a_store_that_was_replaced_by_one_of_the_same_sizes_is_noticed(tmp_path):
+    config = load_config(write_config(tmp_path, optimizer__steps=3))
+    train(config)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"train{suffix}").unlink()
+    write_store(tmp_path / "train", seed=99)
+    longer = load_config(tmp_path / "config.yaml", ["optimizer.steps=4"])
+    with pytest.raises(InputError, match="train: holds other documents than when the checkpoint was saved"):
+        train(longer)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"train{suffix}").unlink()
+    write_store(tmp_path / "train", seed=len("train"))
+    train(longer)
