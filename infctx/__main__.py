@@ -1,4 +1,4 @@
-"""The command line: `infctx COMMAND ...`; each command is one call into data/ or train/."""
+"""The command line: `infctx COMMAND ...`; each command is one call into a room."""
 
 from __future__ import annotations
 

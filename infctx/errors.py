@@ -1,4 +1,4 @@
-"""The exceptions that are told in one line: a user's mistake, and a run that can not go on."""
+"""The exceptions that are told in one line: a user's mistake, and a run that cannot go on."""
 
 
 class InputError(ValueError):
@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """The run can not go on; the message is one line for the user, and the exit code 1."""
+    """The run cannot go on; the message is one line for the user, and the exit code 1."""

@@ -282,7 +282,7 @@ class Config(Section):
         if window.lanes % distributed.data_ranks:
             near = -(-window.lanes // distributed.data_ranks) * distributed.data_ranks
             raise ValueError(
-                f"window.lanes: {window.lanes} lanes can not be shared out evenly over {distributed.data_ranks} ranks "
+                f"window.lanes: {window.lanes} lanes cannot be shared out evenly over {distributed.data_ranks} ranks "
                 f"(devices * nodes / time_ranks); {near} would do"
             )
         if window.segment_tokens % (16 * distributed.time_ranks):

@@ -128,7 +128,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor(_POWER_OF_TEN, _Loader.construct_power_of_ten)
 # YAML 1.1 wants a dot and a sign in these; everybody else reads them as numbers.
 _WRITTEN = re.compile(r"[-+]?\d{1,40}(\.\d*)?[eE][-+]?\d{1,4}$")
-_Loader.add_implicit_resolver(_POWER_OF_TEN, _WRITTEN, list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(_POWER_OF_TEN, _WRITTEN), *others] if first in "-+0123456789" else others
+    for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _error(where: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:

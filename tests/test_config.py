@@ -285,7 +285,7 @@ def test_powers_of_ten_are_the_numbers_that_everyone_means(tmp_path, written, me
 
 
 def test_a_count_may_be_a_power_of_ten(tmp_path):
-    assert load_config(write(tmp_path), ["optimizer.steps=1e3", "run.seed=12e0"]).optimizer.steps == 1000
+    assert load_config(write(tmp_path), ["optimizer.steps=1.0e+3", "run.seed=12e0"]).optimizer.steps == 1000
 
 
 @pytest.mark.parametrize("name", ["x" * 10_000_000, "red\x1b[31m", "two\nlines"])

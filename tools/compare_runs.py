@@ -80,9 +80,14 @@ def compare_with_commit(commit: str, folder: Path, only: str) -> int:
 
 def make_runs(tree: Path, folder: Path, only: str = "") -> None:
     """Every case with the code of a tree; a tuned run starts from the weights of the trained one beside it."""
-    for case in cases():
-        if only not in case.name:
-            continue
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(
+            f"{folder}: holds something already; runs there would go on instead of being made: name another folder"
+        )
+    wanted = [case for case in cases() if only in case.name]
+    if any("tune" in case.config for case in wanted) and "finch-tiny" not in {case.name for case in wanted}:
+        wanted.insert(0, next(cases()))  # whose weights are tuned over
+    for case in wanted:
         print(f"{tree}: {case.name}", file=sys.stderr, flush=True)
         tunes = "tune" in case.config
         data = REPOSITORY / "data" / ("cpp" if tunes else "python")
@@ -104,14 +109,16 @@ def compare(before: Path, after: Path) -> int:
     if (before / "steps.jsonl").is_file():
         pairs = [(before.name, before, after)]
     else:
-        names = sorted(path.parent.name for path in before.glob("*/steps.jsonl"))
+        names = sorted({path.parent.name for side in (before, after) for path in side.glob("*/steps.jsonl")})
         pairs = [(name, before / name, after / name) for name in names]
     if not pairs:
         sys.exit(f"{before}: no runs in it, nothing with a steps.jsonl")
     outcomes = [find_difference(one, other) for _, one, other in pairs]
     for (name, one, _), difference in zip(pairs, outcomes, strict=True):
-        steps = len(read_steps(one))
-        print(f"{name:<28} {difference or f'{steps} steps equal in every digit; what was learned, in every byte'}")
+        equal = (
+            "" if difference else f"{len(read_steps(one))} steps equal in every digit; what was learned, in every byte"
+        )
+        print(f"{name:<28} {difference or equal}")
     differing = sum(outcome is not None for outcome in outcomes)
     print(f"{len(pairs) - differing} of {len(pairs)} runs are equal")
     return 1 if differing else 0
@@ -119,15 +126,16 @@ def compare(before: Path, after: Path) -> int:
 
 def find_difference(before: Path, after: Path) -> str | None:
     """The first difference of two runs' folders, in a few words."""
-    if not (after / "steps.jsonl").is_file():
-        return f"there is no {after / 'steps.jsonl'}"
+    for side in (before, after):
+        if not (side / "steps.jsonl").is_file():
+            return f"there is no {side / 'steps.jsonl'}"
     one, other = read_steps(before), read_steps(after)
     if len(one) != len(other):
         return f"{len(one)} steps and {len(other)}"
     for mine, its in zip(one, other, strict=True):
-        for name in sorted((mine.keys() & its.keys()) - MEASURED):
-            if mine[name] != its[name]:
-                return f"step {mine['step']}: {name} {mine[name]!r} and {its[name]!r}"
+        for name in sorted((mine.keys() | its.keys()) - MEASURED):
+            if mine.get(name) != its.get(name):
+                return f"step {mine['step']}: {name} {mine.get(name)!r} and {its.get(name)!r}"
     learned = [name for name in LEARNED if (before / name).is_file()]
     for name in learned:
         if not (after / name).is_file() or (before / name).read_bytes() != (after / name).read_bytes():

@@ -1,4 +1,4 @@
 """From text to lanes: text -> tokenizer -> token_store -> document_stream -> lanes.
 
-Imports nothing else of ours but `errors` and `files`.
+Imports nothing else of ours but leaves.
 """

@@ -156,7 +156,7 @@ def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Iterator[bytes
             f"{source.path}: damaged {source.compression} file ({error}): copy or compress it again"
         ) from None
     except OSError as error:
-        raise InputError(f"{source.path}: can not be read ({error.strerror}): check the file") from None
+        raise InputError(f"{source.path}: cannot be read ({error.strerror}): check the file") from None
 
 
 def _decompressed(source: Source, file: BinaryIO) -> Iterator[bytes]:
@@ -215,7 +215,7 @@ def _lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
         length += len(rest)
         if length > MAX_LINE_BYTES:
             raise InputError(
-                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, which can not be parsed in bounded "
+                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, which cannot be parsed in bounded "
                 "memory: put this document into a .txt file"
             )
     yield b"".join(parts)

@@ -177,5 +177,5 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.nd
 def _not_utf8(error: UnicodeEncodeError) -> InputError:
     return InputError(
         f"character {error.start} of the text is a lone surrogate (U+{ord(error.object[error.start]):04X}), "
-        "which UTF-8 can not hold: remove it"
+        "which UTF-8 cannot hold: remove it"
     )

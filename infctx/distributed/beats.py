@@ -21,7 +21,7 @@ RECONNECT_SECONDS = 5.0
 def open_watch_store(rank: int, world_size: int) -> TCPStore:
     """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, behind init_process_group.
 
-    Raises RuntimeError where rank 0 ($MASTER_ADDR) can not be reached within CONNECT_SECONDS.
+    Raises RuntimeError where rank 0 ($MASTER_ADDR) cannot be reached within CONNECT_SECONDS.
     """
     host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=CONNECT_SECONDS)
     hosted = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == 0 else None

@@ -28,7 +28,7 @@ from infctx.distributed.zero_strategy import zero_strategy
 from infctx.environment import ranks_started
 from infctx.errors import InputError, TrainingFailed
 from infctx.formats.checkpoint_folder import checkpoints
-from infctx.plan.plan import Plan
+from infctx.plan.plan import Plan, whole_weights
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """For what all ranks do together; a rank that is gone is found by the watchdog long before."""
@@ -90,8 +90,7 @@ def open_devices(plan: Plan) -> Devices:
     if ranks.world_size > 1:
         layout = f"distributed.strategy: {plan.strategy}, {plan.reduction}"
         refuse_other_settings(ranks, f"{layout}\n{dump_config(plan.config)}")
-        plan = replace(plan, weights=ranks.from_first(lambda: plan.weights))  # which rank 0 alone has read
-    return Devices(fabric, ranks, plan)
+    return Devices(fabric, ranks, replace(plan, weights=ranks.from_first(lambda: whole_weights(plan))))
 
 
 def _fabric_strategy(plan: Plan) -> Strategy | None:

@@ -63,7 +63,7 @@ def refuse_before_launch(config: Config) -> None:
 def _refuse(config: Config) -> None:
     from infctx.plan.plan import make_plan
 
-    make_plan(config, hashes=False)  # which rank 0 reads
+    make_plan(config)
 
 
 @contextmanager

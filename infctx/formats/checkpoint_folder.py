@@ -63,7 +63,7 @@ def newest_checkpoint(folder: Path, hashes: bool = True) -> Path | None:
     for path in reversed(checkpoints(folder)):
         problem = find_damage(path, hashes)
         if problem is None:
-            for damaged in torn:
+            for damaged in torn if hashes else ():  # once a start
                 log.warning("checkpoint %s; using the one before", damaged)
             return path
         torn.append(f"{path} is torn ({problem})")

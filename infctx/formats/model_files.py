@@ -78,7 +78,10 @@ def find_model(path: Path, hashes: bool = True) -> ModelFiles:
     if holds_weights(path):
         return ModelFiles(path, None)
     if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
-        weights = Path(saved_settings(path)["model"]["weights"])
+        named = saved_settings(path).get("model", {}).get("weights")
+        if not isinstance(named, str) or not named:
+            raise InputError(f"{path}: holds a state, and its settings do not say over which weights; copy it again")
+        weights = Path(named)
         if not weights.exists():
             raise InputError(
                 f"{path}: holds a state tuned over {weights}, and that is not there; run this where it is, or name "

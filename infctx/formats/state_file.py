@@ -170,7 +170,7 @@ def _check(state: State, path: Path, form: str, model: RWKV | StoredWeights | No
     else:
         refuse_other_sizes(state, model.sizes, path)
     if dtype not in (None, *STORED_DTYPES):
-        raise InputError(f"{path}: a state can not be written as {dtype}; choose fp32, bf16 or fp16")
+        raise InputError(f"{path}: a state cannot be written as {dtype}; choose fp32, bf16 or fp16")
     if form != "infctx" and _has_shifts(state):
         raise InputError(
             f"{path}: the state has shift vectors, and a file of form {form} has no place for them; write form infctx "

@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def narrow(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path, remedy: str = "choose another dtype"
 ) -> dict[str, Tensor]:
-    """The tensors in `dtype`, None for their own; raises InputError naming the first value that it can not hold."""
+    """The tensors in `dtype`, None for their own; raises InputError naming the first value that it cannot hold."""
     narrowed = {}
     for name, tensor in tensors.items():
         wanted = dtype or tensor.dtype
@@ -154,7 +154,7 @@ def tensor_file(path: Path, suffixes: Sequence[str] = (".pth", ".safetensors")) 
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors leaves 0600, and a server under another user can not read it
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors leaves 0600, and a server under another user cannot read it
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """Name -> tensor of one file or several, read anew each time it is looked up and not kept.
 
     What is held is the tensors that the caller holds, and of a .pth up to MOST_MAPPED bytes of others.  A .pth from
-    before torch 1.6, or under the name of a .safetensors, can not be mapped: it is held whole from the first look on.
+    before torch 1.6, or under the name of a .safetensors, cannot be mapped: it is held whole from the first look on.
     Raises InputError as `read_tensors` does: of a safetensors file for the tensor looked up, of a .pth for any.
     """
 

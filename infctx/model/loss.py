@@ -72,7 +72,7 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: boo
     l2wrap: adds RWKV-LM's L2Wrap to the gradient (not to the value): that of 0.5e-4 max_logit^2 a target, under the
     same denominator as the loss, so that it weighs the same however a step is cut.
     """
-    if not torch.is_grad_enabled():  # which a Function's forward can not see
+    if not torch.is_grad_enabled():  # which a Function's forward cannot see
         hidden, head = hidden.detach(), head.detach()
     return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap)
 

@@ -113,7 +113,7 @@ class Wire(NamedTuple):
 def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """What one rank takes with config.distributed, whose strategy is a name and not "auto".
 
-    gradient_reduction "auto" is counted as "segment", the least (`plan.resolve_strategy` tells what it stands for).
+    gradient_reduction "auto" is counted as "segment", the least; `resolve_strategy` (plan/strategy) tells what it is.
     device_type: "cpu" or "cuda".
     """
     lanes, segments = config.pass_lanes, _run_segments(config)

@@ -43,14 +43,14 @@ class Plan:
     memory: Memory | None
 
 
-def make_plan(config: Config, refuse: bool = True, hashes: bool = True) -> Plan:
+def make_plan(config: Config, refuse: bool = True) -> Plan:
     """Raises InputError with everything that this machine lacks for the run, in one line.
 
+    Files are found and not read: whether a checkpoint that model.weights names is whole is for `whole_weights` to see.
     refuse: False where that has been done, by the process that started this one
-    hashes: reads all of a checkpoint that model.weights names, to see that it is whole; one rank does so for all
     """
     lacking = lacking_files(config)
-    weights, sizes = find_weights(config, hashes)
+    weights, sizes = find_weights(config)
     if refuse:
         lacking += lacking_device(config, sizes)
         if lacking:
@@ -69,7 +69,7 @@ def make_plan(config: Config, refuse: bool = True, hashes: bool = True) -> Plan:
     )
 
 
-def find_weights(config: Config, hashes: bool = True) -> tuple[ModelFiles | None, Sizes | None]:
+def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
     """The files that model.weights names, if they are there, and the sizes of the model, if anything tells them.
 
     Raises InputError where these contradict the configuration.
@@ -78,9 +78,7 @@ def find_weights(config: Config, hashes: bool = True) -> tuple[ModelFiles | None
     named = published_sizes(settings.size) if settings.size else None
     if settings.weights is None or not settings.weights.exists():
         return None, named or (make_sizes(**settings.sizes) if settings.sizes else None)
-    # A run that goes on has its weights in its own checkpoint, unless it tunes a state.
-    are_read = settings.freezes_weights or not checkpoints(config.run.checkpoints)
-    files = find_model(settings.weights, hashes and are_read)
+    files = find_model(settings.weights, hashes=False)
     found = read_sizes(files.weights)
     if named not in (None, found):
         raise InputError(
@@ -88,3 +86,16 @@ def find_weights(config: Config, hashes: bool = True) -> tuple[ModelFiles | None
             "name the right one or leave model.size out"
         )
     return files, found
+
+
+def whole_weights(plan: Plan) -> ModelFiles | None:
+    """The weights of a plan; of a run's folder those of its newest checkpoint that is whole, which is read for it.
+
+    One rank does so for all, once a start.  Raises InputError where no checkpoint is whole.
+    """
+    settings = plan.config.model
+    # A run that goes on has its weights in its own checkpoint, unless it tunes a state.
+    are_read = settings.freezes_weights or not checkpoints(plan.config.run.checkpoints)
+    if plan.weights is None or settings.weights is None or not are_read:
+        return plan.weights
+    return find_model(settings.weights)

@@ -35,7 +35,7 @@ def plan_report(config: Config, device_gb: float | None = None) -> str:
     device_gb: memory of each GPU in GB (1e9 bytes); None: of the GPUs here, if there are any.
     Raises InputError where nothing tells the sizes of the model, or device_gb makes no sense.
     """
-    _, sizes = find_weights(config, hashes=False)
+    _, sizes = find_weights(config)
     if sizes is None:
         raise InputError(
             f"model.weights: there is no {config.model.weights}, which would tell the sizes of the model; "

@@ -60,7 +60,7 @@ def find_failure(engine: Engine, window: Window, state: State, config: Config) -
 def _where_gradient_broke(engine: Engine) -> str:
     bad = engine.parameters_without_finite_gradient()
     if bad is None:
-        return "a layer that a sharded gradient does not tell"
+        return "an unknown layer (gradients are sharded)"
     layers = [int(name.split(".")[1]) for name in bad if name.startswith("blocks.")]
     in_head = any(name.startswith(("head.", "output_norm.")) for name in bad)
     learned = "the initial state" if all(name.startswith("initial_") for name in bad) else "the embedding"

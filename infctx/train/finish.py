@@ -143,7 +143,7 @@ def _show_samples(model: RWKV, store: TokenStore) -> None:
         return
     longest = max(range(min(store.num_documents, 1000)), key=store.length)
     prompt = get_tokenizer(name).decode(store.tokens(longest, 0, PROMPT_TOKENS).tolist()).decode(errors="ignore")
-    print(f"a sample behind the first {PROMPT_TOKENS} tokens of held-out document {longest}, {prompt!r}")
+    print(f"a sample after the first {PROMPT_TOKENS} tokens of held-out document {longest}, {prompt!r}")
     with without_state(model):
         print(f"--- without the state\n{_sample(model, prompt)}")
     print(f"--- with the state\n{_sample(model, prompt)}\n---")

@@ -20,7 +20,7 @@ from torch import Tensor
 from infctx.config import Config
 from infctx.data.lanes import Window
 from infctx.distributed.devices import open_devices, watched
-from infctx.environment import rank_number, started_by_launcher
+from infctx.environment import started_by_launcher
 from infctx.errors import TrainingFailed
 from infctx.model.state import State
 from infctx.plan.plan import make_plan
@@ -39,8 +39,7 @@ def train(config: Config) -> None:
 
     Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
     """
-    plan = make_plan(config, refuse=not started_by_launcher(), hashes=rank_number() == 0)
-    devices = open_devices(plan)
+    devices = open_devices(make_plan(config, refuse=not started_by_launcher()))
     with only_run_in(config.run.folder, devices.ranks):
         with watched(devices.ranks, config.run.checkpoints) as watchdog:
             run = open_run(devices)
@@ -74,7 +73,9 @@ def train_steps(run: Run) -> bool:
                 run.checkpoint = save_checkpoint(run)
             if stop and step < steps:
                 why = received[0] if received else "a signal to another rank"
-                metrics.say(f"{why}: stopped behind step {step}, all saved in {run.checkpoint}; run again to go on")
+                metrics.say(
+                    f"{why}: stopped after step {step}, saved in {run.checkpoint}; run the same command to resume"
+                )
                 return False
     return True
 

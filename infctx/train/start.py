@@ -21,7 +21,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
-from infctx.formats.checkpoint_folder import STATE_FILE, checkpoints, newest_checkpoint, remove_leftovers
+from infctx.formats.checkpoint_folder import STATE_FILE, checkpoints, listed_files, newest_checkpoint, remove_leftovers
 from infctx.formats.model_files import ModelFiles, open_model
 from infctx.formats.weights import fingerprint
 from infctx.model.build import new_model
@@ -48,7 +48,9 @@ def open_run(devices: Devices) -> Run:
         torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
-    too_large = plan.strategy == "zero3" and not config.model.freezes_weights  # for one device, before it is cut up
+    too_large = (
+        plan.strategy == "zero3" and not config.model.freezes_weights
+    )  # for one device, before it is partitioned
     device = torch.device("cpu") if too_large else fabric.device
     model = make_model(plan, checkpoint, device, ranks.join_time())
     tuned_over = fingerprint(model) if config.model.freezes_weights else None
@@ -68,7 +70,7 @@ def open_run(devices: Devices) -> Run:
     if ranks.world_size > 1:
         log.info("%s", devices.describe())
     if checkpoint:
-        log.info("going on behind step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
+        log.info("resuming after step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
     return Run(plan, model, engine, lanes, carry.to(fabric.device), progress, tuned_over, checkpoint)
 
 
@@ -87,7 +89,7 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
     Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
     """
     config, settings = plan.config, plan.config.model
-    if checkpoint and (checkpoint / STATE_FILE).is_file() != settings.freezes_weights:
+    if checkpoint and (STATE_FILE in (listed_files(checkpoint) or ())) != settings.freezes_weights:
         raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
     low = torch.bfloat16 if config.run.precision == "bf16" else None
     compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks)

@@ -222,7 +222,7 @@ def test_a_text_that_is_not_utf8(tmp_path, monkeypatch, block, bom, bad, place):
 
 def test_utf16_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_text("hello", encoding="utf-16-le")
-    assert texts(tmp_path / "a.txt") == ["h\0e\0l\0l\0o\0"]  # ASCII in UTF-16 without a mark can not be told from text
+    assert texts(tmp_path / "a.txt") == ["h\0e\0l\0l\0o\0"]  # ASCII in UTF-16 without a mark cannot be told from text
     (tmp_path / "a.txt").write_text("hello", encoding="utf-16")
     refused("not UTF-8: byte 0xff at offset 0", tmp_path / "a.txt")
 
@@ -277,5 +277,5 @@ def test_a_file_that_can_not_be_opened(tmp_path, monkeypatch):
     path.write_bytes(b"a")
     sources = find_sources([str(path)])
     Path(path).unlink()
-    with pytest.raises(InputError, match=r"a\.txt: can not be read \(No such file"):
+    with pytest.raises(InputError, match=r"a\.txt: cannot be read \(No such file"):
         list(read_documents(sources))

@@ -60,7 +60,7 @@ def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
         steps = int(kept.name[5:]) + 4
         code, _, errors = infctx_command("train", config, f"optimizer.steps={steps}")
         assert code == 0, errors
-        assert f"going on behind step {steps - 4}" in errors
+        assert f"resuming after step {steps - 4}" in errors
         assert "distributed.devices 2 -> 1" in errors
         alone = [f"optimizer.steps={steps}", f"run.folder={tmp_path / 'alone'}"]
         assert infctx_command("train", config, *alone)[0] == 0
@@ -76,7 +76,7 @@ def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     done = len(losses_of(tmp_path / "run"))
-    assert f"SIGTERM: stopped behind step {done}" in errors
+    assert f"SIGTERM: stopped after step {done}" in errors
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{done:06d}"]
 
 
@@ -102,7 +102,7 @@ def test_from_start_to_export(tmp_path, strategy):
         assert all(torch.equal(model.get_parameter(name), parameter) for model in models[1:])
     code, _, errors = infctx_command("train", config, *settings, "optimizer.steps=7")
     assert code == 0, errors
-    assert "going on behind step 5 of 7" in errors
+    assert "resuming after step 5 of 7" in errors
     assert len(losses_of(tmp_path / "run")) == 7
 
 
@@ -125,7 +125,7 @@ def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
     cases = {
         ("distributed.devices=2", "distributed.time_ranks=2", "window.segment_tokens=16"): "window.segment_tokens: 16",
-        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 lanes can not be shared out evenly over 4 ranks",
+        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 lanes cannot be shared out evenly over 4 ranks",
         ("distributed.devices=2", "model.vocab_size=200"): "has token",
         ("distributed.devices=2", "distributed.time_ranks=3"): "time_ranks: 3 does not divide the 2 ranks",
         ("distributed.offload_parameters=true", "distributed.strategy=zero2"): "offload_parameters: strategy zero2",

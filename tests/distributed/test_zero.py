@@ -116,7 +116,7 @@ def found(config_path, tmp_path_factory):
     """found(count, slow): what each of so many ranks found, by case."""
 
     @functools.cache
-    def on_ranks(count, slow=False):
+    def on_ranks(count, slow):
         chosen = [case for case in CASES[count] if is_slow(count, case) == slow]
         cases = {case: overrides_of(config_path.parent, count, *case) for case in chosen}
         return run_ranks(count, trained_on_ranks, config_path, cases, folder=tmp_path_factory.mktemp("ranks"))
@@ -158,7 +158,7 @@ WIRE = {
 
 @pytest.mark.parametrize(("strategy", "reduction"), WIRE)
 def test_gradients_are_reduced_once_a_step_or_by_segment(found, strategy, reduction):
-    case = found(2)[0][strategy, False, reduction]
+    case = found(2, False)[0][strategy, False, reduction]
     parameters = sum(weight.numel() for weight in case["weights"].values())
     assert case["step_bytes"] / parameters == pytest.approx(WIRE[strategy, reduction], rel=0.1)
 
@@ -171,7 +171,7 @@ def test_deepspeed_still_loses_the_moments_of_all_groups_but_the_first(config_pa
 
 
 def test_zero3_gathers_weights_for_every_pass_and_reduces_gradients_once(found):
-    by_step, by_segment = (found(2)[0]["zero3", False, reduction] for reduction in ("step", "segment"))
+    by_step, by_segment = (found(2, False)[0]["zero3", False, reduction] for reduction in ("step", "segment"))
     parameters = sum(weight.numel() for weight in by_step["weights"].values())
     assert by_step["step_bytes"] / parameters > 4 + 2 * 2
     assert (by_segment["step_bytes"] - by_step["step_bytes"]) / parameters == pytest.approx(4, rel=0.1)

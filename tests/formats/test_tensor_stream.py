@@ -139,7 +139,7 @@ def test_tensors_of_several_files_are_read_as_they_are_asked_for(tmp_path, monke
     for name in reversed(expected):
         assert torch.equal(found[name], expected[name]), name
     counts = [opened.count(file) for file in files]
-    assert [counts[0], *counts[2:4]] == [8, 1, 1]  # of a safetensors file each, of what can not be mapped all at once
+    assert [counts[0], *counts[2:4]] == [8, 1, 1]  # of a safetensors file each, of what cannot be mapped all at once
     for count in (counts[1], counts[4]):
         fewest, most = {1 << 26: (1, 1), 200: (2, 4), 0: (7, 9)}[most_mapped]
         assert fewest <= count <= most

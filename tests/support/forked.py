@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import wait
 from multiprocessing.reduction import DupFd
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, for all ranks
@@ -38,7 +39,8 @@ class Forked:
         self.pid = self.process.pid
         self.stdin, self.stdout, self.stderr = os.fdopen(ours_in, "w"), os.fdopen(ours_out), os.fdopen(ours_err)
         # The child fetches its ends a moment later; only then may ours be closed, or nobody would ever see them end.
-        self.stdout.readline()
+        if ours_out in wait([ours_out, self.process.sentinel]):  # or it died before that
+            os.read(ours_out, 1)
         for fd in (theirs_in, theirs_out, theirs_err):
             os.close(fd)
 

@@ -108,8 +108,9 @@ def infctx_command(*arguments, **options):
 def infctx_here(*arguments):
     """The same in this process, seconds faster: for what needs no second one."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    root, handle = logging.getLogger(), signal.getsignal(signal.SIGTERM)
+    root, ours, handle = logging.getLogger(), logging.getLogger("infctx"), signal.getsignal(signal.SIGTERM)
     handlers, root.handlers = root.handlers, []  # the command brings its own
+    levels = root.level, ours.level
     try:
         with redirect_stdout(output), redirect_stderr(errors), warnings.catch_warnings():
             code = main([str(argument) for argument in arguments])
@@ -117,6 +118,8 @@ def infctx_here(*arguments):
         code = ended.code
     finally:
         root.handlers = handlers
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
         signal.signal(signal.SIGTERM, handle)
     return code, *(stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in (output, errors))
 

@@ -110,7 +110,7 @@ def test_sigterm_finishes_the_step_saves_and_exits(uninterrupted, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     done = len(losses_of(tmp_path / "run"))
-    assert f"SIGTERM: stopped behind step {done}" in errors
+    assert f"SIGTERM: stopped after step {done}" in errors
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{done:06d}"]
     code, _, errors = infctx_command("train", config)
     assert code == 0, errors
