@@ -68,7 +68,7 @@ def test_make_train(demonstration):
 
 
 def test_make_test():
-    done = make("test", "ARGS=-p no:cacheprovider tests/model/test_sizes.py")
+    done = make("test", "ARGS=-n 0 -p no:cacheprovider tests/model/test_sizes.py")
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
 

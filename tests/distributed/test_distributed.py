@@ -29,7 +29,7 @@ TIME = {
     "4 time ranks, zero2": (4, ["distributed.time_ranks=4", "distributed.strategy=zero2"]),
     "2 time ranks of 4, zero2": (4, ["distributed.time_ranks=2", "distributed.strategy=zero2"]),
 }
-QUICK = ("2 time ranks", "2 time ranks, zero3, recomputed")
+QUICK = ("2 time ranks",)
 TUNING = {
     f"{strategy}, {learn}": (
         2,
