@@ -45,7 +45,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsed, behind = parser.parse_known_args(arguments)
     if behind and (parsed.command is not _plan or any(word.startswith("-") for word in behind)):
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
-    if behind:  # argparse takes overrides before an option or behind it, not both
+    if behind:  # argparse takes overrides before an option or after it, not both
         parsed.overrides = [*parsed.overrides, *behind]
     return parsed
 

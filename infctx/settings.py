@@ -149,7 +149,7 @@ class OptimizerSettings(Section):
     final_lr: Annotated[float, Field(ge=0)] | None = None
     """Learning rate at the last step, null for a tenth of peak_lr; a constant schedule has none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From peak_lr to final_lr over the steps behind the warm-up."""
+    """From peak_lr to final_lr over the steps after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps over which the learning rate grows linearly from 1 % of its value."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -210,7 +210,7 @@ class DistributedSettings(Section):
     `infctx plan` counts it."""
     gradient_reduction: Literal["auto", "step", "segment"] = "auto"
     """step: gradients are reduced over the ranks once a step, and each rank holds all of them until then; segment:
-    zero2 and zero3 reduce them behind every segment, and hold only their share; auto: step where that fits on the
+    zero2 and zero3 reduce them after every segment, and hold only their share; auto: step where that fits on the
     device."""
     offload_optimizer: bool = False
     """Keeps the optimizer's state, and its step, in host memory; for zero1, zero2 and zero3."""

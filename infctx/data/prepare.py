@@ -100,7 +100,7 @@ def prepare(
         progress: show a bar when stderr is a terminal.
 
     Raises InputError for mistakes in the inputs or arguments and OSError, with the file's name, when writing fails; in
-    both cases, and when interrupted, nothing of the new output is left behind.
+    both cases, and when interrupted, nothing of the new output is left.
     """
     encoder = get_tokenizer(tokenizer)
     group = _documents_per_held_out(held_out)

@@ -55,7 +55,7 @@ class Document:
 
 
 def find_sources(inputs: Sequence[str], input_format: str | None = None) -> list[Source]:
-    """The files behind `inputs`, in the order of the inputs, each folder and glob sorted by name.
+    """The files that `inputs` name, in the order of the inputs, each folder and glob sorted by name.
 
     `input_format` ("text" or "jsonl") says what is in standard input and in named files of any other suffix.
     Raises InputError for what is missing, matches nothing or has an unsupported suffix.

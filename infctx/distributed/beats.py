@@ -19,7 +19,7 @@ RECONNECT_SECONDS = 5.0
 
 
 def open_watch_store(rank: int, world_size: int) -> TCPStore:
-    """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, behind init_process_group.
+    """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, after init_process_group.
 
     Raises RuntimeError where rank 0 ($MASTER_ADDR) cannot be reached within CONNECT_SECONDS.
     """

@@ -97,7 +97,7 @@ class Engine:
             self.fabric.backward(scalar)
 
     def step(self) -> Tensor:
-        """Clips the gradient to clip_norm and steps the optimizer; the gradients are gone behind it.
+        """Clips the gradient to clip_norm and steps the optimizer; the gradients are gone after it.
 
         Returns the global norm before clipping.  Where that is not finite nothing is done, and the gradients stay.
         """
@@ -111,7 +111,7 @@ class Engine:
         return norm
 
     def parameters_without_finite_gradient(self) -> list[str] | None:
-        """Their names, behind a step that found the norm not finite; None where no rank has whole gradients."""
+        """Their names, after a step that found the norm not finite; None where no rank has whole gradients."""
         gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
@@ -136,5 +136,5 @@ class Engine:
         """Makes room for the state of an optimizer that has done so many steps."""
 
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        """The inverse of `whole_moments`, behind `begin_moments`."""
+        """The inverse of `whole_moments`, after `begin_moments`."""
         self.optimizer.state[parameter] = {name: part.to(self.device) for name, part in moments.items()}

@@ -16,7 +16,7 @@ from infctx.model.loss import SegmentLoss
 class ZeroEngine(Engine):
     """DeepSpeed's ZeRO, stages 1 to 3, with or without offload; what it has cut up is put together for who needs it.
 
-    Gradients are reduced once a step or behind every segment, see `DistributedSettings.gradient_reduction`.
+    Gradients are reduced once a step or after every segment, see `DistributedSettings.gradient_reduction`.
     """
 
     def _wrap(self, segment_loss: SegmentLoss):  # noqa: ANN202  (Fabric's class is its own affair)
@@ -97,7 +97,7 @@ class ZeroEngine(Engine):
     def _link_moments(self) -> None:
         """Stages 1 and 2: lets DeepSpeed find each parameter's part of the optimizer's state.
 
-        DeepSpeed 0.19.8 does so by itself once, behind the step of the first group (`_optimizer_step`), when the other
+        DeepSpeed 0.19.8 does so by itself once, after the step of the first group (`_optimizer_step`), when the other
         groups have no state yet, and then cannot find theirs; tests/distributed/test_zero.py tells when that is gone.
         """
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):

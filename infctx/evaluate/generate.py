@@ -22,7 +22,7 @@ def generate(
 
     temperature: 0 takes the most likely token each time.
     top_p: only the most likely tokens that together reach this probability are drawn from; 1 for all.
-    An empty prompt begins a document behind the end of another.  Raises InputError for values out of range, and
+    An empty prompt begins a document after the end of another.  Raises InputError for values out of range, and
     where no tokenizer goes with the model's vocabulary.
     """
     if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:  # so that no NaN goes through

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint behind a step lies, of a run whose checkpoints are in `folder`."""
+    """Where the checkpoint after a step lies, of a run whose checkpoints are in `folder`."""
     return folder / f"step-{step:06d}"
 
 

@@ -1,4 +1,4 @@
-"""One block: time mix and channel mix, each behind a layer norm and a residual connection."""
+"""One block: time mix and channel mix, each after a layer norm and a residual connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.channel_mix = ChannelMix(sizes)
 
     def forward(self, x: Tensor, state: LayerState, segment: LayerSegment) -> tuple[Tensor, LayerState]:
-        """x (B, T, D) and the layer's state -> the same behind the segment."""
+        """x (B, T, D) and the layer's state -> the same after the segment."""
         # ZeRO-3 finds out when a block begins and ends its backward pass from the tensors among its inputs and outputs:
         # x and the state are those, what is in `segment` need not be.
         change, wkv, time_shift = self.time_mix(self.time_norm(x), state.wkv, state.time_shift, segment)

@@ -157,7 +157,7 @@ def with_distributed(config: Config, **changed: object) -> Config:
 
 
 def reduces_each_segment(config: Config) -> bool:
-    """Whether gradients are reduced behind every segment, for a strategy that is not "auto"; as in `rank_memory`."""
+    """Whether gradients are reduced after every segment, for a strategy that is not "auto"; as in `rank_memory`."""
     return config.distributed.strategy in REDUCING_EACH_SEGMENT and config.distributed.gradient_reduction != "step"
 
 

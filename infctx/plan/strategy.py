@@ -23,7 +23,7 @@ STRATEGIES = (
 def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, device_memory_bytes: int | None) -> str:
     """The strategy of a run: the one that config.distributed names, or for "auto" the first that fits.
 
-    Gradients are reduced behind every segment where the strategy can, unless gradient_reduction says "step".
+    Gradients are reduced after every segment where the strategy can, unless gradient_reduction says "step".
     sizes, device_memory_bytes: None where they are not known; then several GPUs take zero2.
     """
     distributed = config.distributed
@@ -60,7 +60,7 @@ def resolve_strategy(
 ) -> Config:
     """The same run with "auto" replaced by what it stands for, in strategy and gradient_reduction.
 
-    On a GPU of unknown memory gradient_reduction stays "auto", which counts as the least: behind every segment.
+    On a GPU of unknown memory gradient_reduction stays "auto", which counts as the least: after every segment.
     """
     if config.distributed.strategy == "auto":
         config = with_strategy(config, Strategy(choose_strategy(config, sizes, device_type, device_memory_bytes)))

@@ -1,6 +1,6 @@
 """A segment as one layer sees it, besides its input: where documents start in it, and what they start from.
 
-In: the layer's tensors and its memory before the segment; out: results, and the memory behind the segment.
+In: the layer's tensors and its memory before the segment; out: results, and the memory after the segment.
 `LayerSegment` is for a rank that has the whole segment; where its time is shared over ranks,
 `infctx.recurrence.time_parallel.SharedLayerSegment` takes its place.
 """
@@ -48,7 +48,7 @@ class LayerSegment:
     def wkv(
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """`infctx.wkv` of the segment: y (B, T, H, N) and the state behind it (B, H, N, N)."""
+        """`infctx.wkv` of the segment: y (B, T, H, N) and the state after it (B, H, N, N)."""
         return wkv(r, k, v, w, u, state, self.starts, self.initial[0], backend)
 
     def initial_shift(self, shift: Shift) -> Tensor | None:

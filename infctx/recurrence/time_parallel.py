@@ -2,18 +2,18 @@
 
 A slice turns the state that comes in, S, into kept * S + added: `kept` is exp of its sum of log decays for each key
 channel (zero where a document starts in it), `added` the state that it reaches from zeros.  Every rank gets both of
-every slice, by one all-gather, and works out the states before its own slice and behind the last one:
+every slice, by one all-gather, and works out the states before its own slice and after the last one:
 
     S_0 = state of the segment before;    S_(p+1) = kept_p * S_p + added_p                (p = 0 .. P - 1)
 
 Backward, with g_p what slice p asks of the state that came into it (one all-gather), and G_P what is asked of the state
-behind the segment:
+after the segment:
 
     G_p = g_p + kept_p * G_(p+1);         d added_p = G_(p+1);         d kept_p = S_p . G_(p+1), over value channels
 
 The token shift takes the last vector of the slice before, and gives its gradient back.
 
-What every rank knows of the segment, the state before it and the one behind it, is the same on every rank, bit for
+What every rank knows of the segment, the state before it and the one after it, is the same on every rank, bit for
 bit; so is its gradient, which every rank holds whole: it is no sum over ranks.  Only what depends on a rank's own
 tokens, such as the gradients of weights, is.  So a window, a carry and a checkpoint need to know nothing of this.
 
@@ -56,7 +56,7 @@ class Received:
     when it or one of its blocks is run again, which then asks nobody.
 
     time_shift, channel_shift (B, D): the vector before this rank's slice; came_in (B, H, N, N): the state before it;
-    kept (P, B, H, N, 1): what is left of a state behind each slice.
+    kept (P, B, H, N, 1): what is left of a state after each slice.
     """
 
     def __init__(self, layers: list[dict[str, Tensor]] | None = None) -> None:
@@ -84,7 +84,7 @@ class Received:
 class SharedLayerSegment(LayerSegment):
     """This rank's slice of a segment; starts and the tensors of `token_shift` and `wkv` are those of the slice.
 
-    In a repetition the state and the vectors behind the segment are zeros: only their gradient has a meaning.
+    In a repetition the state and the vectors after the segment are zeros: only their gradient has a meaning.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SharedLayerSegment(LayerSegment):
         self.ranks, self.received = ranks, received
 
     def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """The shifted slice, and the vector to hand on behind the segment; last: the one before the segment."""
+        """The shifted slice, and the vector to hand on after the segment; last: the one before the segment."""
         before, behind = _Shift.apply(x[:, -1], last, self, shift)
         shifted, _ = token_shift(x, before, self.starts, self.initial_shift(shift))
         return shifted, behind
@@ -106,7 +106,7 @@ class SharedLayerSegment(LayerSegment):
     def wkv(
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """y of the slice and the state behind the segment; state: the one before the segment.
+        """y of the slice and the state after the segment; state: the one before the segment.
 
         The op runs twice, once for `added`: what the states of slices need in between has to cross the wire.
         """

@@ -72,7 +72,7 @@ def _within_chunks(
     """Adds to y what tokens of a chunk read from earlier ones of the same chunk, level by level.
 
     Returns y, and the sums of log decays that the borders of the chunk see, each (B, H, C, c, N): `since` the
-    beginning (of the document, if it starts in the chunk) up to before a token, `until` the end from behind a token;
+    beginning (of the document, if it starts in the chunk) up to before a token, `until` the end from after a token;
     and `tail` (B, H, C, 1, N), since the beginning up to the end.
     """
     since, until = torch.zeros_like(w), torch.zeros_like(w)

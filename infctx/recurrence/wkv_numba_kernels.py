@@ -1,7 +1,7 @@
 """The machine code behind `wkv_compiled`: forward and backward over whole heads.
 
 Eight tokens make a chunk, over which S is passed once.  With P_t the product of the decays before token t of the chunk,
-Q_t of those behind it, D of all, A[t, s] = sum_i r_t k_s (decays between s and t) for s < t, and A[t, t] = r_t u k_t:
+Q_t of those after it, D of all, A[t, s] = sum_i r_t k_s (decays between s and t) for s < t, and A[t, t] = r_t u k_t:
 
     y_t = sum_i (r_t P_t)[i] S[i] + sum_{s <= t} A[t, s] v_s;    S <- D S + sum_s (k_s Q_s) v_s
 

@@ -36,7 +36,7 @@ def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | 
 
 @torch.no_grad()
 def find_failure(engine: Engine, window: Window, state: State, config: Config) -> Failure:
-    """Runs the window again from the state before it, and looks at every layer behind every segment.
+    """Runs the window again from the state before it, and looks at every layer after every segment.
 
     Where all of that is finite, it is the gradient that broke: it flows from the last layer to the first, so the
     last layer with a gradient that is not finite is where it began.  Every rank must call it; all return the same.
@@ -74,7 +74,7 @@ def _first_bad(
     device = state.wkv.device
     tokens, targets, starts = (part[group].to(device) for part in (window.tokens, window.targets, window.starts))
     found = None
-    # To the end, also behind what was found: all ranks must do the same.
+    # To the end, also after what was found: all ranks must do the same.
     for number, segment in enumerate(cut_window(tokens, targets, starts, segment_tokens)):
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)

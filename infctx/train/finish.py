@@ -49,7 +49,7 @@ def finish(run: Run) -> None:
 
 
 def whole_model(run: Run) -> RWKV:
-    """The model in this process alone, for what comes behind the steps; on the CPU where the device is full."""
+    """The model in this process alone, for what comes after the steps; on the CPU where the device is full."""
     model, engine = run.model, run.engine
     if engine.holds_whole_weights:
         return model
@@ -137,7 +137,7 @@ def without_state(model: RWKV) -> Iterator[None]:
 
 @torch.no_grad()
 def _show_samples(model: RWKV, store: TokenStore) -> None:
-    """What the model writes behind the first words of a held-out document."""
+    """What the model writes after the first words of a held-out document."""
     name = tokenizer_for_vocab(model.sizes.vocab_size)
     if name is None:
         return

@@ -137,7 +137,7 @@ def state_sizes(state: State) -> list[float]:
 
 
 def _reopen_step_log(path: Path, first_step: int) -> Any:
-    """Drops what a killed run wrote behind the checkpoint that this one goes on from."""
+    """Drops what a killed run wrote after the checkpoint that this one goes on from."""
     kept = []
     if path.exists() and first_step > 1:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

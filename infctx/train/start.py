@@ -142,7 +142,7 @@ def state_units(config: Config, model: RWKV, checkpoint: Path | None, ranks: Ran
 def open_lanes(
     config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
 ) -> Lanes:
-    """The windows of the configured documents, from the one behind `position` on, of all lanes or of a rank's."""
+    """The windows of the configured documents, from the one after `position` on, of all lanes or of a rank's."""
     store = TokenStore(config.data.store)
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     return Lanes(

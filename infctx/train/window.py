@@ -1,6 +1,6 @@
 """The window: the exact gradient over many segments, in the memory of one.
 
-In: a window of tokens and the state that came with it; out: gradients in `.grad`, the loss, the state behind it.
+In: a window of tokens and the state that came with it; out: gradients in `.grad`, the loss, the state after it.
 
 The document is long, so only one segment's activations are held.  Going forward without gradients, the state at
 every seam is kept.  Going back from the last segment to the first, each is run again from its seam with gradients;

@@ -45,7 +45,7 @@ LONGEST_ROW_SECONDS = 240
 CHECKS_SHARE = 0.6
 """Of the time, for the checks before the benchmark."""
 SANITIZER_SHARE = 0.2
-"""Of the time, kept for compute-sanitizer behind it."""
+"""Of the time, kept for compute-sanitizer after it."""
 WORDS = {True: "PASS", False: "FAIL", None: "SKIP"}
 DEVICE_LOST = 3
 """Exit code of a process in which CUDA does not work any more."""
@@ -286,7 +286,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def report(results: Sequence[Result], speed: str, commit: str | None) -> str:
-    """Markdown: the benchmark's, with the checks behind it."""
+    """Markdown: the benchmark's, with the checks after it."""
     if not speed:
         facts = find_facts(commit)
         lines = [f"# WKV kernels on {facts['device']}", "", "| | |", "|---|---|"]
