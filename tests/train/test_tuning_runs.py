@@ -52,7 +52,7 @@ def _with_weights(path, weights):
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("learn", LEARN)
 def test_frozen_means_frozen(tmp_path, weights, learn, precision):
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
