@@ -1,4 +1,4 @@
-"""The exceptions that are told in one line: a user's mistake, and a run that cannot go on."""
+"""The exceptions that are shown in one line: a user's mistake, and a run that cannot go on."""
 
 
 class InputError(ValueError):

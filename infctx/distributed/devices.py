@@ -42,7 +42,7 @@ ONE_LINE_ERRORS = (
     KeyboardInterrupt,
     SystemExit,
 )
-"""What the command line tells in one line."""
+"""What the command line shows in one line."""
 
 VERDICT_SECONDS = 45.0
 """For the watchdog to find out who is gone, where a collective failed; it needs 20 to 25."""
@@ -107,7 +107,7 @@ def _fabric_strategy(plan: Plan) -> Strategy | None:
 def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
     """Inside, the ranks of a run watch each other: each ends where another is gone, and one of them says which.
 
-    Behind it the ranks are on their own: the process group is closed.
+    After it the ranks are on their own: the process group is closed.
     """
     if ranks.world_size == 1:
         yield None

@@ -109,7 +109,7 @@ class Watchdog:
         return said
 
     def close(self) -> None:
-        """Stops watching.  Behind leave(None) rank 0, which hosts the store, waits until every rank has left."""
+        """Stops watching.  After leave(None) rank 0, which hosts the store, waits until every rank has left."""
         if not self._exchange.mine.left:
             self._ended.set()
         self._wake.set()

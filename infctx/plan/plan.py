@@ -17,7 +17,6 @@ from infctx.formats.weights import read_sizes
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.plan.lacking import lacking_device, lacking_files
-from infctx.plan.memory import Memory, rank_memory
 from infctx.plan.strategy import resolve_strategy
 
 
@@ -31,7 +30,6 @@ class Plan:
     sizes:     of the model, None where nothing tells them: then a checkpoint holds it
     strategy:  ddp, zero1, zero2 or zero3
     reduction: when gradients are reduced, "step" or "segment"
-    memory:    of one rank, None where the sizes are not known
     """
 
     config: Config
@@ -40,7 +38,6 @@ class Plan:
     sizes: Sizes | None
     strategy: str
     reduction: str
-    memory: Memory | None
 
 
 def make_plan(config: Config, refuse: bool = True) -> Plan:
@@ -49,7 +46,7 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
     Files are found and not read: whether a checkpoint that model.weights names is whole is for `whole_weights` to see.
     refuse: False where that has been done, by the process that started this one
     """
-    lacking = lacking_files(config)
+    lacking = lacking_files(config) if refuse else []
     weights, sizes = find_weights(config)
     if refuse:
         lacking += lacking_device(config, sizes)
@@ -65,7 +62,6 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
         sizes,
         resolved.distributed.strategy,
         "step" if reduction == "auto" else reduction,
-        None if sizes is None else rank_memory(resolved, sizes, device.type),
     )
 
 

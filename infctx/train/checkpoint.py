@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-What a checkpoint's folder holds is told in `infctx.formats.checkpoint_folder`; here it is filled, by every rank its
-share, and read again.
+What a checkpoint's folder holds is described in `infctx.formats.checkpoint_folder`; here it is filled, by every rank
+its share, and read again.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from infctx.evaluate.loss_by_position import evaluate_store, format_comparison, 
 from infctx.formats.checkpoint_folder import STATE_FILE, TUNED_OVER
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
-from infctx.machine import free_device_memory, pick_device
+from infctx.machine import free_device_memory
 from infctx.model.rwkv import RWKV
 from infctx.train.metrics import read_step_log
 from infctx.train.run import Run
@@ -69,7 +69,7 @@ def _finish_training(run: Run, model: RWKV, outcome: str) -> None:
     save_weights(model, weights)
     if config.data.held_out and config.run.evaluate_tokens:
         store = TokenStore(config.data.held_out)
-        if model.embedding.weight.device.type != pick_device(config.run.device).type:
+        if model.embedding.weight.device.type != run.plan.device.type:
             log.warning("the whole model does not fit on one device: it is evaluated on the CPU, many times slower")
         buckets = evaluate_store(model, store, config.window.segment_tokens, config.run.evaluate_tokens)
         print(format_table(buckets, store))

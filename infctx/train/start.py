@@ -48,9 +48,8 @@ def open_run(devices: Devices) -> Run:
         torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
-    too_large = (
-        plan.strategy == "zero3" and not config.model.freezes_weights
-    )  # for one device, before it is partitioned
+    # Before zero3 has spread it, a model that learns may be too large for one device.
+    too_large = plan.strategy == "zero3" and not config.model.freezes_weights
     device = torch.device("cpu") if too_large else fabric.device
     model = make_model(plan, checkpoint, device, ranks.join_time())
     tuned_over = fingerprint(model) if config.model.freezes_weights else None

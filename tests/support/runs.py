@@ -86,7 +86,7 @@ def plain_engine(model, optimizer):
 
 def plan_of(config):
     """The plan of a run on one CPU, nothing of it looked up."""
-    return Plan(config, torch.device("cpu"), None, None, "ddp", "step", None)
+    return Plan(config, torch.device("cpu"), None, None, "ddp", "step")
 
 
 def start(*arguments, program=COMMAND, **options):
