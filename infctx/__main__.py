@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import infctx
+from infctx.environment import rank_number
 from infctx.errors import InputError
 from infctx.exits import EXIT_INPUT, fail, run_command
+from infctx.small_texts import quoted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command not in (_train, _tune):  # training finishes its step; the others clean up and go
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("infctx").setLevel(logging.INFO)
+    logging.getLogger("infctx").setLevel(logging.WARNING if parsed.command is _generate else logging.INFO)
+    if parsed.command in LOADS_TORCH and rank_number() == 0 and sys.stderr is not None and sys.stderr.isatty():
+        print(f"infctx {infctx.__version__} {parsed.name}: loading torch ...", file=sys.stderr, flush=True)
     warnings.simplefilter("default" if "INFCTX_DEBUG" in os.environ else "ignore")
     return run_command(lambda: parsed.command(parsed))
 
@@ -42,11 +46,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    parsed, behind = parser.parse_known_args(arguments)
-    if behind and (parsed.command is not _plan or any(word.startswith("-") for word in behind)):
-        parser.error(f"unrecognized arguments: {' '.join(behind)}")
-    if behind:  # argparse takes overrides before an option or after it, not both
-        parsed.overrides = [*parsed.overrides, *behind]
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (parsed.command not in (_plan, _train, _tune) or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {quoted(' '.join(rest))}")
+    if rest:  # argparse takes overrides before an option or after it, not both
+        parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         summary = (describe.__doc__ or "").strip()
         described = commands.add_parser(name, help=summary, description=summary)
-        described.set_defaults(command=command)
+        described.set_defaults(command=command, name=name)
         describe(described)
     return parser
 
@@ -77,7 +81,7 @@ def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents")
     parser.add_argument("--format", choices=("text", "jsonl"), help="of standard input; files tell it by their names")
-    parser.add_argument("--workers", type=int, help="processes; default: all cores")
+    parser.add_argument("--workers", type=_count, help="processes; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
 
@@ -155,11 +159,21 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> int:
+    """Exits with 2 for a run that does not fit, so that a script can stop there."""
     from infctx.config import load_config
     from infctx.plan.report import plan_report
 
-    print(plan_report(load_config(options.config, options.overrides), options.device_gb))
+    report = plan_report(load_config(options.config, options.overrides), options.device_gb)
+    print(report.text)
+    return EXIT_INPUT if report.fits is False else 0
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
+    return int(text)
 
 
 def _describe_model(parser: argparse.ArgumentParser) -> None:
@@ -179,8 +193,8 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
     """Loss by position of held-out documents."""
     _describe_model(parser)
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
-    parser.add_argument("--max-tokens", type=int, default=262144, help="tokens to evaluate (default %(default)s)")
-    parser.add_argument("--segment-tokens", type=int, default=1024, help="tokens at once (default %(default)s)")
+    parser.add_argument("--max-tokens", type=_count, default=262144, help="tokens to evaluate (default %(default)s)")
+    parser.add_argument("--segment-tokens", type=_count, default=1024, help="tokens at once (default %(default)s)")
     _describe_state(parser)
     _describe_device(parser)
 
@@ -198,7 +212,7 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
     """Go on from a prompt."""
     _describe_model(parser)
     parser.add_argument("--prompt", default="", help="text to go on from, - for standard input")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens at most (default %(default)s)")
+    parser.add_argument("--tokens", type=_count, default=256, help="tokens at most (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely token (default 1)")
     parser.add_argument("--top-p", type=float, default=0.7, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -280,6 +294,10 @@ def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load to
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     return open_model(options.model, options.state, dtype, pick_device(options.device))
+
+
+LOADS_TORCH = (_train, _tune, _evaluate, _generate, _export)
+"""Commands that take seconds to begin."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Configurations: a YAML file and `key=value` overrides in, a checked `Config` (infctx.settings) out.
 
-Unknown settings, wrong types and values that do not fit together are refused in one line that names the file, the
-line, the setting, the value and what would do.
+Unknown settings, wrong types and values that do not fit together are refused, all at once: a line for each that names
+the file, the line, the setting, the value and what would do.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ __all__ = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | None = None) -> Config:
-    """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError in one line.
+    """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError.
 
-    learn: what model.learn is where nothing says it; then "weights" is refused.
+    learn: model.learn if neither sets it; "weights" is then refused.
     """
     path = Path(path)
     try:
@@ -63,7 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise InputError(_one_line(error, path, content, lines)) from None
+        raise _explained(error, path, content, lines) from None
     if learn and not config.model.freezes_weights:
         place = lines.get(("model", "learn"), path)
         raise InputError(f"{place}: model.learn: weights is for `infctx train`; `infctx tune` takes {learn}")
@@ -81,47 +81,95 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
     if not equals or len(path) != 2 or not all(path):
         raise InputError(f"{quoted(override)}: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4")
     value, _ = read_yaml(text, quoted(override))
+    if path[0] not in content:
+        places[path[:1]] = "command line"
     section = content.setdefault(path[0], {})
     if not isinstance(section, dict):
-        raise InputError(f"{places[path[:1]]}: {path[0]}: is a section and needs settings below it")
+        raise InputError(f"{places[path[:1]]}: {path[0]}: is a section; put settings below it")
     section[path[1]] = value
     places[path] = "command line"
 
 
-def _one_line(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> str:
-    """The first problem of a validation, with its place and remedy; how many more there are."""
-    # A name that is not known explains the one that is missing.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]
-    where = tuple(str(part) for part in first["loc"])
-    remedy = _remedy(first, where)
-    setting, _, rest = remedy.partition(": ")
-    if first["type"] == "value_error" and not where:  # two sections that do not fit together
-        where, remedy = tuple(setting.split(".")), rest
-    elif first["type"] == "value_error" and setting in _settings_of(where[0]):
-        where, remedy = (*where, setting), rest
+def _explained(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> InputError:
+    """All problems of a validation, each with its place and remedy."""
+    problems = error.errors()
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    # A misspelt name explains the one that is missing.
+    explained = [(*where[:-1], _nearest(tuple(map(str, where)))) for where in unknown]
+    problems = [problem for problem in problems if problem["type"] != "missing" or problem["loc"] not in explained]
+    lines = [line for problem in problems for line in _describe(problem, path, places)]
+    if len(lines) == 1:
+        return InputError(lines[0])
+    return InputError(f"{path}: {len(lines)} problems", *lines)
+
+
+def _describe(problem: ErrorDetails, path: Path, places: dict[tuple[str, ...], str]) -> list[str]:
+    """A line for a problem; for sections whose settings do not fit together, a line for each that does not."""
+    where = tuple(str(part) for part in problem["loc"])
+    if problem["type"] != "value_error":
+        return [_line(where, _remedy(problem, where), path, places)]
+    lines = []
+    for text in str(problem["ctx"]["error"]).splitlines():
+        setting, _, rest = text.partition(": ")
+        if not where:  # two sections that do not fit together
+            lines.append(_line(tuple(setting.split(".")), rest, path, places))
+        elif setting in _settings_of(where[0]):
+            lines.append(_line((*where, setting), rest, path, places))
+        else:
+            lines.append(_line(where, text, path, places))
+    return lines
+
+
+def _line(where: tuple[str, ...], remedy: str, path: Path, places: dict[tuple[str, ...], str]) -> str:
     place = next((places[where[:n]] for n in range(len(where), -1, -1) if where[:n] in places), str(path))
-    message = f"{place}: {quoted('.'.join(where))}: {remedy}"
-    more = len(problems) - 1
-    return message + (f" (and {more} more problem{'s'[: more > 1]})" if more else "")
+    return f"{place}: {quoted('.'.join(where))}: {remedy}"
+
+
+WANTED = {
+    "int_type": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "finite_number": "give a finite number",
+    "bool_type": "give true or false",
+    "string_type": "give text; quote what is text",
+    "path_type": "give a file or folder",
+    "literal_error": "choose {expected}",
+    "greater_than_equal": "give at least {ge}",
+    "greater_than": "give more than {gt}",
+    "less_than": "give less than {lt}",
+    "less_than_equal": "give at most {le}",
+}
+"""What would do, for the kinds of errors that pydantic has."""
 
 
 def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        known = Config.model_fields if len(where) == 1 else _settings_of(where[0])
-        close = difflib.get_close_matches(where[-1], known, n=1)
-        return "unknown setting; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
+        close = _nearest(where)
+        return "unknown setting; " + (f"did you mean {close}?" if close else f"known: {', '.join(_known(where))}")
     if kind == "missing":
         return "is missing; give it in the file or as an override"
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
+    if kind == "model_type":
+        return "the section is empty; remove it, or put settings below it" if value is None else _no_section(value)
+    wanted = WANTED[kind].format(**problem.get("ctx", {})) if kind in WANTED else problem["msg"]
+    if value is None:
+        return f"is empty; {wanted}"
     if isinstance(value, bool):
-        return f"{str(value).lower()} does not fit ({problem['msg']}); YAML reads yes, no, on and off so: quote text"
-    if kind == "model_type" or value is None:
-        expected = problem["msg"] if len(where) > 1 else "the section is empty" if value is None else "it is a section"
-        return f"{quoted(repr(value))} does not fit; {expected}"
-    return f"{quoted(repr(value))} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{str(value).lower()} does not fit (YAML reads yes, no, on and off so); {wanted}, or quote what is text"
+    return f"{quoted(repr(value))} does not fit; {wanted}"
+
+
+def _nearest(where: tuple[str, ...]) -> str | None:
+    """The name that was meant, perhaps."""
+    return next(iter(difflib.get_close_matches(where[-1], _known(where), n=1)), None)
+
+
+def _known(where: tuple[str, ...]) -> Mapping[str, FieldInfo]:
+    return Config.model_fields if len(where) == 1 else _settings_of(where[0])
+
+
+def _no_section(value: object) -> str:
+    return f"{quoted(repr(value))} is no section; put settings below the name, indented"
 
 
 def _settings_of(section: str) -> Mapping[str, FieldInfo]:

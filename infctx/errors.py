@@ -1,13 +1,27 @@
-"""The exceptions that are shown in one line: a user's mistake, and a run that cannot go on."""
+"""The exceptions that the user sees without a traceback: a mistake of theirs, and a run that cannot continue."""
+
+from __future__ import annotations
 
 
 class InputError(ValueError):
     """A user's mistake: one line that names the file or setting, the place and the remedy.
 
-    The command line prints the message alone and exits with code 2; any other exception is ours and keeps its
+    details: where there are several problems, one line for each; `problem` then says what they are.
+    The command line prints these lines alone and exits with code 2.  Any other exception is ours and keeps its
     traceback.
     """
 
+    def __init__(self, problem: object, *details: str) -> None:
+        super().__init__(str(problem), *details)
+
+    @property
+    def lines(self) -> list[str]:
+        """Each without a line break."""
+        return [" ".join(str(line).split()) for line in self.args]
+
+    def __str__(self) -> str:
+        return "\n  ".join(map(str, self.args))
+
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message is one line for the user, and the exit code 1."""
+    """The run cannot continue; the message is one line for the user, and the exit code 1."""

@@ -1,4 +1,4 @@
-"""How a command ends badly: a failure as one line on standard error, and an exit code."""
+"""How a command fails: a short message on standard error, and an exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.reco
 def run_command(command: Callable[[], int | None]) -> int:
     """Runs it; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself.
 
-    What the user can do something about is one line; any other exception is ours, and keeps its traceback.
+    What the user can mend is a short message; any other exception is ours, and keeps its traceback.
     """
     try:
         return command() or 0
@@ -55,13 +55,17 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 
 def fail(problem: object, code: int) -> int:
-    """Prints the problem in one line; returns the code, or ends the process with it if this is a rank of a run."""
+    """Prints the problem; returns the code, or ends the process with it if this is a rank of a run.
+
+    It is one line, and one more for each detail of an InputError.
+    """
     if "INFCTX_DEBUG" in os.environ:
         logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
     rank = rank_number()
-    if rank:  # rank 0 mostly says the same, and then the launcher ends them all
+    if rank:  # rank 0 mostly reports the same, and then the launcher ends them all
         time.sleep(LATER_RANKS_SECONDS)
-    print(f"infctx: {f'rank {rank}: ' if rank else ''}{' '.join(str(problem).split())}", file=sys.stderr)
+    lines = problem.lines if isinstance(problem, InputError) else [" ".join(str(problem).split())]
+    print("\n  ".join([f"infctx: {f'rank {rank}: ' if rank else ''}{lines[0]}", *lines[1:]]), file=sys.stderr)
     if "LOCAL_RANK" in os.environ:  # without cleaning up, which would wait for the other ranks
         sys.stdout.flush()
         sys.stderr.flush()

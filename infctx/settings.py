@@ -6,7 +6,7 @@ The sections are those of the YAML file.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -22,12 +22,22 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+AnySection = TypeVar("AnySection", bound="Section")
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, strict about types, closed to unknown settings."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _refuse(section: AnySection, problems: list[str]) -> AnySection:
+    """Raises ValueError with a line for each problem: "setting: what is wrong; what would do"."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return section
 
 
 class ModelSettings(Section):
@@ -119,23 +129,24 @@ class WindowSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> WindowSettings:
+        problems = []
         if self.segment_tokens % 16:
             near = max(16, round(self.segment_tokens / 16) * 16)
-            raise ValueError(f"segment_tokens: {self.segment_tokens} is not a multiple of 16; {near} would do")
-        if self.window_tokens % self.segment_tokens:
+            problems.append(f"segment_tokens: {self.segment_tokens} is not a multiple of 16; {near} would do")
+        elif self.window_tokens % self.segment_tokens:
             near = max(1, round(self.window_tokens / self.segment_tokens)) * self.segment_tokens
-            raise ValueError(
+            problems.append(
                 f"window_tokens: {self.window_tokens} is not a multiple of segment_tokens {self.segment_tokens}; "
                 f"{near} would do"
             )
-        if self.gradient_segments and self.gradient_segments > self.window_segments:
-            raise ValueError(
+        if self.gradient_segments and self.gradient_segments > max(self.window_segments, 1):
+            problems.append(
                 f"gradient_segments: {self.gradient_segments} is more than the {self.window_segments} segments of a "
                 "window; null means all of them"
             )
         if self.lanes % (self.lanes_per_pass or 1):
-            raise ValueError(f"lanes_per_pass: {self.lanes_per_pass} does not divide the {self.lanes} lanes")
-        return self
+            problems.append(f"lanes_per_pass: {self.lanes_per_pass} does not divide the {self.lanes} lanes; try 1")
+        return _refuse(self, problems)
 
 
 class OptimizerSettings(Section):
@@ -150,8 +161,9 @@ class OptimizerSettings(Section):
     """Learning rate at the last step, null for a tenth of peak_lr; a constant schedule has none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """From peak_lr to final_lr over the steps after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps over which the learning rate grows linearly from 1 % of its value."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate grows linearly from 1 % of its value; null: 10, or a tenth of a run of fewer
+    than 100 steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled, on matrices and embeddings (and a learned initial state) only."""
     beta1: Fraction = 0.9
@@ -162,13 +174,22 @@ class OptimizerSettings(Section):
     l2wrap: bool = False
     """Adds RWKV-LM's L2Wrap to the gradient: keeps the largest logits small, at the loss's own denominator."""
 
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up, whether or not they were set."""
+        return min(10, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     @model_validator(mode="after")
     def _fits(self) -> OptimizerSettings:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} must be less than the {self.steps} steps of the run")
+        problems = []
+        if self.warmup >= self.steps:
+            problems.append(
+                f"warmup_steps: {self.warmup_steps} is not less than the {self.steps} steps of the run; "
+                "take fewer, or null for a tenth"
+            )
         if self.schedule == "constant" and self.final_lr is not None:
-            raise ValueError(f"final_lr: {self.final_lr} has no meaning in a constant schedule; leave it out")
-        return self
+            problems.append(f"final_lr: {self.final_lr} has no meaning in a constant schedule; leave it out")
+        return _refuse(self, problems)
 
 
 class RunSettings(Section):
@@ -230,15 +251,17 @@ class DistributedSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> DistributedSettings:
+        problems = []
         if self.world_size % self.time_ranks:
-            raise ValueError(
-                f"time_ranks: {self.time_ranks} does not divide the {self.world_size} ranks (devices * nodes)"
+            problems.append(
+                f"time_ranks: {self.time_ranks} does not divide the {self.world_size} ranks (devices * nodes); "
+                "take a divisor"
             )
         if self.offload_optimizer and not self.strategy.startswith("zero"):
-            raise ValueError(f"offload_optimizer: strategy {self.strategy} has none; choose zero1, zero2 or zero3")
+            problems.append(f"offload_optimizer: strategy {self.strategy} cannot; choose zero1, zero2 or zero3")
         if self.offload_parameters and self.strategy != "zero3":
-            raise ValueError(f"offload_parameters: strategy {self.strategy} has none; choose zero3")
-        return self
+            problems.append(f"offload_parameters: strategy {self.strategy} cannot; choose zero3")
+        return _refuse(self, problems)
 
 
 class Config(Section):
@@ -278,17 +301,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        window, distributed = self.window, self.distributed
+        window, distributed, problems = self.window, self.distributed, []
         if window.lanes % distributed.data_ranks:
             near = -(-window.lanes // distributed.data_ranks) * distributed.data_ranks
-            raise ValueError(
-                f"window.lanes: {window.lanes} lanes cannot be shared out evenly over {distributed.data_ranks} ranks "
+            problems.append(
+                f"window.lanes: {window.lanes} lanes cannot be divided evenly among {distributed.data_ranks} ranks "
                 f"(devices * nodes / time_ranks); {near} would do"
             )
         if window.segment_tokens % (16 * distributed.time_ranks):
             unit = 16 * distributed.time_ranks
-            raise ValueError(
+            problems.append(
                 f"window.segment_tokens: {window.segment_tokens} is not a multiple of 16 for each of "
                 f"{distributed.time_ranks} time_ranks; {max(1, round(window.segment_tokens / unit)) * unit} would do"
             )
-        return self
+        return _refuse(self, problems)

@@ -22,15 +22,16 @@ from runs import infctx_command, infctx_here, write_config, write_store
 
 
 def refused(capfd, *arguments):
-    """Runs a command that must be refused; returns its one line."""
+    """Runs a command that must be refused; returns its message, mostly one line."""
     code = main([str(argument) for argument in arguments])
     output, errors = capfd.readouterr()
     assert code == 2, errors
     assert output == ""
-    lines = [line for line in errors.splitlines() if line.startswith("infctx: ")]
-    assert len(lines) == 1
+    assert len([line for line in errors.splitlines() if line.startswith("infctx: ")]) == 1
     assert "Traceback" not in errors
-    return lines[0]
+    first, *details = errors[errors.index("infctx: ") :].splitlines()
+    assert all(line.startswith("  ") for line in details)
+    return "\n".join([first, *details])
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def tiny_weights(tmp_path):
     ("override", "said"),
     [
         ("optimizer.peak_rate=1.0", "optimizer.peak_rate: unknown setting; did you mean peak_lr?"),
-        ("optimizer.steps=many", "optimizer.steps: 'many' does not fit: input should be a valid integer"),
+        ("optimizer.steps=many", "optimizer.steps: 'many' does not fit; give a whole number"),
         ("optimizer.peak_lr=6e-4x", "peak_lr: '6e-4x' does not fit"),
         ("window.window_tokens=100", "window_tokens: 100 is not a multiple of segment_tokens 32; 96 would do"),
         ("window.segment_tokens=24", "segment_tokens: 24 is not a multiple of 16"),
-        ("run.device=tpu", "run.device: 'tpu' does not fit: input should be 'auto', 'cpu' or 'cuda'"),
+        ("run.device=tpu", "run.device: 'tpu' does not fit; choose 'auto', 'cpu' or 'cuda'"),
         ("model.weights=gone.pth", "version: sizes come from `weights` or `size`; leave it out"),
         ("data.store=gone", "data.store: there is no gone.idx with its .bin; make it with `infctx prepare`"),
     ],
@@ -191,7 +192,7 @@ def test_standard_input(tmp_path):
     ("arguments", "said"),
     [
         (["frob"], "invalid choice: 'frob'"),
-        (["prepare", "x.txt", "--output", "out", "--workers", "abc"], "invalid int value: 'abc'"),
+        (["prepare", "x.txt", "--output", "out", "--workers", "abc"], "abc is not a whole number of at least 1"),
         (["generate"], "the following arguments are required: model"),
         (["train", "a.yaml", "--device-gb", "80"], "unrecognized arguments: --device-gb 80"),
     ],
@@ -205,9 +206,11 @@ def test_a_mistyped_command_is_one_line(arguments, said):
 
 def test_evaluate_and_generate_refuse_what_makes_no_sense(capfd, tmp_path, tiny_weights):
     store = write_store(tmp_path / "held_out")
-    for option, value in (("--max-tokens", 0), ("--segment-tokens", 0), ("--segment-tokens", -3)):
-        assert "must be >= 1" in refused(capfd, "evaluate", tiny_weights, store, option, value)
-    for option, value in (("--tokens", 0), ("--temperature", -1), ("--top-p", 0), ("--seed", 1 << 64)):
+    for option, value in (("--max-tokens", 0), ("--segment-tokens", "many"), ("--segment-tokens", -3)):
+        code, _, errors = infctx_here("evaluate", tiny_weights, store, option, value)
+        assert code == 2
+        assert errors.startswith(f"infctx: argument {option}: {value} is not a whole number of at least 1; see ")
+    for option, value in (("--temperature", -1), ("--top-p", 0), ("--seed", 1 << 64)):
         assert "generate: " in refused(capfd, "generate", tiny_weights, "--prompt", "hello", option, value)
     model = infctx.load_model(tiny_weights)
     with torch.no_grad():
@@ -234,14 +237,14 @@ PLANNED = ["distributed.devices=2", "window.lanes=4", "distributed.strategy=zero
 
 
 @pytest.mark.parametrize("place", range(len(PLANNED) + 1))
-def test_plan_takes_settings_before_its_option_and_behind_it(capfd, place):
-    words = [*PLANNED[:place], "--device-gb", "40", *PLANNED[place:]]
+def test_plan_takes_settings_before_its_option_and_after_it(capfd, place):
+    words = [*PLANNED[:place], "--device-gb", "80", *PLANNED[place:]]
     assert main(["plan", str(ROOT / "configs" / "finch-3b-64k.yaml"), *words]) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
     assert "ranks     2 on 1 node\n" in output
     assert "lanes     4 in all, 2 for a rank" in output
-    assert "of the 40.0 GB of a GPU" in output
+    assert "of the 80.0 GB of a GPU" in output
     assert [line.split("  ")[0] for line in output.splitlines() if "this run" in line] == ["zero3"]
 
 
@@ -252,7 +255,7 @@ def test_plan_refuses_what_makes_no_sense(capfd):
             capfd, "plan", config, "--device-gb", gigabytes
         )
     assert "optimizer.rate: unknown setting" in refused(capfd, "plan", config, "--device-gb", 8, "optimizer.rate=1")
-    assert "there is no gone.pth, which would tell the sizes" in refused(
+    assert "there is no gone.pth, which would show the sizes" in refused(
         capfd, "plan", config, "model.weights=gone.pth", "model.size=null"
     )
     for words in (["--device-gb", "much"], ["--device-gb", "8", "optimizer.steps=1", "--gpus", "8"]):
@@ -279,7 +282,7 @@ def test_what_many_ranks_lack_is_said_once(tmp_path):
     words = ["distributed.devices=2", "data.store=gone", "data.held_out=gone_too"]
     code, output, errors = infctx_command("train", write_config(tmp_path), *words)
     assert (code, output) == (2, "")
-    assert len(errors.splitlines()) == 1, errors
+    assert errors.count("infctx: ") == 1 and len(errors.splitlines()) == 4, errors
     assert "data.store: there is no gone.idx" in errors
     assert "data.held_out: there is no gone_too.idx" in errors
     assert not (tmp_path / "run").exists()

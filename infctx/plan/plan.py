@@ -19,6 +19,8 @@ from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.plan.lacking import lacking_device, lacking_files
 from infctx.plan.strategy import resolve_strategy
 
+REHEARSE = "or add --rehearse, to try the same settings here on a small model"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,7 +43,7 @@ class Plan:
 
 
 def make_plan(config: Config, refuse: bool = True) -> Plan:
-    """Raises InputError with everything that this machine lacks for the run, in one line.
+    """Raises InputError with everything that this machine lacks for the run, a line each.
 
     Files are found and not read: whether a checkpoint that model.weights names is whole is for `whole_weights` to see.
     refuse: False where that has been done, by the process that started this one
@@ -51,7 +53,7 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
     if refuse:
         lacking += lacking_device(config, sizes)
         if lacking:
-            raise InputError(f"this machine lacks what the run needs: {'. '.join(lacking)}")
+            raise InputError("this machine lacks what the run needs", *lacking, REHEARSE)
     device = pick_device(config.run.device)
     resolved = resolve_strategy(config, sizes, device.type, device_memory(device.type, config.distributed.devices))
     reduction = resolved.distributed.gradient_reduction
@@ -79,7 +81,7 @@ def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
     if named not in (None, found):
         raise InputError(
             f"{settings.weights}: holds {describe(found)}, and model.size {settings.size} is {describe(named)}; "
-            "name the right one or leave model.size out"
+            "name the right one, or leave model.size out (model.size=null)"
         )
     return files, found
 

@@ -1,15 +1,14 @@
-"""`infctx plan`: what a run takes, for people to read; nothing of the model or the data is loaded."""
+"""`infctx plan`: what a run needs, for people to read; neither the model nor the data is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-from infctx.config import (
-    Config,
-)
+from infctx.config import Config
 from infctx.errors import InputError
 from infctx.machine import device_memory, host_memory
 from infctx.model.sizes import Sizes, describe
@@ -29,7 +28,14 @@ from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
 
 
-def plan_report(config: Config, device_gb: float | None = None) -> str:
+class Report(NamedTuple):
+    """The report, and whether the run fits; None where that takes a GPU to tell."""
+
+    text: str
+    fits: bool | None
+
+
+def plan_report(config: Config, device_gb: float | None = None) -> Report:
     """The model, the window, the ranks, what every strategy takes, and what crosses the wire in a step.
 
     device_gb: memory of each GPU in GB (1e9 bytes); None: of the GPUs here, if there are any.
@@ -38,16 +44,21 @@ def plan_report(config: Config, device_gb: float | None = None) -> str:
     _, sizes = find_weights(config)
     if sizes is None:
         raise InputError(
-            f"model.weights: there is no {config.model.weights}, which would tell the sizes of the model; "
+            f"model.weights: there is no {config.model.weights}, which would show the sizes of the model; "
             "name another file, or a published size with model.size"
         )
     device_type = _device_type(config, device_gb)
     memory = _memory(config, device_type, device_gb)
+    own = resolve_strategy(config, sizes, device_type, memory)
+    fits = _fits(own, sizes, device_type, memory)
     lines = [*_describe_run(config, sizes), "", *_strategy_lines(config, sizes, device_type, memory)]
     if config.distributed.time_ranks > 1:
-        lines += ["", *_time_lines(resolve_strategy(config, sizes, device_type, memory), sizes)]
-    lines += ["", "All of this is planned from sizes, not measured.  1 GB is 1e9 bytes."]
-    return "\n".join(lines)
+        lines += ["", *_time_lines(own, sizes)]
+    lines += ["", "All of this is worked out from sizes, not measured.  1 GB is 1e9 bytes."]
+    if fits is False:
+        assert memory is not None
+        lines += ["", *_remedy(own, sizes, device_type, memory)]
+    return Report("\n".join(lines), fits)
 
 
 def _device_type(config: Config, device_gb: float | None) -> str:
@@ -92,36 +103,73 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
 
 
 def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int | None) -> list[str]:
-    """The table of strategies, and what its marks mean."""
+    """The table of strategies, and what its columns mean."""
     known = memory is not None or config.distributed.world_size == 1
     own = resolve_strategy(config, sizes, device_type, memory)
     auto = resolve_strategy(with_strategy(config, Strategy("auto")), sizes, device_type, memory) if known else None
     chosen = own if known or config.distributed.strategy != "auto" else None
-    device = "GPU" if device_type == "cuda" else "process"
-    rows = [("strategy", "gradients", f"GB on each {device}", "GB of a node's host", "fits", "received in a step", "")]
-    for strategy in [*STRATEGIES, *([] if strategy_of(own) in STRATEGIES else [strategy_of(own)])]:
-        for reduction in ("step", "segment") if strategy.name in REDUCING_EACH_SEGMENT else ("step",):
-            other = with_distributed(with_strategy(config, strategy), gradient_reduction=reduction)
-            rank = rank_memory(other, sizes, device_type)
-            node = config.distributed.devices * (rank.host + (rank.device if device_type == "cpu" else 0))
-            wire = step_wire(other, sizes)
-            marks = ["auto"] * _is_row(auto, other) + ["this run"] * _is_row(chosen, other)
-            rows.append(
-                (
-                    _name(strategy),
-                    f"once a {reduction}",
-                    f"{rank.device / GB:.1f}",
-                    f"{node / GB:.1f}",
-                    _fits(rank, node, device_type, memory),
-                    _amount(wire.gradients + wire.weights),
-                    f"<- {', '.join(marks)}" if marks else "",
-                )
+    device = "GPU" if device_type == "cuda" else "rank"
+    rows = [("strategy", "gradients", f"GB per {device}", "GB per host", "fits", "received", "")]
+    for other in _choices(config, own):
+        needed = _needed(other, sizes, device_type)
+        wire = step_wire(other, sizes)
+        fits = _fits(other, sizes, device_type, memory)
+        marks = ["auto"] * _is_row(auto, other) + ["this run"] * _is_row(chosen, other)
+        rows.append(
+            (
+                _name(strategy_of(other)),
+                f"each {other.distributed.gradient_reduction}",
+                f"{needed.device / GB:.1f}",
+                f"{needed.host / GB:.1f}",
+                "?" if fits is None else "yes" if fits else "no",
+                _amount(wire.gradients + wire.weights),
+                f"<- {', '.join(marks)}" if marks else "",
             )
+        )
     return [*_aligned(rows, "<<>>>><"), "", *_legend(device_type, memory)]
 
 
+def _choices(config: Config, own: Config) -> Iterator[Config]:
+    """The run with every strategy, its own among them, and each time at which that can reduce gradients."""
+    for strategy in [*STRATEGIES, *([] if strategy_of(own) in STRATEGIES else [strategy_of(own)])]:
+        for reduction in ("step", "segment") if strategy.name in REDUCING_EACH_SEGMENT else ("step",):
+            yield with_distributed(with_strategy(config, strategy), gradient_reduction=reduction)
+
+
+def _needed(config: Config, sizes: Sizes, device_type: str) -> Memory:
+    """Bytes of a rank's device, and of a node's host; on a CPU the second holds all of the first."""
+    rank = rank_memory(config, sizes, device_type)
+    on_host = rank.host + (rank.device if device_type == "cpu" else 0)
+    return Memory(rank.device, config.distributed.devices * on_host)
+
+
+def _fits(config: Config, sizes: Sizes, device_type: str, memory: int | None) -> bool | None:
+    if memory is None:
+        return None
+    needed = _needed(config, sizes, device_type)
+    return (needed.host if device_type == "cpu" else needed.device) <= FILLED * memory
+
+
+def _remedy(own: Config, sizes: Sizes, device_type: str, memory: int) -> list[str]:
+    """For a run that does not fit: how far it is from that, and the settings that would do."""
+    needed = _needed(own, sizes, device_type)
+    much, place = (needed.host, "this machine") if device_type == "cpu" else (needed.device, "each GPU")
+    lines = [
+        f"This run does not fit: {_name(strategy_of(own))} takes {much / GB:.1f} GB of {place}, and "
+        f"{FILLED:.0%} of {memory / GB:.1f} GB is {FILLED * memory / GB:.1f}."
+    ]
+    for other in _choices(own, own):
+        if _fits(other, sizes, device_type, memory):
+            needed = _needed(other, sizes, device_type)
+            changed = other.distributed.model_dump().items() - own.distributed.model_dump().items()
+            settings = [f"  distributed.{name}={str(value).lower()}" for name, value in sorted(changed)]
+            taken = f"{needed.device / GB:.1f} GB per GPU and {needed.host / GB:.1f} GB per host"
+            return [*lines, f"It would, in {taken}, with", *settings]
+    return [*lines, "Take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks=true."]
+
+
 def _is_row(config: Config | None, row: Config) -> bool:
-    """Whether a row is about a run; both rows of a strategy are, where it takes the device's memory to tell."""
+    """Whether a row is about a run; both rows of a strategy are, where it takes the device's memory to decide."""
     if config is None or strategy_of(config) != strategy_of(row):
         return False
     reductions = config.distributed.gradient_reduction, row.distributed.gradient_reduction
@@ -130,22 +178,16 @@ def _is_row(config: Config | None, row: Config) -> bool:
 
 def _legend(device_type: str, memory: int | None) -> list[str]:
     what = "this machine" if device_type == "cpu" else "a GPU"
-    known = f"fits       into {FILLED:.0%} of the {(memory or 0) / GB:.1f} GB of {what}"
+    known = f"fits       within {FILLED:.0%} of the {(memory or 0) / GB:.1f} GB of {what}"
     if memory is None:
-        known = "fits       is not known without a GPU; --device-gb 80 would tell, and what auto takes"
+        known = "fits       needs a GPU here, or its memory: --device-gb 80; so does what auto takes"
     return [
         known,
-        "gradients  when they are reduced over the ranks (distributed.gradient_reduction)",
-        "received   by each rank, of other ranks' gradients and weights; states of other slices are not in it",
+        "gradients  how often ranks add theirs up (distributed.gradient_reduction: step or segment)",
+        "received   by each rank in a step: gradients and weights of other ranks",
+        "on host    distributed.offload_optimizer=true; the weights too with offload_parameters=true",
         "auto       what distributed.strategy: auto takes",
     ]
-
-
-def _fits(rank: Memory, node: int, device_type: str, memory: int | None) -> str:
-    if memory is None:
-        return "?"
-    needed = node if device_type == "cpu" else rank.device
-    return "yes" if needed <= FILLED * memory else "no"
 
 
 def _time_lines(config: Config, sizes: Sizes) -> list[str]:
@@ -164,7 +206,7 @@ def _time_lines(config: Config, sizes: Sizes) -> list[str]:
 
 def _name(strategy: Strategy) -> str:
     parts = ["optimizer"] * strategy.offload_optimizer + ["weights"] * strategy.offload_parameters
-    return f"{strategy.name}, {' and '.join(parts)} on the host" if parts else strategy.name
+    return f"{strategy.name}, {'all' if len(parts) == 2 else parts[0]} on host" if parts else strategy.name
 
 
 def _amount(count: float) -> str:

@@ -60,7 +60,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSetti
 
 def learning_rate(settings: OptimizerSettings, step: int) -> float:
     """Learning rate of step 1, 2, ..., steps: linear warm-up from 1 %, then the schedule down to final_lr."""
-    warmup, peak = settings.warmup_steps, settings.peak_lr
+    warmup, peak = settings.warmup, settings.peak_lr
     if step <= warmup:
         return peak * (0.01 + 0.99 * step / warmup)
     if settings.schedule == "constant":
