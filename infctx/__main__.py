@@ -6,18 +6,22 @@ import argparse
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import infctx
-from infctx.environment import rank_number
+from infctx.environment import is_rank, rank_number
 from infctx.errors import InputError
 from infctx.exits import EXIT_INPUT, fail, run_command
 from infctx.small_texts import quoted
+
+if TYPE_CHECKING:
+    from infctx.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +112,10 @@ def _describe_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.setting=value", help="such as optimizer.steps=50"
     )
+    if parser.prog.endswith(("train", "tune")):
+        parser.add_argument(
+            "--rehearse", action="store_true", help="try the same settings on a small model first, in a minute"
+        )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -124,12 +132,18 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, learn: str | None = None) -> int:
-    """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
     from infctx.config import load_config
-    from infctx.distributed.launch import launch, refuse_before_launch
-    from infctx.environment import is_rank
 
     config = load_config(options.config, options.overrides, learn)
+    if options.rehearse:
+        return _rehearse(config, options)
+    return _start(config, options.arguments)
+
+
+def _start(config: Config, arguments: Sequence[str]) -> int:
+    """Trains in this process, or starts the ranks of the run and waits for them; returns the exit code."""
+    from infctx.distributed.launch import launch, refuse_before_launch
+
     ranks = config.distributed
     if ranks.world_size == 1 or is_rank():
         if ranks.world_size > 1:  # where a rank dies, torch's own warnings would bury the one line about it
@@ -141,11 +155,25 @@ def _run(options: argparse.Namespace, learn: str | None = None) -> int:
     if ranks.nodes > 1:
         raise InputError(
             f"distributed.nodes: {ranks.nodes}: start this command on every node, with torchrun --nnodes {ranks.nodes} "
-            f"--nproc-per-node {ranks.devices} ... -m infctx {' '.join(options.arguments)} or srun; see "
-            "docs/distributed.md"
+            f"--nproc-per-node {ranks.devices} ... -m infctx {' '.join(arguments)} or srun; see docs/distributed.md"
         )
     refuse_before_launch(config)
-    return launch(options.arguments, ranks.devices)
+    return launch(arguments, ranks.devices)
+
+
+def _rehearse(config: Config, options: argparse.Namespace) -> int:
+    from infctx.config import load_config
+    from infctx.train.rehearsal import describe_real_run, open_rehearsal
+
+    if is_rank():
+        raise InputError("--rehearse: starts its own processes; run it by itself, without torchrun or srun")
+    rehearsal = open_rehearsal(config, options.config)
+    print("\n".join(rehearsal.lines), flush=True)
+    code = _start(load_config(rehearsal.file), [options.name, str(rehearsal.file)])
+    if code == 0 and rehearsal.is_done:
+        words = [word for word in options.arguments if word != "--rehearse"]
+        print("\n".join(["", *describe_real_run(config, f"infctx {shlex.join(words)}")]))
+    return code
 
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:

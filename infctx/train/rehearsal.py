@@ -1,0 +1,228 @@
+"""Rehearsal: a run of any size, made small enough to try at a desk.
+
+In: a configuration.  Out: the folder of a small run with the same structure (version, lanes, segments in a window,
+schedule, precision, strategy), its configuration in REHEARSAL, and a line for each setting that was replaced.  It is
+then trained like any other run.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from infctx.config import Config, load_config
+from infctx.data.example_documents import python_documents
+from infctx.data.token_store import TokenStoreWriter
+from infctx.data.tokenizer import get_tokenizer
+from infctx.errors import InputError
+from infctx.formats.weights import save_weights
+from infctx.machine import device_memory
+from infctx.model.build import new_model
+from infctx.model.sizes import Sizes, describe, make_sizes
+from infctx.plan.lacking import lacking_files
+from infctx.plan.plan import find_weights
+from infctx.plan.report import plan_report
+from infctx.plan.strategy import resolve_strategy
+from infctx.train.checkpoint import lock_folder
+
+REHEARSAL = "rehearsal.yaml"
+STEPS, LAYERS, WIDTH, HEAD_SIZE = 4, 2, 64, 32
+STEP_TOKENS = 2048
+MOST_SEGMENTS, MOST_LANES, MOST_SHARES = 32, 4, 2
+EVALUATED_TOKENS = 2048
+NUM_DOCUMENTS = 12
+
+
+class Rehearsal(NamedTuple):
+    """A small run that is ready to start."""
+
+    file: Path
+    """Its configuration."""
+    lines: list[str]
+    """What was replaced, for people."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end."""
+        return any((self.file.parent / name).exists() for name in ("model.pth", "state.safetensors"))
+
+
+def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
+    """Makes the folder of a rehearsal, RUN_FOLDER-rehearsal; one that is there from before is replaced.
+
+    name: of the configuration, as people know it.
+    Raises InputError where that folder holds something else, or where what the run names is there and wrong.
+    """
+    folder = config.run.folder.with_name(f"{config.run.folder.name}-rehearsal")
+    if folder.exists() and any(folder.iterdir()) and not (folder / REHEARSAL).exists():
+        raise InputError(f"{folder}: is no rehearsal, and would be replaced by one; move it, or choose a run.folder")
+    with lock_folder(folder):
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        settings, lines = _shrink(config, folder)
+        file = folder / REHEARSAL
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        load_config(file)  # or the shrinking is wrong
+    return Rehearsal(file, [f"Rehearsal of {name}: the same run on a small model.  Replaced:", *lines])
+
+
+def describe_real_run(config: Config, command: str) -> list[str]:
+    """What would run on the real machine, what is still missing here, and the plan."""
+    lacking = lacking_files(config)
+    lines = ["What would run on the real machine:", f"  {command}"]
+    if lacking:
+        lines += ["Not here yet:", *(f"  {line}" for line in lacking)]
+    _, sizes = find_weights(config)
+    if sizes is None:
+        return [*lines, "Its plan needs the sizes of the model: get the weights, or set model.size"]
+    return [*lines, "", plan_report(config).text]
+
+
+def _shrink(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the small run, whose files are in `folder`, and what was replaced."""
+    settings = config.model_dump(mode="json")
+    _, sizes = find_weights(config)
+    small_distributed = _distributed(config, sizes)
+    settings["distributed"] |= small_distributed
+    settings["window"] |= _window(config, small_distributed)
+    settings["optimizer"] |= _optimizer(config)
+    settings["run"] |= _run(config, folder, small_distributed["devices"])
+    data, notes = _data(config, folder, settings["window"]["window_tokens"])
+    settings["data"] |= data
+    vocab_size = 257 if notes or sizes is None else sizes.vocab_size
+    small = _sizes(config, sizes, vocab_size)
+    settings["model"] |= _model(config, folder, small)
+    if small != sizes:
+        before = "a model that is not here, so of unknown size" if sizes is None else describe(sizes)
+        notes = [f"the model: {before}", f"  -> {describe(small)}", *notes]
+    return settings, [f"  {line}" for line in [*notes, *_changes(config, settings)]]
+
+
+def _changes(config: Config, settings: dict[str, Any]) -> Iterator[str]:
+    for section, before in config.model_dump(mode="json").items():
+        for name, value in before.items():
+            now = settings[section][name]
+            if now != value:
+                yield f"{section}.{name}: {_shown(value)} -> {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(yaml.safe_dump(value)).split("\n")[0]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _distributed(config: Config, sizes: Sizes | None) -> dict[str, Any]:
+    """Two processes for each kind of sharing that the run has, with the strategy that the real machine would take."""
+    asked = config.distributed
+    device_type = "cpu" if config.run.device == "cpu" else "cuda"
+    real = resolve_strategy(config, sizes, device_type, device_memory(device_type, asked.devices)).distributed
+    time_ranks = min(asked.time_ranks, MOST_SHARES)
+    return {
+        "devices": time_ranks * min(asked.data_ranks, MOST_SHARES),
+        "nodes": 1,
+        "time_ranks": time_ranks,
+        "strategy": real.strategy,
+        "gradient_reduction": real.gradient_reduction,
+    }
+
+
+def _window(config: Config, distributed: dict[str, Any]) -> dict[str, Any]:
+    """As many lanes at once, passes and segments, of fewer tokens."""
+    asked, time_ranks = config.window, distributed["time_ranks"]
+    rank_lanes = min(config.rank_lanes, MOST_LANES)
+    lanes = rank_lanes * distributed["devices"] // time_ranks
+    per_pass = None
+    if asked.lanes_per_pass is not None:
+        most = rank_lanes if config.pass_lanes == config.rank_lanes else max(1, rank_lanes // 2)
+        per_pass = next(count for count in range(min(most, config.pass_lanes), 0, -1) if lanes % count == 0)
+    segments = min(asked.window_segments, MOST_SEGMENTS)
+    unit = 16 * time_ranks
+    segment_tokens = min(asked.segment_tokens, unit * max(1, STEP_TOKENS // (lanes * segments * unit)))
+    return {
+        "segment_tokens": segment_tokens,
+        "window_tokens": segments * segment_tokens,
+        "gradient_segments": asked.gradient_segments and min(asked.gradient_segments, segments),
+        "lanes": lanes,
+        "lanes_per_pass": per_pass,
+    }
+
+
+def _optimizer(config: Config) -> dict[str, Any]:
+    asked = config.optimizer
+    steps = min(asked.steps, STEPS)
+    warmup = asked.warmup_steps and min(asked.warmup_steps, steps // 2)
+    return {"steps": steps, "warmup_steps": warmup}
+
+
+def _run(config: Config, folder: Path, devices: int) -> dict[str, Any]:
+    asked = config.run
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "folder": str(folder),
+        "threads": asked.threads or 1,  # many would wait for each other in so small a model
+        "device": "cpu" if asked.device == "cuda" and gpus < devices else asked.device,
+        "save_every_steps": min(asked.save_every_steps, 2),
+        "log_every_steps": 1,
+        "evaluate_tokens": min(asked.evaluate_tokens, EVALUATED_TOKENS),
+    }
+
+
+def _data(config: Config, folder: Path, window_tokens: int) -> tuple[dict[str, Any], list[str]]:
+    """The stores that are there, or small ones of documents that every machine has, and what to say about those."""
+    asked, notes = config.data, []
+    data: dict[str, Any] = {}
+    if asked.document_tokens is not None:
+        share = asked.document_tokens * window_tokens / config.window.window_tokens
+        data["document_tokens"] = max(16, round(share / 16) * 16)
+    if any(line.startswith("data.") for line in lacking_files(config)):
+        documents = [text for _, text in islice(python_documents(), NUM_DOCUMENTS)]
+        _write_store(folder / "train", documents[:-2])
+        _write_store(folder / "held_out", documents[-2:])
+        data |= {"store": str(folder / "train"), "held_out": asked.held_out and str(folder / "held_out")}
+        notes = ["documents: yours are not there -> the Python installation's long sources, a token a byte"]
+    return data, notes
+
+
+def _write_store(path: Path, documents: list[str]) -> None:
+    tokenizer = get_tokenizer("bytes")
+    with TokenStoreWriter(path) as writer:
+        for text in documents:
+            writer.extend(tokenizer.encode(text))
+            writer.end_document()
+
+
+def _sizes(config: Config, sizes: Sizes | None, vocab_size: int) -> Sizes:
+    """A few narrow layers of the same version; Finch where nothing shows which it is."""
+    if sizes is None:
+        return make_sizes(version=6, num_layers=LAYERS, width=WIDTH, head_size=HEAD_SIZE, vocab_size=vocab_size)
+    num_layers = min(sizes.num_layers, LAYERS)
+    if sizes.width <= WIDTH:
+        return replace(sizes, num_layers=num_layers, vocab_size=vocab_size)
+    head_size = min(math.gcd(sizes.head_size, WIDTH), HEAD_SIZE)
+    return make_sizes(
+        version=sizes.version, num_layers=num_layers, width=WIDTH, head_size=head_size, vocab_size=vocab_size
+    )
+
+
+def _model(config: Config, folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Random weights in a file where the run reads some, or new ones of these sizes; no state of another size."""
+    asked = config.model
+    model: dict[str, Any] = {"size": None, "initial_state": None}
+    if asked.backend == "cuda" and not torch.cuda.is_available():
+        model["backend"] = "auto"
+    if asked.weights is not None:
+        path = folder / "weights.pth"
+        save_weights(new_model(sizes, "cpu", torch.float32, config.run.seed), path)
+        return model | {"weights": str(path)}
+    by_hand = {"version", "num_layers", "width", "vocab_size", "head_size"} | asked.sizes.keys()
+    return model | {name: getattr(sizes, name) for name in sorted(by_hand)}
