@@ -1,6 +1,6 @@
-"""Every setting of a run, with its type, its unit and what it does; `infctx.config` reads them from a file.
+"""Every setting of a run: its type, its unit, what it does and what it costs; `infctx.config` reads them from a file.
 
-The sections are those of the YAML file.
+The sections are those of the YAML file.  tools/settings_page.py turns the docstrings into docs/settings.md.
 """
 
 from __future__ import annotations
@@ -41,32 +41,46 @@ def _refuse(section: AnySection, problems: list[str]) -> AnySection:
 
 
 class ModelSettings(Section):
-    """Which model: a file of weights, a published size, or sizes."""
+    """The model: `weights` to start from, a published `size`, or `version`, `num_layers` and `width` for a new one."""
 
     weights: PathSetting | None = None
-    """A .pth or .safetensors, a checkpoint or a run's folder to start from; version and every size are read from it."""
+    """Weights to start from: a `.pth` or `.safetensors` file, a Hugging Face folder, a checkpoint, or the folder of
+    another run.  Version and every size are read from it; docs/models.md lists the published files."""
     size: str | None = None
-    """A published size such as finch-3b.  With `weights`: what the file must hold.  Alone: new weights."""
+    """A published size such as `finch-3b` (docs/models.md lists them).  Next to `weights` it is what the file must
+    hold, and lets `infctx plan` count memory before the file is there; alone it means new random weights."""
     version: Literal[5, 6] | None = None
-    """5 for Eagle, 6 for Finch; together with num_layers and width: new weights of these sizes."""
+    """Architecture of new weights: 5 for Eagle (RWKV-5.2), 6 for Finch (RWKV-6).  Needs `num_layers` and `width`."""
     num_layers: Positive | None = None
+    """Layers (blocks) of new weights.  Time, memory and the state all grow in proportion."""
     width: Positive | None = None
+    """Width of new weights: numbers in the hidden vector of a token, a multiple of `head_size`.  The number of weights,
+    and the time, grow with its square."""
     vocab_size: Positive | None = None
+    """Tokens in the vocabulary of new weights; null: 65,536, for the World tokenizer.  257 is enough for bytes.  The
+    embedding and the head hold `vocab_size` times `width` weights each."""
     head_size: Positive | None = None
+    """Width of one head of new weights; null: 64, as in all published models.  The state holds `width` times
+    `head_size` numbers a layer."""
     ffn_width: Positive | None = None
+    """Width of the hidden layer in the channel mix of new weights; null: 3.5 times `width`, rounded down to a multiple
+    of 32, as in all published models."""
     mix_rank: Positive | None = None
+    """Rank of the low-rank product that mixes tokens, Finch only; null: 32, or 64 from a width of 4,096 on."""
     decay_rank: Positive | None = None
+    """Rank of the low-rank product that makes decays, Finch only; null: 64, or 128 from a width of 4,096 on."""
     learn: Literal["weights", "initial_state", "initial_state_and_shifts"] = "weights"
-    """weights: all of them, and the initial state if the file has one; initial_state: the matrices that documents
-    start from, of a model that stays as it is (state tuning); initial_state_and_shifts: the shift vectors with them,
-    which no other program's file has a place for."""
+    """What is trained.  `weights`: every weight, and the initial state if the file has one.  `initial_state`: only the
+    matrices that each document starts from, over frozen weights (state tuning); `infctx tune` sets this.
+    `initial_state_and_shifts`: the shift vectors as well, which only infctx can load."""
     initial_state: PathSetting | None = None
-    """A state file to begin from, in any form that `infctx export` writes; null: zeros, or what `weights` holds."""
+    """State file to start from, in any form that `infctx export` writes; null: the state in `weights`, or zeros."""
     recompute_blocks: bool = False
-    """Holds only the input of each block and computes the rest again for the backward pass: less memory, 1/3 slower."""
+    """Keeps only the input of each block and computes the rest again in the backward pass.  Takes a third more time
+    and a tenth of the memory for activations, or less."""
     backend: Literal["auto", "cuda", "compiled", "chunked", "reference"] = "auto"
-    """Of the WKV op: auto, cuda (kernels for NVIDIA GPUs), compiled (CPU), chunked (any device) or reference (a loop,
-    for judging)."""
+    """How the WKV op is computed.  `auto` takes the fastest that works here: `cuda` (kernels for NVIDIA GPUs),
+    `compiled` (CPU) or `chunked` (plain torch, any device).  `reference` is a slow loop to compare them with."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -94,34 +108,41 @@ class ModelSettings(Section):
 
 
 class DataSettings(Section):
-    """Which documents."""
+    """The documents, as token stores that `infctx prepare` makes."""
 
     store: PathSetting
-    """Token store to train on, the common part of the names of its .bin and .idx; made by `infctx prepare`."""
+    """Token store to train on: the path of its `.bin` and `.idx` without the suffix, such as `data/books/train`."""
     held_out: PathSetting | None = None
-    """Token store of held-out documents, for the loss by position at the end."""
+    """Token store of held-out documents, for the table of loss by position at the end; null: no table."""
     document_tokens: Positive | None = None
-    """Longer documents are cut into documents of so many tokens, each of which starts from the initial state; null:
-    none are.  An initial state learns where documents start, so tuning one on long documents wants them cut."""
+    """Most tokens in a document: longer ones are cut, and each piece starts from the initial state as a document of
+    its own.  null: never cut.  For state tuning, where only document starts reach the state, cut to `window_tokens`."""
     shuffle: bool = True
-    """Draws the documents of each epoch in a new order; false keeps the order of the store."""
+    """Draws the documents in a new order each epoch; false keeps the order of the store."""
 
 
 class WindowSettings(Section):
-    """How documents are cut, and how much is held in memory at once."""
+    """How many tokens make a step, and how many of them are in memory at once."""
 
     segment_tokens: Positive
-    """Tokens of a lane whose activations are held at once: memory grows with it, the gradient does not depend on it."""
+    """Tokens of a lane whose activations are in memory at once, a multiple of 16 (for each of `time_ranks`).  Memory
+    grows in proportion; the gradient stays the same.  Short segments leave a GPU idle: 1,024 to 4,096 is usual."""
     window_tokens: Positive
-    """Tokens of a lane in one optimizer step: inside, the gradient is exact across every segment."""
+    """Tokens of a lane in one optimizer step, a multiple of `segment_tokens`.  Within a window the gradient is exact
+    across all segments; each segment adds one state to the memory, see `seam_store`.  Longer documents continue in the
+    next window from their state, with no gradient back across the boundary."""
     gradient_segments: Positive | None = None
-    """Over how many segments a gradient flows; null: the whole window, 1: truncated at every segment."""
+    """Segments that a gradient flows through before it is cut.  null: the whole window, which is exact.  1: cut at
+    every segment (truncated), which is faster, since no segment runs twice, and learns less from far back."""
     lanes: Positive = 1
-    """Rows of the batch: each holds documents laid end to end."""
+    """Rows of the batch, over all devices; each holds documents end to end.  A step takes `lanes` times
+    `window_tokens` tokens."""
     lanes_per_pass: Positive | None = None
-    """Lanes that are computed at once, null for all: fewer take less memory and add up to the same gradient."""
+    """Lanes of a device that are computed at once; null: all of them.  Fewer take less memory and give the same
+    gradient, added up pass by pass."""
     seam_store: Literal["auto", "device", "host"] = "auto"
-    """Where the states between segments are kept; auto: on the host for a GPU."""
+    """Where the states between segments are kept.  `device`: in the memory of the device; `host`: in main memory,
+    copied while the GPU computes; `auto`: `host` for a GPU.  A state of Finch 3B takes 21.6 MB a lane."""
 
     @property
     def window_segments(self) -> int:
@@ -150,29 +171,35 @@ class WindowSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW, its schedule and what is done to gradients."""
+    """AdamW, the learning rate over the run, and gradient clipping."""
 
     steps: Positive
-    """Optimizer steps of the whole run; a step takes lanes * window_tokens tokens."""
+    """Optimizer steps of the whole run, including those before a resume; each takes `lanes` times `window_tokens`
+    tokens."""
     peak_lr: Annotated[float, Field(gt=0)]
-    """Learning rate after the warm-up; decays learn at twice that.  Where the initial state is all that learns, in
-    units of the root mean square of the states that the model makes, for each key channel: 0.1 suits all models."""
+    """Learning rate after the warm-up; decays learn at twice the rate.  Fine-tuning takes about 1e-5.  In state
+    tuning it is relative to the size of the model's own states, and 0.1 suits all models (docs/state-tuning.md)."""
     final_lr: Annotated[float, Field(ge=0)] | None = None
-    """Learning rate at the last step, null for a tenth of peak_lr; a constant schedule has none."""
+    """Learning rate at the last step; null: a tenth of `peak_lr`.  Leave it out for a constant schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From peak_lr to final_lr over the steps after the warm-up."""
+    """How the learning rate gets from `peak_lr` to `final_lr` after the warm-up; `constant` stays at `peak_lr`."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps over which the learning rate grows linearly from 1 % of its value; null: 10, or a tenth of a run of fewer
     than 100 steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled, on matrices and embeddings (and a learned initial state) only."""
+    """Decoupled weight decay, a fraction of the learning rate a step; on matrices, embeddings and a learned initial
+    state only.  RWKV's pre-training used 0.001."""
     beta1: Fraction = 0.9
+    """AdamW's decay of the mean of gradients, a step."""
     beta2: Fraction = 0.99
+    """AdamW's decay of the mean of squared gradients, a step.  Closer to 1 is steadier and slower to adapt."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to AdamW's denominator, so that weights with tiny gradients do not make large steps."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global norm of the gradient, null for no clipping."""
+    """Largest norm of the whole gradient: a longer one is scaled down to it.  null: no clipping."""
     l2wrap: bool = False
-    """Adds RWKV-LM's L2Wrap to the gradient: keeps the largest logits small, at the loss's own denominator."""
+    """Adds RWKV-LM's L2Wrap to the gradient, which keeps the largest logits small.  The loss that is shown stays
+    the same."""
 
     @property
     def warmup(self) -> int:
@@ -193,24 +220,37 @@ class OptimizerSettings(Section):
 
 
 class RunSettings(Section):
-    """Where and how a run is done."""
+    """Where results go, on which device, how precisely, and what is saved when."""
 
     folder: PathSetting
-    """Holds checkpoints, TensorBoard's files, the log of all steps and the exported weights."""
+    """Folder for everything the run writes: checkpoints, TensorBoard files, the log of all steps (`steps.jsonl`), and
+    at the end the weights or the state.  Another run needs another folder."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Of new weights and of the order of documents."""
+    """Random seed of new weights and of the order of documents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on: `auto` is a GPU where torch finds one, else the CPU.  `cuda` refuses to start without one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What activations and matrix products are computed in; weights, states and decays are fp32 either way."""
+    """What activations and matrix products are computed in.  `bf16` is much faster on a GPU and halves the memory for
+    activations.  Weights that learn, states and decays are fp32 either way; frozen weights are held in this
+    precision."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads, null for all cores; part of what makes a resumed run equal, bit for bit."""
+    """CPU threads; null: all cores, shared by the devices.  A resumed run repeats the same bits only with the same
+    number."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: goes on from the newest whole checkpoint of the folder; never: refuses a folder that has one."""
+    """`auto` resumes from the newest whole checkpoint in the folder, if there is one; `never` refuses to start where
+    there is one."""
     save_every_steps: Positive = 100
+    """Steps between checkpoints; one is also saved at the end and on Ctrl-C.  A checkpoint takes 12 bytes a weight that
+    learns (37 GB for Finch 3B), and training waits while it is written."""
     keep_checkpoints: Positive = 3
+    """How many checkpoints stay; older ones are removed once a new one is on disk, so there is room for one more for a
+    moment."""
     log_every_steps: Positive = 10
+    """Steps between lines of progress where the output is a file or a pipe.  A terminal shows every step, and
+    TensorBoard and `steps.jsonl` record every step."""
     evaluate_tokens: Annotated[int, Field(ge=0)] = 262144
-    """Held-out tokens of the loss by position at the end of the run."""
+    """Most tokens of `data.held_out` that the loss by position is measured on at the end; 0: none.  State tuning
+    measures twice, with the state and without."""
 
     @property
     def checkpoints(self) -> Path:
@@ -219,26 +259,29 @@ class RunSettings(Section):
 
 
 class DistributedSettings(Section):
-    """Over how many processes, one a device, and what each of them holds."""
+    """Several GPUs or nodes: one process for each device, and what each of them holds (docs/distributed.md)."""
 
     devices: Positive = 1
-    """Devices of a node: GPUs, or processes on a CPU."""
+    """Devices on each node: GPUs, or processes on a CPU.  On one node, `infctx train` starts them itself."""
     nodes: Positive = 1
-    """Nodes; with more than one, torchrun or srun starts `infctx train` on each (docs/distributed.md)."""
+    """Number of nodes.  With more than one, start `infctx train` on each of them with torchrun or srun."""
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
-    """ddp: every rank holds everything; zero1 shards the optimizer's state over the ranks, zero2 the gradients too,
-    zero3 the weights too; auto: the first of them that fits, with the least that gradient_reduction allows, as
-    `infctx plan` counts it."""
+    """How memory is shared.  `ddp`: every rank holds everything; `zero1` shards the optimizer's state over the ranks,
+    `zero2` the gradients too, `zero3` the weights too.  Each saves memory and sends more.  `auto`: the first that fits,
+    as `infctx plan` counts it."""
     gradient_reduction: Literal["auto", "step", "segment"] = "auto"
-    """step: gradients are reduced over the ranks once a step, and each rank holds all of them until then; segment:
-    zero2 and zero3 reduce them after every segment, and hold only their share; auto: step where that fits on the
-    device."""
+    """When ranks add up their gradients.  `step`: once a step; each rank holds all gradients until then, 4 bytes a
+    weight.  `segment`: after every segment, for `zero2` and `zero3`; the least memory, and much more to send.  `auto`:
+    `step` where it fits."""
     offload_optimizer: bool = False
-    """Keeps the optimizer's state, and its step, in host memory; for zero1, zero2 and zero3."""
+    """Keeps the optimizer's state in host memory and steps there, on the CPU; for `zero1`, `zero2` and `zero3`.  Saves
+    8 to 12 bytes a weight on the GPU and makes each step slower."""
     offload_parameters: bool = False
-    """Keeps the weights in host memory until a block needs them; for zero3."""
+    """Keeps the weights in host memory until a block needs them, for `zero3`.  Together with `offload_optimizer` it
+    takes the least GPU memory there is, and is the slowest."""
     time_ranks: Positive = 1
-    """Ranks that share the time of one document: each has its slice of every segment; the others share out lanes."""
+    """Ranks that split each document between them: every rank computes its slice of every segment.  For windows too
+    long for one device, or fewer lanes than devices.  The remaining factor of the devices shares out lanes."""
 
     @property
     def world_size(self) -> int:

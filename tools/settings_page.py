@@ -1,0 +1,104 @@
+"""Writes docs/settings.md, the page of every setting, from the types and docstrings of infctx/settings.py.
+
+python tools/settings_page.py
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from infctx.config import Config
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+OPENING = """\
+# Settings
+Every setting of a run, by the sections of its YAML file. The shipped files in [configs](../configs) are the place to
+start: copy the one that is closest to what you want to do and change what differs. A file only needs the settings
+marked *required*, and those that say which model it is.
+
+```yaml
+model:
+  weights: models/RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth
+data:
+  store: data/books/train
+window:
+  segment_tokens: 2048
+  window_tokens: 16384
+optimizer:
+  steps: 500
+  peak_lr: 1e-5
+run:
+  folder: runs/books
+```
+
+On the command line, `section.setting=value` after the file changes a setting for one run:
+
+```sh
+infctx train books.yaml optimizer.steps=1000 run.folder=runs/books-longer data.held_out=null
+```
+
+A setting that does not exist, a value of the wrong type and values that do not fit together are refused before
+anything runs, in a message that names the setting and what would do. A checkpoint keeps its settings in `config.yaml`,
+every one written out.
+
+(Written by `python tools/settings_page.py` from infctx/settings.py: change the docstrings there.)
+"""
+
+
+def main() -> None:
+    PAGE.write_text(settings_page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def settings_page() -> str:
+    """The whole page, Markdown: a heading for each section, a paragraph for each setting."""
+    schema = Config.model_json_schema()
+    parts = [OPENING]
+    for section, reference in schema["properties"].items():
+        content = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        parts.append(f"## {section}\n{_wrapped(content['description'])}\n")
+        parts += [_setting(name, setting) for name, setting in content["properties"].items()]
+    return "\n".join(parts)
+
+
+def _setting(name: str, setting: dict[str, Any]) -> str:
+    default = f"default {_written(setting['default'])}" if "default" in setting else "*required*"
+    return _wrapped(f"- **{name}** ({_kind(setting)}; {default}): {setting['description']}", "  ") + "\n"
+
+
+def _kind(setting: dict[str, Any]) -> str:
+    """What may be given, in words: whole number from 1, auto or cpu or cuda, ..."""
+    if "anyOf" in setting:
+        return " or ".join(_kind(choice) for choice in setting["anyOf"])
+    if "enum" in setting:
+        return ", ".join(_written(choice) for choice in setting["enum"])
+    kinds = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "null": "`null`"}
+    kind = kinds.get(setting["type"], "path" if setting.get("format") == "path" else "text")
+    bounds = [
+        f"{words} {setting[bound]:,}"
+        for bound, words in (
+            ("minimum", "from"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "to"),
+            ("exclusiveMaximum", "below"),
+        )
+        if bound in setting and setting[bound] < 1 << 62
+    ]
+    return " ".join([kind, *bounds])
+
+
+def _written(value: Any) -> str:
+    """As YAML has it."""
+    if value is None:
+        return "`null`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(" ".join(text.split()), 120, subsequent_indent=indent, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    main()
