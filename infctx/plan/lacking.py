@@ -6,7 +6,9 @@ import torch
 
 from infctx.config import Config
 from infctx.data.token_store import store_prefix
+from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.formats.published import missing_weights, stopped_download
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
@@ -14,12 +16,20 @@ from infctx.plan.strategy import STRATEGIES, resolve_strategy
 
 
 def lacking_files(config: Config) -> list[str]:
-    """What the run reads and is not there, a line each."""
+    """What the run reads and is not there, a line each.
+
+    Raises InputError for a published weights file of another size than it was published with: a download that stopped
+    short, of which a reader could only say that it is damaged.
+    """
     lacking: list[str] = []
     weights = config.model.weights
     goes_on = checkpoints(config.run.checkpoints)
-    if weights is not None and not weights.exists() and (config.model.freezes_weights or not goes_on):
-        lacking.append(f"model.weights: there is no {weights}; download it or name another file")
+    if weights is not None and (config.model.freezes_weights or not goes_on):
+        problem = stopped_download(weights)
+        if problem:
+            raise InputError(f"model.weights: {problem}")
+        if not weights.exists():
+            lacking.append(f"model.weights: {missing_weights(weights)}")
     state = config.model.initial_state
     if state is not None and not state.exists() and not goes_on:
         lacking.append(f"model.initial_state: there is no {state}; name another file, or leave it out for zeros")
@@ -88,7 +98,7 @@ def _what_fits(
 ) -> str | None:
     """The first other strategy, time of reduction or number of time_ranks, with which the run fits.
 
-    asked, config: the run as its settings say, and what "auto" stands for in it.
+    asked, config: the run as its settings say, and with each "auto" replaced by what it takes.
     """
     others = {}
     for strategy in STRATEGIES:

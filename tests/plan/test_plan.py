@@ -58,7 +58,8 @@ def given_bytes(monkeypatch, available):
 def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = lacking(load_config(CONFIGS / "finch-3b-64k.yaml"))
-    assert "model.weights: there is no models/rwkv6-3b.pth; download it" in message
+    name = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
+    assert f"model.weights: there is no models/{name}; get it with: hf download BlinkDL/rwkv-6-world {name} " in message
     assert "data.store: there is no data/books/train.idx with its .bin; make it with `infctx prepare`" in message
     assert "data.held_out: there is no data/books/held_out.idx" in message
     assert "run.device: cuda" in message
@@ -82,6 +83,17 @@ def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch,
     assert infctx.build_model(**settings, device="meta").sizes == sizes
     assert ("run.device: cuda" in message) == (config.run.device == "cuda")
     assert (f"no {config.model.weights};" in message) == (config.model.weights is not None)
+
+
+def test_a_download_that_stopped_is_said_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "finch-3b-64k.yaml")
+    config.model.weights.parent.mkdir()
+    config.model.weights.write_bytes(b"PK\x03\x04 and no more")
+    assert lacking(config).startswith(f"model.weights: {config.model.weights} has 16 bytes, the published file 6,199,")
+    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # then the run's own weights are read
+    with pytest.raises(InputError, match="not a whole .pth file"):
+        make_plan(config)
 
 
 def test_nothing_lacks(tmp_path):

@@ -4,10 +4,15 @@ import pytest
 
 from infctx.config import Config, load_config
 
+import models_page
 import settings_page
 
 
-@pytest.mark.parametrize(("tool", "made"), [(settings_page, settings_page.settings_page)], ids=["settings"])
+@pytest.mark.parametrize(
+    ("tool", "made"),
+    [(settings_page, settings_page.settings_page), (models_page, models_page.models_page)],
+    ids=["settings", "models"],
+)
 def test_a_page_is_what_its_tool_writes(tool, made):
     name = tool.__name__
     assert tool.PAGE.read_text(encoding="utf-8") == made(), f"run `python tools/{name}.py` and commit what it writes"

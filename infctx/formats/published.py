@@ -1,0 +1,94 @@
+"""The published weights files: which there are, where they are from, and how large a whole download is.
+
+In: the path of a weights file; out: what is known of a file of that name.  Nothing here uses the network.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+FINCH, EAGLE = "BlinkDL/rwkv-6-world", "BlinkDL/rwkv-5-world"
+"""Repositories on the Hugging Face hub."""
+
+
+class PublishedFile(NamedTuple):
+    """A weights file as its authors published it."""
+
+    repository: str
+    name: str
+    num_bytes: int
+    size: str
+    """The name of its sizes in `infctx.model.sizes.PUBLISHED_SIZES`."""
+
+    @property
+    def gigabytes(self) -> str:
+        """For people: 6.2 GB, a GB being 1e9 bytes."""
+        return f"{self.num_bytes / 1e9:.1f} GB"
+
+    def download_command(self, folder: Path) -> str:
+        """The shell command that gets the file into a folder."""
+        return f"hf download {self.repository} {self.name} --local-dir {shlex.quote(str(folder))}"
+
+
+PUBLISHED_FILES = (
+    PublishedFile(FINCH, "RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth", 3_199_845_663, "finch-1.6b"),
+    PublishedFile(FINCH, "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth", 6_199_859_158, "finch-3b"),
+    PublishedFile(FINCH, "RWKV-x060-World-7B-v3-20241112-ctx4096.pth", 15_271_627_549, "finch-7b"),
+    PublishedFile(FINCH, "RWKV-x060-World-14B-v2.1-20240719-ctx4096.pth", 28_138_429_796, "finch-14b"),
+    PublishedFile(EAGLE, "RWKV-5-World-0.4B-v2-20231113-ctx4096.pth", 923_523_954, "eagle-0.4b"),
+    PublishedFile(EAGLE, "RWKV-5-World-1B5-v2-20231025-ctx4096.pth", 3_155_590_194, "eagle-1.5b"),
+    PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231113-ctx4096.pth", 6_126_106_674, "eagle-3b"),
+    PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231118-ctx16k.pth", 6_126_106_467, "eagle-3b"),
+    PublishedFile(EAGLE, "RWKV-5-World-7B-v2-20240128-ctx4096.pth", 15_036_197_526, "eagle-7b"),
+)
+"""All bf16 and under Apache-2.0.  A repository holds many files more, so its name alone does not say which."""
+
+PUBLISHED_FOLDERS = (
+    "RWKV/v6-Finch-1B6-HF",
+    "RWKV/v6-Finch-3B-HF",
+    "RWKV/v6-Finch-7B-HF",
+    "RWKV/v6-Finch-14B-HF",
+    "RWKV/rwkv-6-world-1b6",
+    "RWKV/rwkv-6-world-3b",
+    "RWKV/rwkv-6-world-7b",
+    "RWKV/v5-Eagle-7B-HF",
+    "RWKV/rwkv-5-world-1b5",
+    "RWKV/rwkv-5-world-3b",
+)
+"""Repositories in Hugging Face's layout with its names of tensors, which are read as folders."""
+
+_OTHER_VERSIONS = (
+    (r"RWKV-5-World-.*-v1-.*\.pth", "RWKV-5.0 or 5.1"),
+    (r"(?i)rwkv-?7-.*|RWKV-x070-.*", "RWKV-7"),
+)
+"""Names of published files of other architectures, and what these are."""
+
+
+def published_file(path: Path) -> PublishedFile | None:
+    """The published file that has this name, wherever it lies."""
+    return next((file for file in PUBLISHED_FILES if file.name == path.name), None)
+
+
+def missing_weights(path: Path) -> str:
+    """For people: that this file or folder is not there, and how to get it if it is a published one."""
+    file = published_file(path)
+    if file is not None:
+        return f"there is no {path}; get it with: {file.download_command(path.parent)} ({file.gigabytes})"
+    for pattern, version in _OTHER_VERSIONS:
+        if re.fullmatch(pattern, path.name):
+            return f"there is no {path}, and by its name it is {version}; infctx reads the files in docs/models.md"
+    return f"there is no {path}; download it or name another file; docs/models.md lists what is published"
+
+
+def stopped_download(path: Path) -> str | None:
+    """For people: that this file has a published name and another size than that, as a download that stopped short."""
+    file = published_file(path)
+    if file is None or not path.is_file() or path.stat().st_size == file.num_bytes:
+        return None
+    return (
+        f"{path} has {path.stat().st_size:,} bytes, the published file {file.num_bytes:,}; get it again with: "
+        f"{file.download_command(path.parent)}; or, if it is a file of your own, rename it"
+    )

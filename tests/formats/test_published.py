@@ -1,0 +1,82 @@
+"""The table of published files against the architecture, the shipped configurations and what is said of a file."""
+
+from pathlib import Path
+
+import pytest
+
+from infctx.config import load_config
+from infctx.formats.published import (
+    EAGLE,
+    FINCH,
+    PUBLISHED_FILES,
+    missing_weights,
+    published_file,
+    stopped_download,
+)
+from infctx.formats.stored_names import stored_names
+from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
+
+from places import CONFIGS
+
+FINCH_3B = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
+
+
+@pytest.mark.parametrize("file", PUBLISHED_FILES, ids=lambda file: file.name)
+def test_a_file_has_the_bytes_of_its_sizes(file):
+    """bf16, and 130 to 160 bytes a tensor for names and the archive around them."""
+    sizes = published_sizes(file.size)
+    beyond = file.num_bytes - 2 * sizes.num_parameters
+    assert 100 <= beyond / len(stored_names(sizes)) <= 200
+    assert file.repository == {5: EAGLE, 6: FINCH}[sizes.version]
+
+
+def test_every_size_is_published_and_no_file_twice():
+    assert {file.size for file in PUBLISHED_FILES} == set(PUBLISHED_SIZES)
+    assert len({file.name for file in PUBLISHED_FILES}) == len(PUBLISHED_FILES)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_configurations_name_published_files(path):
+    model = load_config(path).model
+    if model.size is None:
+        return
+    file = published_file(model.weights)
+    assert (file.size, model.weights.parent) == (model.size, Path("models"))
+    comment = f"# Published weights from {file.repository}, {file.gigabytes}: docs/models.md"
+    assert comment in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (
+            f"models/{FINCH_3B}",
+            f"there is no models/{FINCH_3B}; get it with: hf download BlinkDL/rwkv-6-world {FINCH_3B} "
+            "--local-dir models (6.2 GB)",
+        ),
+        (f"/my disk/{FINCH_3B}", f"{FINCH_3B} --local-dir '/my disk' (6.2 GB)"),
+        ("mine.pth", "there is no mine.pth; download it or name another file; docs/models.md lists what is published"),
+        ("m/RWKV-5-World-0.1B-v1-20230803-ctx4096.pth", "ctx4096.pth, and by its name it is RWKV-5.0 or 5.1; infctx"),
+        ("m/rwkv7-g1j-2.9b-20260831-ctx16384.pth", "by its name it is RWKV-7; infctx reads the files in docs/models"),
+        ("RWKV-x070-mine.pth", "by its name it is RWKV-7"),
+    ],
+)
+def test_what_is_said_of_a_missing_file(path, expected):
+    assert expected in missing_weights(Path(path))
+    assert missing_weights(Path(path)).startswith(f"there is no {path}")
+
+
+def test_a_download_that_stopped_is_seen_by_its_size(tmp_path):
+    path = tmp_path / FINCH_3B
+    assert stopped_download(path) is None
+    with path.open("wb") as file:
+        file.truncate(6_199_859_158)  # takes no room on disk
+    assert stopped_download(path) is None
+    with path.open("wb") as file:
+        file.truncate(3_000_000_000)
+    assert stopped_download(path) == (
+        f"{path} has 3,000,000,000 bytes, the published file 6,199,859,158; get it again with: hf download "
+        f"BlinkDL/rwkv-6-world {FINCH_3B} --local-dir {tmp_path}; or, if it is a file of your own, rename it"
+    )
+    other = path.rename(tmp_path / "mine.pth")
+    assert stopped_download(other) is None
