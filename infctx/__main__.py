@@ -276,26 +276,30 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _describe_export(parser: argparse.ArgumentParser) -> None:
-    """Weights or tuned states for other programs."""
-    parser.add_argument("model", type=Path, help="a weights or state file, a checkpoint or the folder of a run")
-    parser.add_argument("output", type=Path, help="weights: .pth or .safetensors; a state: .pth, .st or .safetensors")
+    """Write weights or a tuned state for other programs."""
+    parser.add_argument("model", type=Path, help="a weights file, a state file, a checkpoint or the folder of a run")
+    parser.add_argument(
+        "output",
+        help="weights: a .pth or .safetensors file, or with --names huggingface or fla a folder, such as hf/; "
+        "a state: a .pth, .st or .safetensors file",
+    )
     parser.add_argument(
         "--form",
         choices=("weights", "pth", "st", "merged", "infctx"),
-        help="weights, or a state: pth (RWKV-Runner, ChatRWKV), st (Ai00), merged (with weights: the rwkv package), "
-        "infctx; default: what MODEL is, a state by the suffix of OUTPUT",
+        help="weights, or a state as pth (RWKV-Runner, ChatRWKV), st (Ai00), infctx, or merged into the weights (the "
+        "rwkv package); default: a state if MODEL is one or tuned one, as the suffix of OUTPUT says; else weights",
     )
     parser.add_argument(
         "--names",
         default="official",
         choices=("official", "huggingface", "fla"),
-        help="of weights (default %(default)s); all three are read",
+        help="whose names the tensors of weights get (default %(default)s); infctx reads all three",
     )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 for weights, fp32 for a state of form pth"
     )
-    parser.add_argument("--state", type=Path, help="a state file to merge into MODEL")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--state", type=Path, help="a state file to merge into the weights of MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once the new one is whole")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Writes docs/models.md, the page of published models, from infctx/formats/published.py and the shipped configurations.
 
-    python tools/models_page.py
+python tools/models_page.py
 """
 
 from __future__ import annotations

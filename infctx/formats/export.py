@@ -1,19 +1,21 @@
-"""Export: a model or a tuned state in, the file that another program loads out; of weights one tensor at a time."""
+"""Export: a model or a tuned state in, the file or folder that another program loads out; weights tensor by tensor."""
 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
 
 from infctx.errors import InputError
+from infctx.formats.hub_folder import CODE, write_hub_folder
 from infctx.formats.model_files import find_model, find_state, tuned_over_others
 from infctx.formats.other_names import NAMINGS
 from infctx.formats.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, copy_weights, open_weights
-from infctx.model.sizes import describe
+from infctx.model.sizes import Sizes, describe
 from infctx.model.state import State, describe_state, refuse_other_sizes
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 # Seven parameters: one for each option of `infctx export`.
 def export(
     source: Path,
-    output: Path,
+    output: str | Path,
     *,
     form: str | None = None,
     names: str = "official",
@@ -32,18 +34,22 @@ def export(
     state: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes the weights or the state of a run, a checkpoint or a file; returns one line that says what was done.
+    """Writes the weights or the state of a run, a checkpoint or a file; returns one line for people about what it did.
 
-    form:  "weights", or a form of `infctx.save_state` (pth, st, merged, infctx); None: what `source` is, a state in
-           the form that the suffix of `output` says
-    names: of the weights: "official", "huggingface" or "fla"
-    dtype: of the weights (None: bf16, what the published files are) or of a state of form pth (None: fp32)
-    state: a state file for form merged, in the place of the state that goes with `source`
+    output: a file.  With names other than the official ones, an output that ends in / or has no suffix is a folder in
+            Hugging Face's layout, see `write_hub_folder`.
+    form:   "weights", or a form of `infctx.save_state` (pth, st, merged, infctx).  None: a state if `source` is one or
+            tuned one, in the form that goes with the suffix of `output`; else weights.
+    names:  of the tensors of weights: "official", "huggingface" or "fla"
+    dtype:  of the weights (None: bf16, as in the published files), or of a state of form pth (None: fp32)
+    state:  a state file to merge with the weights, in place of the state that goes with `source`
     """
+    as_folder = names != "official" and _is_folder(output)
+    output = Path(output)
     form = form or _form(source, output, names, state)
     _refuse(source, output, form, names, dtype, state, overwrite)
     if form == "weights":
-        return _export_weights(source, output, EXPORT_DTYPES[dtype or "bf16"], names)
+        return _export_weights(source, output, EXPORT_DTYPES[dtype or "bf16"], names, as_folder)
     if form == "merged":
         return _export_merged(source, output, EXPORT_DTYPES[dtype or "bf16"], state)
     found = find_state(source)
@@ -59,8 +65,12 @@ def export(
     return f"{output}: a state of {describe_state(found_state)}, from {found}"
 
 
+def _is_folder(output: str | Path) -> bool:
+    return str(output).endswith(("/", os.sep)) or not Path(output).suffix or Path(output).is_dir()
+
+
 def _form(source: Path, output: Path, names: str, state: Path | None) -> str:
-    """What is meant where nothing says it."""
+    """The form that is meant where none is given."""
     if state is not None:
         return "merged"
     is_state = output.suffix in SUFFIXES["st"] or (names == "official" and find_state(source) is not None)
@@ -75,34 +85,51 @@ def _refuse(
     """Raises InputError for what does not go together, before anything is read."""
     alone = source.is_file() and is_state_file(source)
     if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists; choose another name, or --overwrite")
+        raise InputError(f"{output}: exists; choose another name, or give --overwrite")
     if names not in NAMINGS:
         raise InputError(f"export: there are no {names!r} names; choose {', '.join(NAMINGS)}")
     if form not in ("weights", *SUFFIXES):
         raise InputError(f"export: there is no form {form!r}; choose weights, {', '.join(SUFFIXES)}")
     if names != "official" and form != "weights":
-        raise InputError(f"export: {names} names have no place for a state; export the weights: --form weights")
+        raise InputError(f"export: {names} names have no place for a state; give --form weights to export the weights")
     if alone and form in ("weights", "merged"):
         raise InputError(f"{source}: is a state without weights; name the model, and give this file with --state")
     if state is not None and form != "merged":
-        raise InputError(f"export: --state {state} is for --form merged, not {form}; name it as MODEL to turn it alone")
+        raise InputError(
+            f"export: --state {state} is for --form merged, not {form}; to convert a state alone, name it as MODEL"
+        )
     if dtype is not None and form in ("st", "infctx"):
         written = {"st": "fp16", "infctx": "fp32"}[form]
-        raise InputError(f"export: a state of form {form} is {written}; leave --dtype out")
+        raise InputError(f"export: a state of form {form} is always {written}; leave --dtype out")
 
 
-def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str) -> str:
+def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str, as_folder: bool) -> str:
     weights = find_model(source).weights
     stored = open_weights(weights)
     leaves_out = names != "official" and stored.has_state
-    num_tensors = copy_weights(stored, output, dtype, names, state={} if leaves_out else None)
-    left_out = "; its initial state is left out" if leaves_out else ""
-    # fla's configuration has one eps for all norms, and the official code 64e-5 for the heads'.
-    more = "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn" if names == "fla" else ""
+    if as_folder:
+        num_tensors = write_hub_folder(stored, output, dtype, names)
+    else:
+        num_tensors = copy_weights(stored, output, dtype, names, state={} if leaves_out else None)
+    more = "; its initial state is left out" if leaves_out else ""
+    if as_folder:
+        more += f"; {_still_missing(stored.sizes, names)}"
+    if names == "fla":  # its configuration has one eps for all norms, and the official code 64e-5 for the heads'
+        more += "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn"
     return (
         f"{output}: {describe(stored.sizes)}, {num_tensors} tensors in {_name(dtype)} under {names} "
-        f"names, from {weights}{left_out}{more}"
+        f"names, from {weights}{more}"
     )
+
+
+def _still_missing(sizes: Sizes, names: str) -> str:
+    """What a folder needs besides weights and configuration, and where it is; it is others' to give away."""
+    wanted = ["the model's .py files"] if names == "huggingface" else []
+    if sizes.vocab_size == 65536:
+        wanted.append("the tokenizer")
+    if not wanted:
+        return "it has no tokenizer"
+    return f"add {' and '.join(wanted)} from {CODE[sizes.version]} on the hub (docs/models.md)"
 
 
 def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path | None) -> str:
@@ -111,7 +138,7 @@ def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path |
     tuned = state or files.state
     initial = state_among(stored) if tuned is None else _tuned_state(tuned, stored, files.weights)
     if initial is None:
-        raise InputError(f"{source}: is a model without an initial state; give one with --state")
+        raise InputError(f"{source}: is a model without an initial state; give a state file with --state")
     save_state(initial, output, "merged", model=stored, dtype=dtype)
     return f"{output}: {describe(stored.sizes)} in {_name(dtype)} with the state of {state or source}"
 

@@ -99,7 +99,7 @@ def test_a_weights_file(tmp_path, version, suffix):
 def test_nothing_is_overwritten_unless_asked(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "in.pth")
     (tmp_path / "out.pth").write_bytes(b"precious")
-    with pytest.raises(InputError, match=r"out.pth: exists; choose another name, or --overwrite"):
+    with pytest.raises(InputError, match=r"out.pth: exists; choose another name, or give --overwrite"):
         export(tmp_path / "in.pth", tmp_path / "out.pth", dtype="bf16")
     assert (tmp_path / "out.pth").read_bytes() == b"precious"
     export(tmp_path / "in.pth", tmp_path / "out.pth", dtype="bf16", overwrite=True)
@@ -201,8 +201,8 @@ def test_what_does_not_go_together(tmp_path):
         (base, {"form": "ggml"}, "there is no form 'ggml'"),
         (base, {"form": "weights", "state": tmp_path / "state.pth"}, "state.pth is for --form merged, not weights"),
         (tmp_path / "state.pth", {"form": "pth", "state": base}, "base.pth is for --form merged, not pth"),
-        (run, {"form": "st", "dtype": "bf16"}, "a state of form st is fp16; leave --dtype out"),
-        (run, {"form": "infctx", "dtype": "bf16"}, "a state of form infctx is fp32; leave --dtype out"),
+        (run, {"form": "st", "dtype": "bf16"}, "a state of form st is always fp16; leave --dtype out"),
+        (run, {"form": "infctx", "dtype": "bf16"}, "a state of form infctx is always fp32; leave --dtype out"),
         (base, {"names": "llama"}, "there are no 'llama' names"),
         (base, {"form": "st"}, "is a model without an initial state"),
         (run, {"form": "pth", "names": "fla"}, "fla names have no place for a state"),

@@ -1,0 +1,118 @@
+"""A model as Hugging Face's libraries lay one out: weights in, a folder with model.safetensors and config.json out.
+
+`infctx.load_model` and --names of `infctx export` read it back, every value as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infctx.errors import InputError
+from infctx.files import atomic_folder
+from infctx.formats.weights import StoredWeights, copy_weights
+from infctx.model.sizes import Sizes
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+CODE = {5: "RWKV/rwkv-5-world-1b5", 6: "RWKV/v6-Finch-1B6-HF"}
+"""Version -> a repository on the hub with the Python code of the model and with the World tokenizer."""
+
+
+def write_hub_folder(stored: StoredWeights, path: Path, dtype: torch.dtype, names: str) -> int:
+    """Writes the folder, whole or not at all, without an initial state; returns the number of tensors.
+
+    names: "huggingface", for the remote code of Rwkv5ForCausalLM and Rwkv6ForCausalLM, or "fla"
+    A folder that is there is replaced if it holds nothing but what this function writes.  Raises InputError where it
+    holds more, where the sizes are not among those that the other code can have, and all that `copy_weights` raises.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    _refuse_other_files(path)
+    config = hub_config(stored.sizes, names, dtype, path)
+    with atomic_folder(path) as temporary:
+        try:
+            num_tensors = copy_weights(stored, temporary / WEIGHTS, dtype, names, state={})
+        except InputError as error:  # the temporary name says nothing to the user
+            raise InputError(str(error).replace(str(temporary), str(path))) from None
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return num_tensors
+
+
+def hub_config(sizes: Sizes, names: str, dtype: torch.dtype, path: Path) -> dict[str, Any]:
+    """The content of config.json; path: where it goes, for messages."""
+    shared = {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.num_layers,
+        "intermediate_size": sizes.ffn_width,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    return (_fla_config(sizes) if names == "fla" else _huggingface_config(sizes, path)) | shared
+
+
+def _huggingface_config(sizes: Sizes, path: Path) -> dict[str, Any]:
+    """The fields of the configuration_rwkv5.py and configuration_rwkv6.py that lie in the repositories of CODE."""
+    _refuse_other_sizes(sizes, path)
+    name = f"rwkv{sizes.version}"
+    return {
+        "architectures": [f"{name.capitalize()}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_{name}.{name.capitalize()}Config",
+            "AutoModelForCausalLM": f"modeling_{name}.{name.capitalize()}ForCausalLM",
+        },
+        "model_type": name,
+        "attention_hidden_size": sizes.width,
+        "head_size": sizes.head_size,
+        "head_size_divisor": 8,  # the heads' norm has eps = 1e-5 * 8 * 8
+        "layer_norm_epsilon": 1e-5,
+        "rescale_every": 6,
+    }
+
+
+def _refuse_other_sizes(sizes: Sizes, path: Path) -> None:
+    """That code works these sizes out from the width, whatever the configuration says."""
+    derived = {"ffn_width": int(3.5 * sizes.width) // 32 * 32}
+    if sizes.version == 6:
+        derived |= {"mix_rank": 64, "decay_rank": 128} if sizes.width == 4096 else {"mix_rank": 32, "decay_rank": 64}
+    for name, size in derived.items():
+        if getattr(sizes, name) != size:
+            raise InputError(
+                f"{path}: with width {sizes.width}, Hugging Face's code has {name} {size}, and this model has "
+                f"{getattr(sizes, name)}; export a file, such as {path.name}.safetensors"
+            )
+
+
+def _fla_config(sizes: Sizes) -> dict[str, Any]:
+    """The fields of fla's RWKV6Config; where Eagle is refused, by its names, nothing of this is written."""
+    return {
+        "architectures": ["RWKV6ForCausalLM"],
+        "model_type": "rwkv6",
+        "attn_mode": "chunk",
+        "num_heads": sizes.num_heads,
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "proj_low_rank_dim": sizes.mix_rank,
+        "gate_low_rank_dim": sizes.decay_rank,
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": 1e-5,
+        "fuse_norm": True,
+    }
+
+
+def _refuse_other_files(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; choose another name for the folder")
+    others = sorted(file.name for file in path.iterdir() if file.name not in (WEIGHTS, CONFIG))
+    if others:
+        raise InputError(f"{path}: also holds {others[0]}, and nothing of that is removed; choose another folder")

@@ -1,0 +1,29 @@
+"""What is said of weights that are not there, or of which only a part is."""
+
+import pytest
+
+from infctx.config import load_config
+from infctx.errors import InputError
+from infctx.plan.lacking import lacking_files
+
+from places import CONFIGS
+
+
+def test_a_download_that_stopped_is_said_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "finch-3b-64k.yaml")
+    weights = config.model.weights
+    assert any(line.startswith(f"model.weights: there is no {weights}; get it") for line in lacking_files(config))
+    weights.parent.mkdir()
+    weights.write_bytes(b"PK and no more")
+    with pytest.raises(InputError, match=f"^model.weights: {weights} has 14 bytes, the published file 6,199,859,158; "):
+        lacking_files(config)
+    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes, and reads no weights
+    assert not any("model.weights" in line for line in lacking_files(config))
+
+
+def test_a_frozen_model_is_read_by_a_resumed_run_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "eagle-1b5-tune-state.yaml")
+    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)
+    assert any(line.startswith("model.weights: there is no ") for line in lacking_files(config))
