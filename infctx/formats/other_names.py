@@ -1,4 +1,4 @@
-"""Weights under the names of others in, under the official names out, and back; no value changes.
+"""Weights under other programs' names in, under the official names out, and back; no value changes.
 
 Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors; flash-linear-attention
 (`RWKV6ForCausalLM`, no Eagle) also stacks and transposes some, and has the low-rank products in an order of its own.
@@ -24,7 +24,7 @@ NAMINGS = ("official", "huggingface", "fla")
 
 
 def naming_of(names: Iterable[str]) -> str:
-    """Which of NAMINGS these names are; "official" where nothing tells otherwise."""
+    """Which of NAMINGS these names are; "official" if they are neither of the others."""
     names = set(names)
     for naming, telling in (("huggingface", r"rwkv\."), ("fla", r"model\.(embeddings|layers\.[0-9]+\.attn)\.")):
         if "emb.weight" not in names and any(re.match(telling, name) for name in names):

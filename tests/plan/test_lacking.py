@@ -1,12 +1,14 @@
-"""What is said of weights that are not there, or of which only a part is."""
+"""What is said of weights that are not there, or of which only a part is; and what the shipped files say of memory."""
 
 import pytest
 
 from infctx.config import load_config
 from infctx.errors import InputError
+from infctx.model.sizes import published_sizes
 from infctx.plan.lacking import lacking_files
 
 from places import CONFIGS
+from plans import planned_bytes
 
 
 def test_a_download_that_stopped_is_said_before_it_is_read(tmp_path, monkeypatch):
@@ -27,3 +29,10 @@ def test_a_frozen_model_is_read_by_a_resumed_run_too(tmp_path, monkeypatch):
     config = load_config(CONFIGS / "eagle-1b5-tune-state.yaml")
     (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)
     assert any(line.startswith("model.weights: there is no ") for line in lacking_files(config))
+
+
+@pytest.mark.parametrize("name", ["eagle-1b5-tune-state", "finch-3b-tune-state"])
+def test_a_shipped_file_says_what_is_planned(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    planned = planned_bytes(config, published_sizes(config.model.size), "cuda").device
+    assert f"({planned / 1e9:.1f} GB planned)" in (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
