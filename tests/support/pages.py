@@ -1,0 +1,161 @@
+"""The README and the pages of docs/, read as somebody would who types what stands there.
+
+`commands` are the lines of the sh blocks of a page, `snippets` its Python blocks.  `Newcomer` runs them in a copy of the
+repository, in the order in which they stand, and in this process: a `make` target is first asked for its commands.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import islice
+
+from infctx.config import load_config
+from infctx.data.example_documents import cpp_documents, python_documents
+from infctx.data.prepare import prepare
+from infctx.formats.published import PUBLISHED_FILES, PUBLISHED_FOLDERS
+
+from places import ROOT
+from runs import infctx_here
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES += ["docs/benchmarks/README.md", "CONTRIBUTING.md", "infctx/cuda/README.md"]
+COPIED = [
+    "configs",
+    "docs",
+    "tools",
+    "examples",
+    "infctx",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "constraints.txt",
+]
+
+SMALLER = {
+    # What would take minutes: text in the shipped configurations, and words of commands.
+    "steps: 240": "steps: 4",
+    "steps: 120": "steps: 2",
+    "warmup_steps: 5": "warmup_steps: 1",
+    "window_tokens: 16384          #": "window_tokens: 1024           #",
+    "window_tokens: 16384\n  lanes: 1\n": "window_tokens: 1024\n  lanes: 1\n",
+    "segment_tokens: 1024          #": "segment_tokens: 256            #",
+    "optimizer.steps=300": "optimizer.steps=6",
+    "optimizer.steps=140": "optimizer.steps=3",
+}
+NEEDS_GPU = "this machine lacks what the run needs"
+
+
+def commands(page):
+    """Every command of the sh blocks of a page, comments removed, continued lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [" ".join(line.split()) for line in map(_without_comment, lines) if line]
+
+
+def snippets(page):
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+
+
+def _without_comment(line):
+    return re.sub(r"(^|\s)#.*", "", line).strip()
+
+
+class Newcomer:
+    """Somebody in a fresh copy of the repository who has run `make train`, with smaller settings."""
+
+    def __init__(self, folder):
+        self.place = folder / "infctx"
+        self.place.mkdir(parents=True)
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self.place / name, **({"ignore": ignored} if copy is shutil.copytree else {}))
+        for path in (self.place / "configs").glob("*-tiny*.yaml"):
+            path.write_text(_smaller(path.read_text(encoding="utf-8")), encoding="utf-8")
+        self._prepare_documents()
+        self._stand_in = _recording_venv(folder)
+
+    def _prepare_documents(self):
+        """A few of the documents that the Makefile would make for the small configurations."""
+        for name, documents in (("python", python_documents()), ("cpp", cpp_documents())):
+            texts = self.place.parent / name
+            texts.mkdir()
+            for number, (_, text) in enumerate(islice(documents, 3)):
+                (texts / f"{number}.txt").write_text(text, encoding="utf-8")
+            prepare([str(texts)], self.place / "data" / name, tokenizer="bytes", held_out=0.5, progress=False)
+
+    def type(self, command):
+        """Runs a command to its end: (exit code, what it printed)."""
+        words = shlex.split(_smaller(command))
+        if words[0] == "make":
+            done = [self.run(arguments) for arguments in self._commands_of_make(words)]
+            return max(code for code, _ in done), "".join(text for _, text in done)
+        return self.run(words[1:]) if words[0] in ("infctx", ".venv/bin/infctx") else (None, words)
+
+    def run(self, arguments):
+        code, output, errors = infctx_here(*arguments)
+        return code, output + errors
+
+    def _commands_of_make(self, words):
+        """The arguments of each infctx command that a target would run, as make and the shell have put them together."""
+        record = self._stand_in / "record"
+        record.write_text("")
+        stamps = [f"--assume-old={name}" for name in ("data/python/store.json", "data/cpp/store.json")]
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        made = subprocess.run(
+            [words[0], *stamps, f"VENV={self._stand_in}", *words[1:]],
+            cwd=self.place,
+            env=kept | {"RECORD": str(record)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert made.returncode == 0, made.stderr
+        return [line.split("\x1f")[:-1] for line in record.read_text().split("\x1e")[:-1]]
+
+
+def _smaller(text):
+    for old, new in SMALLER.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _recording_venv(folder):
+    """A .venv whose infctx writes down what it was called with."""
+    venv = folder / "venv"
+    (venv / "bin").mkdir(parents=True)
+    for stamp in ("installed", "installed-test"):
+        (venv / stamp).touch()
+    script = venv / "bin" / "infctx"
+    script.write_text(
+        '#!/bin/sh\nfor word in "$@"; do printf "%s\\037" "$word"; done >>"$RECORD"\nprintf "\\036" >>"$RECORD"\n'
+    )
+    script.chmod(0o755)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    return venv
+
+
+def check_download(words):
+    """`hf download REPOSITORY [FILE] ...` names something that is published."""
+    known = {(file.repository, file.name) for file in PUBLISHED_FILES}
+    named = words[2], words[3]
+    assert named in known or words[2] in PUBLISHED_FOLDERS, words
+
+
+def check_started_elsewhere(words):
+    """What torchrun and srun start is a configuration that loads, with the lanes that many ranks need."""
+    begin = words.index("infctx") if "infctx" in words else words.index(".venv/bin/infctx")
+    command, config, *overrides = words[begin + 1 :]
+    assert (command, config) == ("train", "CONFIG")
+    load_config(ROOT / "configs" / "finch-3b-64k.yaml", [*overrides, "window.lanes=16"])
+
+
+def check_tool(words):
+    """`python tools/NAME.py ...` is there; each tool has a test of its own."""
+    assert (ROOT / words[1]).is_file(), words
