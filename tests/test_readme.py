@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its links lead somewhere, its Python works, and its block is what is printed."""
+"""The README is true: its commands run, its links lead somewhere, its Python works, its block is what is printed."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """The README and the pages of docs/, read as somebody would who types what stands there.
 
-`commands` are the lines of the sh blocks of a page, `snippets` its Python blocks.  `Newcomer` runs them in a copy of the
-repository, in the order in which they stand, and in this process: a `make` target is first asked for its commands.
+`commands` are the lines of the sh blocks of a page, `snippets` its Python blocks.  `Newcomer` runs them in a copy of
+the repository, in order, and in this process: a `make` target is first asked for its commands.
 """
 
 import os
@@ -45,25 +45,20 @@ SMALLER = {
     "optimizer.steps=300": "optimizer.steps=6",
     "optimizer.steps=140": "optimizer.steps=3",
 }
+ASSUMED = ("data/python/store.json", "data/cpp/store.json", "runs/finch-tiny/model.pth")
 NEEDS_GPU = "this machine lacks what the run needs"
 
 
 def commands(page):
     """Every command of the sh blocks of a page, comments removed, continued lines joined."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    lines = [
-        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()
-    ]
-    return [" ".join(line.split()) for line in map(_without_comment, lines) if line]
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [command for line in lines if (command := " ".join(re.sub(r"(^|\s)#.*", "", line).split()))]
 
 
 def snippets(page):
     """The Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
-
-
-def _without_comment(line):
-    return re.sub(r"(^|\s)#.*", "", line).strip()
 
 
 class Newcomer:
@@ -103,10 +98,10 @@ class Newcomer:
         return code, output + errors
 
     def _commands_of_make(self, words):
-        """The arguments of each infctx command that a target would run, as make and the shell have put them together."""
+        """The arguments of each infctx command that a target would run, as make and the shell put them together."""
         record = self._stand_in / "record"
         record.write_text("")
-        stamps = [f"--assume-old={name}" for name in ("data/python/store.json", "data/cpp/store.json")]
+        stamps = [f"--assume-old={name}" for name in ASSUMED]
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         made = subprocess.run(
             [words[0], *stamps, f"VENV={self._stand_in}", *words[1:]],
