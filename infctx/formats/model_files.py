@@ -19,7 +19,7 @@ from infctx.formats.checkpoint_folder import (
 )
 from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
-from infctx.formats.weights import StoredWeights, fingerprint, open_weights, read_model
+from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
 from infctx.model.rwkv import RWKV, Compute
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def open_model(
 def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
     """Whether a state's file, or that of a checkpoint or run, says that it was tuned over other weights than these."""
     tuned_over = read_metadata(state / STATE_FILE if state.is_dir() else state).get(TUNED_OVER)
-    return tuned_over is not None and tuned_over != fingerprint(weights)
+    return tuned_over is not None and not has_fingerprint(weights, tuned_over)
 
 
 def find_model(path: Path, hashes: bool = True) -> ModelFiles:

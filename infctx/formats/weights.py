@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,11 @@ from infctx.model.sizes import Sizes, make_sizes
 from infctx.recurrence.precision import state_dtype
 
 Shape = tuple[int, ...]
+
+FINGERPRINT_KIND = "sha256:"
+"""What a fingerprint begins with; those of 0.1.0, which two values exchanged could escape, begin with nothing."""
+HASHED_AT_ONCE = 1 << 20
+"""Values, which are 2 MB as bf16."""
 
 
 def load_model(
@@ -140,16 +145,27 @@ def copy_weights(
 
 
 def fingerprint(model: RWKV | StoredWeights) -> str:
-    """Tells models apart, 16 hex digits: of the weights as bf16, whatever they are held in; not of the initial state.
+    """Identifies weights, as `sha256:` and 16 hex digits: of their bits as bf16, whatever they are held in.
 
-    Sums of the bits at every place, every third, seventh and eleventh: any device works them out, in little memory.
+    The initial state is not part of it.  Reads every value once, a few MB at a time; 3B of them take seconds.
     """
     digest = hashlib.sha256()
-    for name, official in stored_names(model.sizes).items():
-        if isinstance(model, StoredWeights):
-            weight = model.tensors[official].float()
-        else:
-            weight = model.get_parameter(name).detach()
+    for name, weight in _weights(model):
+        digest.update(f"{name} {weight.numel()} ".encode())
+        for piece in weight.flatten().split(HASHED_AT_ONCE):
+            digest.update(piece.to(torch.bfloat16).view(torch.int16).cpu().numpy().data)
+    return f"{FINGERPRINT_KIND}{digest.hexdigest()[:16]}"
+
+
+def has_fingerprint(model: RWKV | StoredWeights, mark: str) -> bool:
+    """Whether a mark is the fingerprint of these weights, by this version or by 0.1.0, whose marks have no prefix."""
+    return mark == (fingerprint(model) if ":" in mark else _fingerprint_of_0_1_0(model))
+
+
+def _fingerprint_of_0_1_0(model: RWKV | StoredWeights) -> str:
+    """Of the sums of the bits at every place, every third, seventh and eleventh."""
+    digest = hashlib.sha256()
+    for name, weight in _weights(model):
         bits = weight.to(torch.bfloat16).flatten().view(torch.int16)
         sums = [
             sum(int(piece.sum(dtype=torch.int64)) for piece in bits[::stride].split(1 << 22))
@@ -157,6 +173,15 @@ def fingerprint(model: RWKV | StoredWeights) -> str:
         ]
         digest.update(f"{name} {bits.numel()} {sums}".encode())
     return digest.hexdigest()[:16]
+
+
+def _weights(model: RWKV | StoredWeights) -> Iterator[tuple[str, Tensor]]:
+    """Our name and the values of every weight, of a file rounded to fp32 as the model would be; not the state."""
+    for name, official in stored_names(model.sizes).items():
+        if isinstance(model, StoredWeights):
+            yield name, model.tensors[official].float()
+        else:
+            yield name, model.get_parameter(name).detach()
 
 
 def stored_tensors(model: RWKV) -> dict[str, Tensor]:

@@ -6,13 +6,21 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from safetensors.torch import save_file
 
 import infctx
 from infctx.errors import InputError
 from infctx.formats.other_names import from_official
 from infctx.formats.stored_names import stored_names
-from infctx.formats.weights import fingerprint, read_sizes, stored_tensors
+from infctx.formats.weights import (
+    HASHED_AT_ONCE,
+    fingerprint,
+    has_fingerprint,
+    open_weights,
+    read_sizes,
+    stored_tensors,
+)
 
 from places import GOLDEN
 from tiny_models import random_model, random_tokens
@@ -321,12 +329,52 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
     assert fingerprint(low) != kept
 
 
-def test_the_fingerprint_is_the_sums_of_the_bits_of_large_tensors_too():
+@given(data=strategies.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_fingerprint_sees_any_two_values_exchanged_and_any_bit(large_weights, data):
+    """Two values 231 = 3 * 7 * 11 places apart are what 0.1.0 could not see."""
+    model, kept = large_weights
+    parameter = data.draw(strategies.sampled_from(list(model.parameters())))
+    bits = parameter.data.view(-1).view(torch.int16)
+    place = strategies.integers(0, bits.numel() - 1)
+    first = data.draw(place)
+    second = data.draw(place | strategies.just((first + 231) % bits.numel()))
+    before = bits.clone()
+    if data.draw(strategies.booleans()):
+        bits[[first, second]] = bits[[second, first]]
+    else:
+        bits[first] ^= data.draw(strategies.sampled_from([1 << bit for bit in range(15)] + [-(1 << 15)]))
+    assert (fingerprint(model) == kept) == torch.equal(bits, before)
+    bits.copy_(before)
+
+
+@pytest.fixture(scope="module")
+def large_weights():
+    """A model with more values in a matrix than are hashed at a time, and its fingerprint."""
+    model = infctx.build_model(version=5, num_layers=1, width=64, vocab_size=18000, dtype=torch.bfloat16)
+    assert model.head.weight.numel() > HASHED_AT_ONCE
+    return model, fingerprint(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_fingerprint_is_the_same_however_weights_are_held(tmp_path, dtype, suffix):
+    infctx.save_weights(random_model(6, dtype=torch.float64), tmp_path / f"a{suffix}", dtype)
+    marks = {fingerprint(open_weights(tmp_path / f"a{suffix}"))}
+    marks |= {fingerprint(infctx.load_model(tmp_path / f"a{suffix}", held)) for held in (torch.float32, torch.bfloat16)}
+    (mark,) = marks
+    assert re.fullmatch(r"sha256:[0-9a-f]{16}", mark)
+
+
+def test_fingerprints_of_0_1_0_are_still_recognised():
     model = infctx.build_model(version=5, num_layers=1, width=64, vocab_size=66000, dtype=torch.bfloat16)
-    assert model.head.weight.numel() > 1 << 22  # more than is summed at a time
+    assert model.head.weight.numel() > 1 << 22  # more than was summed at a time
     digest = hashlib.sha256()
     for ours in stored_names(model.sizes):
         bits = model.get_parameter(ours).detach().flatten().view(torch.int16).long()
         sums = [int(bits[::stride].sum()) for stride in (1, 3, 7, 11)]
         digest.update(f"{ours} {bits.numel()} {sums}".encode())
-    assert fingerprint(model) == digest.hexdigest()[:16]
+    mark = digest.hexdigest()[:16]
+    assert has_fingerprint(model, mark) and has_fingerprint(model, fingerprint(model))
+    model.head.weight.data.view(-1)[5] += 1
+    assert not has_fingerprint(model, mark)
