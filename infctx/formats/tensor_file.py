@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,12 @@ from torch import Tensor
 from infctx.errors import InputError
 from infctx.files import atomic_file
 from infctx.formats.checkpoint_folder import listed_files
-from infctx.small_texts import read_json
+from infctx.formats.pth_check import is_zip, refuse_odd_pth
+from infctx.small_texts import quoted, read_json
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_NAME = 200
+"""Letters in the name of a tensor."""
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -33,15 +35,20 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     """
     tensors = _read_safetensors(path, names) if is_safetensors(path) else _read_pth(path)
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            shown = f" {name}" if isinstance(name, int) else ""
+            raise InputError(f"{path}: entry{shown} is named by a {type(name).__name__}; not a weights file")
+        _refuse_odd_name(name, path)
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
-        if not isinstance(name, str):
-            raise InputError(f"{path}: entry {name!r} is named by a {type(name).__name__}; not a weights file")
         if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             kind = "without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
             raise InputError(f"{path}: tensor {name} is {kind}; dense fp32, bf16, fp16 and fp64 are read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: tensor {name} repeats its values to {tuple(tensor.shape)}; save it contiguous")
+        # Before torch 1.6: storages that the list of them leaves out are never read, only allocated.
+        if tensor.untyped_storage().nbytes() > path.stat().st_size:
+            raise InputError(f"{path}: tensor {name} claims more values than the file has; copy it again")
     return tensors
 
 
@@ -50,7 +57,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if not is_safetensors(path):
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
     with _open_safetensors(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        names = list(file.keys())
+        for name in names:
+            _refuse_odd_name(name, path)
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -90,7 +100,7 @@ def is_safetensors(path: Path) -> bool:
 def is_mapped(path: Path) -> bool:
     """Whether `read_tensors` maps the file, so that values take memory only once they are looked at."""
     # A path that ends in .safetensors torch would read as such, whatever is in it; a map needs a path.
-    return is_safetensors(path) or (zipfile.is_zipfile(path) and path.suffix != ".safetensors")
+    return is_safetensors(path) or (is_zip(path) and path.suffix != ".safetensors")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -185,10 +195,17 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        raise InputError(f"{path}: not a whole safetensors file ({quoted(str(error), 200)}); copy it again") from None
+
+
+def _refuse_odd_name(name: str, path: Path) -> None:
+    """Here, once for all messages that repeat a name."""
+    if len(name) > MOST_NAME or not name.isprintable():
+        raise InputError(f'{path}: "{quoted(name)}" is no name of a weight; not a weights file')
 
 
 def _read_pth(path: Path) -> dict[Any, Any]:
+    refuse_odd_pth(path)
     try:
         mapped = is_mapped(path)
         with warnings.catch_warnings(), path.open("rb") as file:
@@ -198,12 +215,12 @@ def _read_pth(path: Path) -> dict[Any, Any]:
         found = re.search(r"(?:Unsupported|GLOBAL|global) [^\n]*", str(error))
         raise InputError(
             f"{path}: not a plain dict of tensors, and no code in it was run "
-            f"({found[0].strip() if found else 'unreadable pickle'}); "
+            f"({quoted(found[0].strip(), 200) if found else 'unreadable pickle'}); "
             "save the weights alone, as torch.save(model.state_dict(), path) does"
         ) from None
     except Exception as error:  # on damaged bytes torch raises nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a whole .pth file ({reason}); copy it again") from None
+        raise InputError(f"{path}: not a whole .pth file ({quoted(reason, 200)}); copy it again") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     return dict(content)

@@ -5,6 +5,8 @@ import json
 import pickle
 import resource
 import signal
+import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -15,6 +17,7 @@ import torch
 
 import infctx
 from infctx.errors import InputError
+from infctx.formats.pth_check import refuse_odd_pth
 from infctx.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from infctx.formats.weights import copy_weights, open_weights, stored_tensors
 
@@ -211,6 +214,100 @@ def test_a_shape_out_of_all_bounds(tmp_path, name, shape):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + values)
     assert "tensor " in refusal(path)
+
+
+def pickle_of_shared_tuples(times, as_value=False):
+    """{t: None} or {"t": t}, where t = (1,) and so often t = (t, t): its hash takes 2 ** times steps."""
+    tuples = b"K\x01\x85q\x01" + b"h\x01\x86q\x01" * times
+    return b"\x80\x02}" + (b"X\x01\0\0\0t" + tuples if as_value else tuples + b"N") + b"s."
+
+
+def zip_of(path, compression=zipfile.ZIP_STORED, **records):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(f"model/{name.replace('__', '.')}", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (pickle_of_shared_tuples(40), "its pickle holds tuples of tuples, which no file of weights needs"),
+        (pickle_of_shared_tuples(40, as_value=True), "its pickle holds tuples of tuples"),
+        (pickle_of_shared_tuples(3), "entry is named by a tuple"),
+        (b"\x80\x02cbuiltins\nset\n]" + pickle_of_shared_tuples(9)[3:-3] + b"a\x85R.", "holds tuples of tuples"),
+        (b"\x80\x02}\x8a\x20" + b"\x01" * 32 + b"Ns.", "its pickle holds a huge number"),
+        (b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x40\x85R.", "its pickle holds a bytearray"),
+        (b"\x80\x02}X\x05\0\0\0a\x1b[31Ns.", r'"a\x1b[31" is no name of a weight'),
+        (b"\x80\x02}X\x2c\x01\0\0" + b"a" * 300 + b"Ns.", "is no name of a weight"),
+        (b"\x80\x02}" + b" " * (9 << 20), "list of its tensors is cut short or damaged"),
+        (b"\x80\x02}" + (b"X\0\1\0\0" + b"a" * 256 + b"0") * (1 << 15), "more than 8,388,608 bytes"),
+        (b"\x80\x02}u", "list of its tensors is cut short or damaged"),
+        (b"\x80\x02tttt.", "list of its tensors is cut short or damaged"),
+    ],
+)
+@pytest.mark.parametrize("container", ["zip", "before torch 1.6"])
+def test_a_pickle_that_asks_for_too_much_is_refused_at_once(tmp_path, content, says, container):
+    path, start = tmp_path / "model.pth", time.perf_counter()
+    if container == "zip":
+        zip_of(path, version="3", data__pkl=content, byteorder="little")
+        says = "bytes, which no file of weights needs" if len(content) > 8 << 20 else says
+    else:
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().partition(b"}q\x00.")[0][:-2] + content + b"\x80\x02]q\x00.")
+    assert says in refusal(path)
+    assert time.perf_counter() - start < 5  # for ever, without
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("README.md", b"# infctx\nTrains", 'not a .pth of weights: it begins with the text "# infctx"; name a weights'),
+        ("a.pth", b"\xff\xfe" * 40, "not a whole .pth or .safetensors file; copy it again, or name a weights file"),
+        ("a.pth", b"PK\x03\x04" + b"x" * 50, "its end or its list of parts is damaged"),
+    ],
+)
+def test_what_a_file_is_instead_is_one_short_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert says in message and len(message) < 120 + len(str(tmp_path))
+
+
+def test_a_pickle_that_unpacks_to_much_is_not_unpacked(tmp_path):
+    zip_of(tmp_path / "model.pth", zipfile.ZIP_DEFLATED, data__pkl=b"\x80\x02}." + bytes(64 << 20))
+    assert (tmp_path / "model.pth").stat().st_size < 1 << 17
+    tracemalloc.start()
+    assert "model/data.pkl in it is compressed" in refusal(tmp_path / "model.pth")
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_values_that_a_file_does_not_hold_are_not_made_up(tmp_path):
+    """Before torch 1.6: a storage of 2 GB that the list of storages leaves out."""
+    path = tmp_path / "model.pth"
+    torch.save({"emb.weight": torch.ones(4, 5)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    content = content[: content.index(b"\x80\x02]", 100)] + b"\x80\x02]."
+    content = content.replace(b"K\x14Nt", b"J\0\0\0\x20Nt")
+    path.write_bytes(content)
+    assert "tensor emb.weight claims more values than the file has" in refusal(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_all_that_a_state_dict_holds_passes_the_look_at_its_pickle(tmp_path, options):
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    values = torch.ones(4, 5)
+    tensors = {"a": values, "tied": values, "part": values[1:], "low": torch.nn.Parameter(values.bfloat16())}
+    others = {"n": 12345678901, "s": "text", "none": None, "size": torch.Size([3]), "list": [1, (2, (3, True))]}
+    many = {"sparse": torch.eye(3).to_sparse(), "deep": torch.ones([1] * 20), "empty": torch.ones(0)}
+    for content in (tensors, OrderedDict(tensors | others | many), layer.state_dict(), optimizer.state_dict(), {}):
+        torch.save(content, tmp_path / "model.pth", **options)
+        refuse_odd_pth(tmp_path / "model.pth")
+    torch.save(tensors, tmp_path / "model.pth", **options)
+    found = read_tensors(tmp_path / "model.pth")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_zip_that_torch_did_not_write(tmp_path):
