@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from infctx.errors import InputError
 
@@ -21,6 +22,8 @@ MOST_JSON_BYTES = 1 << 26
 """Of a manifest or an index; that of a model of 100,000 tensors has 10 MB."""
 MOST_DIGITS = 40
 MOST_QUOTED = 80
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def quoted(text: str, most: int = MOST_QUOTED) -> str:
@@ -47,7 +50,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{source}{line}: {quoted(error.problem or 'not YAML', 200)}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{source}: not YAML; {quoted(str(error).splitlines()[0], 200)}") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
     except ValueError as error:  # a date that is none
@@ -66,6 +69,23 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
 
     walk(node, ())
     return content, places
+
+
+def read_json_as(schema: type[Schema], file: Path, most_bytes: int = MOST_JSON_BYTES) -> Schema:
+    """The content of a JSON file that a schema describes; ValueError for any other, in a few words that name the place.
+
+    Nothing is turned into what it is not: neither "1" nor 1.0 nor true is the number 1.
+    """
+    size = file.stat().st_size
+    if size > most_bytes:
+        raise ValueError(f"{size:,} bytes, {most_bytes:,} at most")
+    try:
+        return schema.model_validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        problem = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{quoted(where)}: {quoted(problem, 120)}" if where else quoted(problem, 120)) from None
 
 
 def read_json(file: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:

@@ -23,10 +23,12 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, RootModel
 
 from infctx.errors import InputError
-from infctx.small_texts import read_json, read_yaml
+from infctx.small_texts import read_json_as, read_yaml
 
 CHECKPOINT_WEIGHTS = "model.safetensors"
 """The file of a checkpoint that holds the model."""
@@ -38,7 +40,24 @@ MANIFEST, PROGRESS, SETTINGS = "manifest.json", "progress.json", "config.yaml"
 TUNED_OVER = "weights"
 """Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
 
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+
 log = logging.getLogger(__name__)
+
+
+class Manifest(RootModel):
+    """manifest.json: file name -> size and SHA-256."""
+
+    root: dict[
+        Annotated[str, Field(pattern=r"^[0-9A-Za-z_][0-9A-Za-z_.-]*$", max_length=255)],
+        tuple[Size, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]],
+    ]
+
+
+class WeightIndex(BaseModel):
+    """model.safetensors.index.json, ours and Hugging Face's: what else it has is not looked at."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^\p{C}]+$", max_length=255)]]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -107,8 +126,8 @@ def _find_gap(path: Path, names: Collection[str]) -> str | None:
         return f"{MANIFEST} lists {len(carries)} of {max(counts)} files of the carry"
     if INDEX in names:
         try:
-            wanted = set(read_json(path / INDEX)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            wanted = set(read_json_as(WeightIndex, path / INDEX).weight_map.values())
+        except ValueError:
             return f"{INDEX} is not readable"
         if not wanted <= set(names):
             return f"{MANIFEST} does not list all files of {INDEX}"
@@ -117,22 +136,15 @@ def _find_gap(path: Path, names: Collection[str]) -> str | None:
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """File name -> size and SHA-256 of all that belongs to a checkpoint; ValueError for what is no manifest."""
-    entries = read_json(path / MANIFEST)
-    if not isinstance(entries, dict):
-        raise ValueError("no object")
-    for name, entry in entries.items():
-        fits = isinstance(entry, list) and [type(part) for part in entry] == [int, str]
-        if not fits or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-            raise ValueError("no list of files with their sizes and hashes")
-    return {name: (size, digest) for name, (size, digest) in entries.items()}
+    return read_json_as(Manifest, path / MANIFEST).root
 
 
 def listed_files(path: Path) -> set[str] | None:
     """The names of all that belongs to a checkpoint; None for a folder that is none."""
     try:
         return set(read_manifest(path)) if (path / MANIFEST).is_file() else None
-    except ValueError:
-        raise InputError(f"{path / MANIFEST}: is not readable; copy the checkpoint again") from None
+    except ValueError as error:
+        raise InputError(f"{path / MANIFEST}: is not readable ({error}); copy the checkpoint again") from None
 
 
 def tensor_files(path: Path, stem: str) -> list[Path]:

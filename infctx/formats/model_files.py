@@ -21,6 +21,7 @@ from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
 from infctx.model.rwkv import RWKV, Compute
+from infctx.small_texts import quoted
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,11 @@ def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
     return tuned_over is not None and not has_fingerprint(weights, tuned_over)
 
 
-def find_model(path: Path, hashes: bool = True) -> ModelFiles:
+def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> ModelFiles:
     """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none.
 
     hashes: reads all of that checkpoint to see whether it is whole, see `newest_checkpoint`.
+    seen: checkpoints of states that led here, each tuned over the weights of the next
     """
     if not path.is_dir():
         if path.is_file() and is_state_file(path):
@@ -84,13 +86,15 @@ def find_model(path: Path, hashes: bool = True) -> ModelFiles:
         weights = Path(named)
         if not weights.exists():
             raise InputError(
-                f"{path}: holds a state tuned over {weights}, and that is not there; run this where it is, or name "
-                f"the model and give {path / STATE_FILE} with --state"
+                f"{path}: holds a state tuned over {quoted(named, 200)}, and that is not there; run this where it is, "
+                f"or name the model and give {path / STATE_FILE} with --state"
             )
-        return ModelFiles(find_model(weights, hashes).weights, path / STATE_FILE)
+        if path.resolve() in seen:
+            raise InputError(f"{path}: holds a state that is tuned over itself, by its settings; copy it again")
+        return ModelFiles(find_model(weights, hashes, (*seen, path.resolve())).weights, path / STATE_FILE)
     newest = newest_checkpoint(path / "checkpoints", hashes) or newest_checkpoint(path, hashes)
     if newest is not None:
-        return find_model(newest, hashes)
+        return find_model(newest, hashes, seen)
     if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
         return ModelFiles(path, None)
     raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from infctx.errors import InputError
 from infctx.files import atomic_file
-from infctx.formats.checkpoint_folder import listed_files
+from infctx.formats.checkpoint_folder import WeightIndex, listed_files
 from infctx.formats.pth_check import is_zip, refuse_odd_pth
-from infctx.small_texts import quoted, read_json
+from infctx.small_texts import quoted, read_json_as
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_NAME = 200
@@ -77,10 +77,10 @@ def weight_files(path: Path) -> list[Path]:
             return [path / name]
         if index.is_file() and (listed is None or index.name in listed):
             try:
-                names = sorted(set(read_json(index)["weight_map"].values()))
-                files = [path / Path(name).name for name in names]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(f"{index}: not an index of weight files; copy it again") from None
+                names = sorted(set(read_json_as(WeightIndex, index).weight_map.values()))
+            except ValueError as error:
+                raise InputError(f"{index}: not an index of weight files ({error}); copy it again") from None
+            files = [path / Path(name).name for name in names]
             if files:
                 return files
     raise InputError(f"{path}: holds no model.safetensors, pytorch_model.bin or index of these; name a weights file")
@@ -201,7 +201,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 def _refuse_odd_name(name: str, path: Path) -> None:
     """Here, once for all messages that repeat a name."""
     if len(name) > MOST_NAME or not name.isprintable():
-        raise InputError(f'{path}: "{quoted(name)}" is no name of a weight; not a weights file')
+        raise InputError(f"{path}: tensor {quoted(name)} has an odd name; not a weights file")
 
 
 def _read_pth(path: Path) -> dict[Any, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from infctx.config import Config, dump_config
@@ -28,6 +29,7 @@ from infctx.formats.checkpoint_folder import (
     SETTINGS,
     STATE_FILE,
     TUNED_OVER,
+    Size,
     checkpoint_path,
     checkpoints,
     saved_settings,
@@ -36,7 +38,7 @@ from infctx.formats.checkpoint_folder import (
 )
 from infctx.formats.state_file import save_state
 from infctx.model.state import State
-from infctx.small_texts import read_json
+from infctx.small_texts import quoted, read_json_as
 from infctx.train.run import Progress, Run
 from infctx.train.shares import ANOTHER_CHECKPOINT, read_carry, read_moments, write_carry, write_moments, write_weights
 
@@ -89,7 +91,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
     before, now = saved_settings(path), _found_anywhere(config).model_dump(mode="json")
     return [
-        f"{section}.{name} {before.get(section, {}).get(name)} -> {value}"
+        f"{section}.{name} {quoted(str(before.get(section, {}).get(name)))} -> {value}"
         for section, settings in now.items()
         for name, value in settings.items()
         if before.get(section, {}).get(name) != value
@@ -132,15 +134,20 @@ def load_progress(path: Path, engine: Engine) -> tuple[State, Progress]:
     return state, _read_progress(path / PROGRESS)
 
 
+class _SavedProgress(BaseModel):
+    """progress.json; what a position means is the lanes' affair (infctx.data.lanes)."""
+
+    step: Size
+    position: dict[str, bool | int | str | list[int] | None] | None
+    num_tokens: Size
+
+
 def _read_progress(file: Path) -> Progress:
     try:
-        step, position, num_tokens = (read_json(file)[name] for name in Progress._fields)
-    except (ValueError, KeyError, TypeError):
-        step = position = num_tokens = None
-    counts = all(type(count) is int and count >= 0 for count in (step, num_tokens))
-    if not counts or not isinstance(position, dict | None):
-        raise InputError(f"{file}: holds no progress of a run; {ANOTHER_CHECKPOINT}")
-    return Progress(step, position, num_tokens)
+        saved = read_json_as(_SavedProgress, file)
+    except ValueError as error:
+        raise InputError(f"{file}: holds no progress of a run ({error}); {ANOTHER_CHECKPOINT}") from None
+    return Progress(saved.step, saved.position, saved.num_tokens)
 
 
 def load_units(path: Path) -> State | None:
