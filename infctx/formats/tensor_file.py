@@ -56,7 +56,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of a file, without reading their values where the format allows."""
     if not is_safetensors(path):
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         names = list(file.keys())
         for name in names:
             _refuse_odd_name(name, path)
@@ -107,8 +107,18 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The text in the header of a safetensors file; nothing for a .pth, which has none."""
     if not is_safetensors(path):
         return {}
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         return file.metadata() or {}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, its header read: `keys()`, `get_slice(name)`, `get_tensor(name)`, `metadata()`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({quoted(str(error), 200)}); copy it again") from None
 
 
 def narrow(
@@ -185,17 +195,8 @@ def _system_errors(path: Path) -> Iterator[None]:
 
 
 def _read_safetensors(path: Path, names: Collection[str] | None) -> dict[str, Tensor]:
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({quoted(str(error), 200)}); copy it again") from None
 
 
 def _refuse_odd_name(name: str, path: Path) -> None:

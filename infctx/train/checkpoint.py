@@ -38,6 +38,7 @@ from infctx.formats.checkpoint_folder import (
 )
 from infctx.formats.state_file import save_state
 from infctx.model.state import State
+from infctx.recurrence.precision import state_dtype
 from infctx.small_texts import quoted, read_json_as
 from infctx.train.run import Progress, Run
 from infctx.train.shares import ANOTHER_CHECKPOINT, read_carry, read_moments, write_carry, write_moments, write_weights
@@ -122,16 +123,21 @@ def load_progress(path: Path, engine: Engine) -> tuple[State, Progress]:
     on the CPU, and the progress.  Raises InputError for what no run has written so."""
     read_moments(path, engine)
     state, others = read_carry(path, engine.ranks)
-    wanted = State.zeros(engine.model.sizes, state.batch_size, state.wkv.dtype, "meta")
-    if [part.shape for part in state] != [part.shape for part in wanted]:
-        raise InputError(f"{path}: its carry is of a model of other sizes; {ANOTHER_CHECKPOINT}")
+    dtype = state_dtype(engine.model.embedding.weight.dtype)
+    wanted = State.zeros(engine.model.sizes, state.batch_size, dtype, "meta")
+    if [(part.shape, part.dtype) for part in state] != [(part.shape, part.dtype) for part in wanted]:
+        raise InputError(f"{path}: its carry is of a model of other sizes or another dtype; {ANOTHER_CHECKPOINT}")
     try:
         torch.set_rng_state(others["random_cpu"])
         if "random_cuda" in others and torch.cuda.is_available():
             torch.cuda.set_rng_state(others["random_cuda"])
     except (KeyError, TypeError, RuntimeError):
         raise InputError(f"{path}: holds no state of the random generators; {ANOTHER_CHECKPOINT}") from None
-    return state, _read_progress(path / PROGRESS)
+    progress = _read_progress(path / PROGRESS)
+    lanes = state.batch_size * engine.ranks.data_ranks
+    if progress.position and progress.position.get("num_lanes", lanes) != lanes:
+        raise InputError(f"{path}: its carry has {lanes} lanes, its position others; {ANOTHER_CHECKPOINT}")
+    return state, progress
 
 
 class _SavedProgress(BaseModel):
@@ -151,9 +157,21 @@ def _read_progress(file: Path) -> Progress:
 
 
 def load_units(path: Path) -> State | None:
-    """What the tuned state of a checkpoint counts in."""
-    _, others = read_carry(path, Ranks())
-    return State(*(others[f"unit_{name}"] for name in State._fields)) if "unit_wkv" in others else None
+    """What the tuned state of a checkpoint counts in; InputError for units that do not go with its own carry."""
+    carry, others = read_carry(path, Ranks())
+    found = [others.get(f"unit_{name}") for name in State._fields]
+    if found == [None] * len(found):
+        return None
+    units = [unit for unit, part in zip(found, carry, strict=True) if unit is not None and _counts_in(part[:, 0], unit)]
+    if len(units) < len(found):
+        raise InputError(f"{path}: what its state counts in does not go with its carry; {ANOTHER_CHECKPOINT}")
+    return State(*units)
+
+
+def _counts_in(part: Tensor, unit: Tensor) -> bool:
+    """Whether a part of a state can be in these units: one for all values along a dimension, or one for each."""
+    fits = unit.ndim == part.ndim and all(has in (1, size) for has, size in zip(unit.shape, part.shape, strict=True))
+    return fits and unit.dtype == part.dtype and bool(((unit > 0) & unit.isfinite()).all())
 
 
 def _units(units: State | None) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from infctx.distributed.engine import MOMENTS, Engine
@@ -22,7 +22,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import INDEX, tensor_files
 from infctx.formats.stored_names import stored_names
-from infctx.formats.tensor_file import write_tensors
+from infctx.formats.tensor_file import open_safetensors, write_tensors
 from infctx.formats.weights import state_name
 from infctx.model.state import State
 
@@ -74,9 +74,9 @@ def read_moments(folder: Path, engine: Engine) -> None:
         keys = {key: f"{name}/{key}" for key in (*MOMENTS, "step")}
         moments = {key: _read(files[stored], stored) for key, stored in keys.items() if stored in files}
         shape = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3, which leaves an empty tensor
-        wanted = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
-        found = {key: tensor.shape for key, tensor in moments.items() if tensor.is_floating_point()}
-        if found != wanted:
+        wanted = {key: (shape, parameter.dtype) for key in MOMENTS} | {"step": (torch.Size(), torch.float32)}
+        found = {key: (tensor.shape, tensor.dtype) for key, tensor in moments.items()}
+        if found != wanted or not 0 < moments["step"].item() < float("inf"):
             raise InputError(f"{folder}: the optimizer's state of {name} is not there whole; {ANOTHER_CHECKPOINT}")
         if not begun:
             engine.begin_moments(moments["step"].item())
@@ -98,7 +98,12 @@ def read_carry(folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
 
     Raises InputError where a file holds no state.
     """
-    opened = [safe_open(path, framework="pt") for path in tensor_files(folder, "carry")]
+    with ExitStack() as files:
+        opened = [files.enter_context(open_safetensors(path)) for path in tensor_files(folder, "carry")]
+        return _carry_in(opened, folder, ranks)
+
+
+def _carry_in(opened: list[Any], folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
     for file in opened:
         missing = set(State._fields) - set(file.keys())
         dimensions = [] if missing else [len(file.get_slice(name).get_shape()) for name in State._fields]
@@ -146,11 +151,11 @@ def _tensors_of(folder: Path, stem: str) -> dict[str, Path]:
     """The file of each tensor."""
     found: dict[str, Path] = {}
     for path in tensor_files(folder, stem):
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
 
 
 def _read(path: Path, name: str) -> Any:
-    with safe_open(path, framework="pt") as file:  # anew each time, so that what was read is let go
+    with open_safetensors(path) as file:  # anew each time, so that what was read is let go
         return file.get_tensor(name)

@@ -22,7 +22,7 @@ from infctx.formats.checkpoint_folder import (
 from infctx.formats.model_files import find_model
 from infctx.model.state import State
 from infctx.train import checkpoint as checkpoint_module
-from infctx.train.checkpoint import load_progress, save_checkpoint
+from infctx.train.checkpoint import load_progress, load_units, save_checkpoint
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import Progress
 
@@ -227,6 +227,15 @@ DAMAGES = [
     ("carry.safetensors", changed(wkv=None)),
     ("carry.safetensors", changed(wkv=torch.zeros(3))),
     ("carry.safetensors", changed(time_shift=torch.zeros(2, 2, 5))),
+    ("carry.safetensors", changed(wkv=torch.zeros(2, 2, 2, 16, 16, dtype=torch.int32))),
+    ("carry.safetensors", changed(time_shift=torch.zeros(2, 2, 32, dtype=torch.float64))),
+    ("carry.safetensors", lambda file: file.write_bytes(bytes(40))),
+    ("progress.json", '{"step": 1, "position": {"num_lanes": 3}, "num_tokens": 2}'),
+    ("progress.json", '{"step": 1, "position": {"next": 1.5}, "num_tokens": 2}'),
+    ("progress.json", '{"step": 1e99, "position": null, "num_tokens": 2}'),
+    ("progress.json", '{"step": 1, "position": null, "num_tokens": ' + "9" * 5000 + "}"),
+    ("progress.json", '{"step": NaN, "position": null, "num_tokens": 2}'),
+    ("progress.json", '{"step": "' + "x" * 10_000_000 + '", "position": null, "num_tokens": 2}'),
     ("carry.safetensors", changed(random_cpu=None)),
     ("carry.safetensors", changed(random_cpu=torch.zeros(4))),
     ("carry.safetensors", changed(random_cpu=torch.zeros(4, dtype=torch.uint8))),
@@ -234,6 +243,9 @@ DAMAGES = [
     ("optimizer.safetensors", changed(**{"embedding.weight__step": None})),
     ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": torch.zeros(3)})),
     ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": torch.zeros(64, 32, dtype=torch.int32)})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__exp_avg": torch.zeros(64, 32, dtype=torch.float64)})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__step": torch.tensor(-3.0)})),
+    ("optimizer.safetensors", changed(**{"embedding.weight__step": torch.tensor(float("nan"))})),
 ]
 
 
@@ -244,8 +256,23 @@ def test_content_of_the_wrong_kind_is_one_line_though_the_hashes_agree(config, n
     assert find_damage(path) is None
     back = infctx.load_model(path)
     other = make_optimizer(back, OptimizerSettings(steps=20, peak_lr=1e-2))
-    with pytest.raises(InputError, match=r"step-000001.*; remove this checkpoint to go on from the one before$"):
+    remedy = "copy it again|remove this checkpoint to go on from the one before"
+    with pytest.raises(InputError, match=rf"step-000001[^\n]*; ({remedy})$") as refused:
         load_progress(path, plain_engine(back, other))
+    assert len(str(refused.value)) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("part", ["unit_wkv", "unit_time_shift"])
+@pytest.mark.parametrize(
+    "unit", [None, torch.ones(3), torch.ones(()), torch.ones(2, 1, dtype=torch.int32), -torch.ones(2, 1)]
+)
+def test_units_of_a_state_that_do_not_go_with_its_carry(tmp_path, part, unit):
+    path = tmp_path / "step-000004"
+    shutil.copytree(FIXTURES / "runs-of-0.1.0" / "tuned" / "checkpoints" / "step-000004", path)
+    assert load_units(path) is not None
+    rewritten(path, "carry.safetensors", changed(**{part: unit}))
+    with pytest.raises(InputError, match=r"step-000004: what its state counts in does not go with its carry; remove"):
+        load_units(path)
 
 
 @pytest.mark.parametrize("content", ["", "- a\n", "model: 3\n", "a: &a [*a]\n", "x" * 2_000_000])
