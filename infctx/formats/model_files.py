@@ -26,6 +26,10 @@ from infctx.small_texts import quoted
 log = logging.getLogger(__name__)
 
 
+MOST_PATH = 4096
+"""Bytes of a path on Linux."""
+
+
 class ModelFiles(NamedTuple):
     """Weights, as `infctx.load_model` takes them, and the state tuned over them if there is one."""
 
@@ -84,7 +88,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
         if not isinstance(named, str) or not named:
             raise InputError(f"{path}: holds a state, and its settings do not say over which weights; copy it again")
         weights = Path(named)
-        if not weights.exists():
+        if len(named) > MOST_PATH or not weights.exists():
             raise InputError(
                 f"{path}: holds a state tuned over {quoted(named, 200)}, and that is not there; run this where it is, "
                 f"or name the model and give {path / STATE_FILE} with --state"

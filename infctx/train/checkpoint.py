@@ -13,10 +13,10 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from infctx.config import Config, dump_config
@@ -140,11 +140,15 @@ def load_progress(path: Path, engine: Engine) -> tuple[State, Progress]:
     return state, progress
 
 
+WholeNumber = Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)]
+ShortText = Annotated[str, Field(max_length=64, pattern=r"^[^\p{C}]*$")]
+
+
 class _SavedProgress(BaseModel):
     """progress.json; what a position means is the lanes' affair (infctx.data.lanes)."""
 
     step: Size
-    position: dict[str, bool | int | str | list[int] | None] | None
+    position: dict[ShortText, bool | WholeNumber | ShortText | list[WholeNumber] | None] | None
     num_tokens: Size
 
 

@@ -1,0 +1,254 @@
+"""Every reader of files, and bytes that nobody has written so: an answer or one line, soon, and in little memory."""
+
+import gzip
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+import zstandard
+from hypothesis import HealthCheck, Phase, given, settings, strategies
+
+import infctx
+from infctx.config import OptimizerSettings, load_config
+from infctx.data.text import find_sources, read_documents
+from infctx.data.token_store import TokenStore
+from infctx.errors import InputError
+from infctx.formats import pth_check
+from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
+from infctx.formats.model_files import find_model, find_state
+from infctx.formats.state_file import is_state_file, read_state
+from infctx.train.checkpoint import changed_settings, load_progress, load_units
+from infctx.train.metrics import STEP_LOG, _reopen_step_log, read_step_log
+from infctx.train.optimizer import make_optimizer
+
+from places import FIXTURES
+from runs import plain_engine
+
+OLDER = FIXTURES / "runs-of-0.1.0"
+STEP = "step-000004"
+EXAMPLES = 120
+MOST_SECONDS = 3  # of the processor, for a reader that takes milliseconds
+MOST_GROWTH = 300 << 20  # bytes of the process, over all examples of a reader
+
+
+class Case(NamedTuple):
+    """A file in a folder, and what reads it; structured: how its text is parsed, to exchange single values."""
+
+    name: str
+    file: str
+    read: Callable[[Path], object]
+    structured: str | None = None
+    examples: int = EXAMPLES
+
+
+@cache
+def engine():
+    model = infctx.load_model(OLDER / "trained" / "model.pth")
+    return plain_engine(model, make_optimizer(model, OptimizerSettings(steps=20, peak_lr=0.01)))
+
+
+def read_override(file):
+    load_config(OLDER / "trained.yaml", [file.read_bytes().decode(errors="surrogateescape")])
+
+
+def read_settings(file):
+    changed_settings(file.parent, load_config(OLDER / "trained.yaml"))
+    find_model(file.parent)
+
+
+def read_manifest(file):
+    find_damage(file.parent)
+    newest_checkpoint(file.parent.parent)
+    infctx.load_model(file.parent)
+
+
+def read_state_of(file):
+    find_state(file)
+    is_state_file(file)
+    read_state(file)
+
+
+def read_store(file):
+    store = TokenStore(file)
+    for document in range(store.num_documents):
+        store.tokens(document, 0, store.length(document))
+    return store.fingerprint
+
+
+def read_log(file):
+    _reopen_step_log(file, 5).close()
+    read_step_log(file.parent)
+
+
+def read_texts(file):
+    return ["".join(document.pieces) for document in read_documents(find_sources([str(file)]))]
+
+
+CASES = [
+    Case("configuration", "trained.yaml", load_config, "yaml"),
+    Case("override", "override.txt", read_override),
+    Case("weights .pth", "model.pth", infctx.load_model),
+    Case("weights .pth before torch 1.6", "old.pth", infctx.load_model),
+    Case("weights .safetensors", f"trained/{STEP}/model.safetensors", lambda file: infctx.load_model(file)),
+    Case("index", f"shares/{STEP}/model.safetensors.index.json", lambda file: infctx.load_model(file.parent), "json"),
+    Case("state pth", "state.pth", read_state_of),
+    Case("state st", "state.st", read_state_of),
+    Case("state infctx", "state.safetensors", read_state_of),
+    Case("state merged", "merged.pth", read_state_of, examples=EXAMPLES // 2),
+    Case("manifest", f"trained/{STEP}/manifest.json", read_manifest, "json"),
+    Case("progress", f"trained/{STEP}/progress.json", lambda file: load_progress(file.parent, engine()), "json", 60),
+    Case("carry", f"trained/{STEP}/carry.safetensors", lambda file: load_progress(file.parent, engine()), examples=60),
+    Case("moments", f"trained/{STEP}/optimizer.safetensors", lambda file: load_progress(file.parent, engine())),
+    Case("units", f"tuned/{STEP}/carry.safetensors", lambda file: load_units(file.parent)),
+    Case("saved settings", f"tuned/{STEP}/config.yaml", read_settings, "yaml"),
+    Case("step log", f"log/{STEP_LOG}", read_log),
+    Case("store .idx", "train.idx", read_store),
+    Case("store .bin", "train.bin", read_store),
+    Case("store.json", "store.json", lambda file: TokenStore(file.with_name("train")), "json"),
+    Case("text", "a.txt", read_texts),
+    Case("lines", "a.jsonl", read_texts),
+    Case("lines .gz", "a.jsonl.gz", read_texts),
+    Case("lines .zst", "a.jsonl.zst", read_texts),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One whole file of each kind."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for source, target in (("trained", "trained"), ("tuned", "tuned"), ("two-ranks", "shares")):
+        shutil.copytree(OLDER / source / "checkpoints" / STEP, folder / target / STEP)
+    (folder / "log").mkdir()
+    shutil.copy(OLDER / "trained" / STEP_LOG, folder / "log")
+    for file in ("trained.yaml", "trained/model.pth", "train.idx", "train.bin", *OLDER.glob("tuned-matrices/state.*")):
+        shutil.copy(OLDER / file, folder)
+    model = infctx.load_model(folder / "model.pth")
+    weights = torch.load(folder / "model.pth", weights_only=True)
+    torch.save(weights, folder / "old.pth", _use_new_zipfile_serialization=False)
+    state = infctx.load_state(folder / "state.pth", model)
+    infctx.save_state(state, folder / "merged.pth", "merged", model=model)
+    (folder / "override.txt").write_text("optimizer.peak_lr=1.0e-4")
+    splits = {"train": {"documents": 5, "tokens": 2663}}
+    (folder / "store.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "splits": splits}))
+    (folder / "a.txt").write_text("first\nsecond\n🙂\n")
+    lines = "".join(json.dumps({"id": i, "text": f"line {i} \\ud83d\\ude42"}) + "\n" for i in range(20)).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_whatever_is_in_a_file_the_answer_is_one_line(folder, case):
+    file = folder / case.file
+    whole = file.read_bytes()
+    case.read(file)  # as it is
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(
+        max_examples=case.examples,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(content=damaged(whole, case.structured))
+    def check(content):
+        file.write_bytes(content)
+        pth_check._find_problem.cache_clear()  # a file is not always changed within one tick of its clock
+        start = time.process_time()
+        try:
+            case.read(file)
+        except InputError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
+        except OSError as error:
+            assert error.filename
+        assert time.process_time() - start < MOST_SECONDS
+
+    try:
+        check()
+    finally:
+        file.write_bytes(whole)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown << 10 < MOST_GROWTH
+
+
+HOSTILE_VALUES = [
+    *(None, True, -1, 0, 3, 1.5, 10**30, 2**63, 1e308, float("nan"), float("inf"), "", "text", "1"),
+    *("\x1b[31mred", "a\nb", "..", "/", "a\0b", "\u202e", "x" * 5000, [], {}, [1], [[]], {"a": 1}, ["\x1b"]),
+]
+WHOLE_CONTENTS = [b"", b"\0" * 100, b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"null", b"1", b'"a"', b"9" * 10_000]
+
+
+def damaged(whole, structured):
+    """Contents that a file may have instead: other bytes, or of a text, other values in the same structure."""
+    other = strategies.sampled_from(WHOLE_CONTENTS)
+    changed = strategies.lists(byte_change(len(whole)), min_size=1, max_size=3).map(lambda do: apply(whole, do))
+    if structured is None:
+        return strategies.one_of(changed, changed, changed, other)
+    load, dump = (json.loads, json.dumps) if structured == "json" else (yaml.safe_load, yaml.safe_dump)
+    content = load(whole)
+    places = list(places_in(content))
+    exchanged = strategies.builds(
+        lambda place, value, name: dump(exchange(content, place, value, name)).encode(errors="surrogatepass"),
+        strategies.sampled_from(places),
+        strategies.sampled_from(HOSTILE_VALUES),
+        strategies.booleans(),
+    )
+    return strategies.one_of(exchanged, exchanged, exchanged, changed, other)
+
+
+def byte_change(length):
+    """What is done, where, and with what."""
+    anywhere = strategies.integers(0, length - 1)
+    near = strategies.integers(0, min(length, 3000) - 1)
+    place = strategies.one_of(near, near.map(lambda offset: length - 1 - offset), anywhere)
+    what = strategies.sampled_from(["flip", "set", "cut", "insert", "double", "remove"])
+    return strategies.tuples(what, place, strategies.binary(min_size=1, max_size=9))
+
+
+def apply(whole, changes):
+    content = bytearray(whole)
+    for what, place, given_bytes in changes:
+        size = len(given_bytes)
+        if what == "flip" and place < len(content):
+            content[place] ^= 1 << (given_bytes[0] % 8)
+        elif what == "set":
+            content[place : place + size] = given_bytes
+        elif what == "cut":
+            del content[place:]
+        elif what == "insert":
+            content[place:place] = given_bytes
+        elif what == "double":
+            content[place:place] = content[place : place + 40 * size]
+        else:
+            del content[place : place + size]
+    return bytes(content)
+
+
+def places_in(content, path=()):
+    yield path
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from places_in(content[key], (*path, key))
+
+
+def exchange(content, path, value, name):
+    """A copy with another value at a place; name: the value for a key, as far as it can be one."""
+    if not path:
+        return value
+    key, *rest = path
+    copy = content.copy()
+    if not rest and name and isinstance(copy, dict):
+        copy[value if isinstance(value, str | int | float | None) else str(value)] = copy.pop(key)
+    else:
+        copy[key] = exchange(content[key], rest, value, name)
+    return copy
