@@ -25,6 +25,7 @@ from infctx.small_texts import quoted, read_json_as
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_NAME = 200
 """Letters in the name of a tensor."""
+MOST_DIMENSIONS = 8
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
         if not isinstance(name, str):
             shown = f" {name}" if isinstance(name, int) else ""
             raise InputError(f"{path}: entry{shown} is named by a {type(name).__name__}; not a weights file")
-        _refuse_odd_name(name, path)
+        _refuse_odd(name, getattr(tensor, "ndim", 0), path)
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor; not a weights file")
         if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
@@ -57,10 +58,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if not is_safetensors(path):
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
     with open_safetensors(path) as file:
-        names = list(file.keys())
-        for name in names:
-            _refuse_odd_name(name, path)
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    for name, shape in shapes.items():
+        _refuse_odd(name, len(shape), path)
+    return shapes
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -199,10 +200,12 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> dict[str, Te
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
-def _refuse_odd_name(name: str, path: Path) -> None:
-    """Here, once for all messages that repeat a name."""
+def _refuse_odd(name: str, num_dimensions: int, path: Path) -> None:
+    """Here, once for all messages that repeat a name or a shape."""
     if len(name) > MOST_NAME or not name.isprintable():
         raise InputError(f"{path}: tensor {quoted(name)} has an odd name; not a weights file")
+    if num_dimensions > MOST_DIMENSIONS:
+        raise InputError(f"{path}: tensor {name} has {num_dimensions} dimensions; not a weights file")
 
 
 def _read_pth(path: Path) -> dict[Any, Any]:

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import infctx
 from infctx.config import OptimizerSettings, load_config
@@ -16,8 +15,6 @@ from infctx.formats.checkpoint_folder import (
     newest_checkpoint,
     remove_leftovers,
     saved_settings,
-    size_and_hash,
-    write_manifest,
 )
 from infctx.formats.model_files import find_model
 from infctx.model.state import State
@@ -26,6 +23,7 @@ from infctx.train.checkpoint import load_progress, load_units, save_checkpoint
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import Progress
 
+from broken import changed, rewritten
 from places import FIXTURES
 from runs import plain_engine, run_of, write_config
 from tiny_models import random_model
@@ -196,24 +194,6 @@ def test_a_manifest_that_lists_too_little_is_not_whole(config, lost):
     (path / lost).unlink()
     (path / "manifest.json").write_text(json.dumps(entries))
     assert lost.partition(".")[0] in find_damage(path)
-
-
-def rewritten(path, name, content):
-    """A file of a checkpoint with another content, and the manifest that goes with it."""
-    content(path / name) if callable(content) else (path / name).write_text(content)
-    entries = json.loads((path / "manifest.json").read_text())
-    entries[name] = size_and_hash(path / name)
-    write_manifest(path, entries)
-
-
-def changed(**tensors):
-    """Another tensor, or none, in a safetensors file."""
-
-    def change(file):
-        content = load_file(file) | {name.replace("__", "/"): tensor for name, tensor in tensors.items()}
-        save_file({name: tensor for name, tensor in content.items() if tensor is not None}, file)
-
-    return change
 
 
 DEEP = "[" * 100_000
