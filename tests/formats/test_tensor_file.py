@@ -281,6 +281,14 @@ def test_a_pickle_that_unpacks_to_much_is_not_unpacked(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_zip_of_two_pickles_is_refused(tmp_path):
+    """Which of them is read is up to the reader: the one looked at and the one opened could differ."""
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        for name in ("model/data.pkl", "model/DATA.PKL", "other/data.pkl"):
+            archive.writestr(name, b"\x80\x02}.")
+    assert "3 data.pkl in it" in refusal(tmp_path / "model.pth")
+
+
 def test_values_that_a_file_does_not_hold_are_not_made_up(tmp_path):
     """Before torch 1.6: a storage of 2 GB that the list of storages leaves out."""
     path = tmp_path / "model.pth"
