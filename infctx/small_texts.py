@@ -50,7 +50,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{source}{line}: {quoted(error.problem or 'not YAML', 200)}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML; {quoted(str(error).splitlines()[0], 200)}") from None
+        raise InputError(f"{source}: not YAML: {quoted(str(error).splitlines()[0], 200)}") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
     except ValueError as error:  # a date that is none
