@@ -7,10 +7,10 @@ document i; nearly always that is one sequence. The last token of a document is 
 
 import contextlib
 import hashlib
-import mmap
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -33,15 +33,13 @@ WRITTEN_CODE = 8
 # A size is an int32, so a longer document is stored as several sequences.
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 BLOCK = 1 << 18  # index entries that are checked or written at once
-RESIDENT_BYTES = 16 << 20  # pages of a mapping that may stay in the process
-FAULT_BYTES = 64 << 10  # what Linux maps in around a page that is touched
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 256, 4096  # of each file, evenly spaced
 SUMMARY_FILE = "store.json"
 """What `infctx prepare` writes beside the stores of a folder: tokenizer, vocab_size, and sizes of each split."""
 
 
 class TokenStore:
-    """A store opened for reading; both files are memory-mapped and neither its size nor its documents cost memory.
+    """A store opened for reading; neither its size nor the number of its documents costs memory.
 
     Opening checks the whole index; a file that is damaged or is no store raises InputError.
 
@@ -59,7 +57,7 @@ class TokenStore:
         self.idx_path, self.bin_path = _file_of(self.path, ".idx"), _file_of(self.path, ".bin")
         if not self.idx_path.exists() and not self.bin_path.exists():
             raise InputError(f"{self.path}: no token store here (.idx, .bin): make one with `infctx prepare`")
-        self._index, self._data = _Mapping(self.idx_path), _Mapping(self.bin_path)
+        self._index, self._data = _StoreFile(self.idx_path), _StoreFile(self.bin_path)
         self._dtype, self._num_sequences, self.num_documents = self._read_header()
         self._offsets_begin = ARRAYS_BEGIN + 4 * self._num_sequences
         self._documents_begin = self._offsets_begin + 8 * self._num_sequences
@@ -71,13 +69,13 @@ class TokenStore:
     def fingerprint(self) -> str:
         """Tells stores apart, 16 hex digits: of the sizes of both files and of blocks all over them."""
         digest = hashlib.sha256()
-        for mapping in (self._index, self._data):
-            digest.update(f"{mapping.num_bytes} ".encode())
-            last = max(0, mapping.num_bytes - FINGERPRINT_BLOCK)
+        for file in (self._index, self._data):
+            digest.update(f"{file.num_bytes} ".encode())
+            last = max(0, file.num_bytes - FINGERPRINT_BLOCK)
             for number in range(FINGERPRINT_BLOCKS):
                 place = last * number // (FINGERPRINT_BLOCKS - 1)
-                count = min(FINGERPRINT_BLOCK, mapping.num_bytes - place)
-                digest.update(mapping.read(place, count, np.dtype(np.uint8)).tobytes())
+                count = min(FINGERPRINT_BLOCK, file.num_bytes - place)
+                digest.update(file.read(place, count, np.dtype(np.uint8)).tobytes())
         return digest.hexdigest()[:16]
 
     def length(self, i: int) -> int:
@@ -291,29 +289,36 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-class _Mapping:
-    """A file mapped read-only whose pages leave the process again: without that, resident memory would grow to the
-    size of the store (the page cache keeps them, and the kernel can take that back)."""
+class _StoreFile:
+    """A file that is read by place. Not mapped into memory: a mapped file that is cut short while it is in use kills
+    the process with SIGBUS, and the pages of a mapping count as its memory."""
 
     def __init__(self, path: Path) -> None:
         try:
-            with open(path, "rb") as file:
-                self.num_bytes = os.fstat(file.fileno()).st_size
-                if self.num_bytes == 0:
-                    raise _damaged(path, "empty")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            self.num_bytes = os.fstat(self._descriptor).st_size
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}: a token store is a .bin and an .idx side by side") from None
-        self._touched = 0
+            raise InputError(f"{path}: {error.strerror}; a token store is a .bin and an .idx side by side") from None
+        if self.num_bytes == 0:
+            raise _damaged(path, "empty")
+        self.path = path
 
     def read(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
-        """A copy of `count` values at byte `offset`."""
-        values = np.frombuffer(self._map, dtype, count, offset).copy() if count else np.empty(0, dtype)
-        self._touched += values.nbytes + FAULT_BYTES
-        if self._touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
-        return values
+        """`count` values from byte `offset` on, read-only."""
+        wanted = count * dtype.itemsize
+        try:
+            data = os.pread(self._descriptor, wanted, offset)
+            while len(data) < wanted and (more := os.pread(self._descriptor, wanted - len(data), offset + len(data))):
+                data += more  # one call gives at most 2 GiB
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from None
+        if len(data) < wanted:
+            raise InputError(
+                f"{self.path}: was cut short while in use, from {self.num_bytes:,} bytes to "
+                f"{os.fstat(self._descriptor).st_size:,}; make the store again, and leave it alone while it is read"
+            )
+        return np.frombuffer(data, dtype)
 
 
 def _tokenizer_of(prefix: Path) -> str | None:

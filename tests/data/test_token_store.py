@@ -218,6 +218,28 @@ def test_negative_ids_are_refused_when_they_are_read(tmp_path):
         store.tokens(1, 1, 4)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_store_cut_short_while_it_is_in_use(tmp_path, suffix):
+    """A file mapped into memory would end the process with SIGBUS here: the cut is 1 MB before the end."""
+    documents = [[1] * 1_000_000 + [0], *([[2, 0]] * 100_000)]
+    store = TokenStore(write_store(tmp_path / "a", documents))
+    assert store.tokens(100_000, 0, 2).tolist() == [2, 0]
+    os.truncate(tmp_path / f"a{suffix}", 1_000_000)
+    with pytest.raises(InputError, match=rf"a\{suffix}: was cut short while in use, from [0-9,]+ bytes to 1,000,000; "):
+        store.tokens(100_000, 0, 2)
+    if suffix == ".bin":  # what is left can be read
+        assert store.tokens(0, 0, 3).tolist() == [1, 1, 1]
+        with pytest.raises(InputError, match="cut short while in use"):
+            store.tokens(0, 499_999, 500_001)
+
+
+def test_more_than_one_call_of_the_system_gives(tmp_path, monkeypatch):
+    store = TokenStore(write_store(tmp_path / "a", DOCUMENTS))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, offset: pread(descriptor, min(count, 3), offset))
+    assert read_all(store) == DOCUMENTS
+
+
 def run(code: str, *arguments: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -256,7 +278,7 @@ def test_a_large_store_takes_no_more_memory_than_a_small_one(tmp_path):
         file.truncate(8_000_000_000)
     write_store(tmp_path / "small", [[1] * 1_000_000, [2, 0]])
     small, large = (int(run(MEMORY, tmp_path / name)) for name in ("small", "large"))
-    assert large < small + 48 * 1024  # KiB: 16 MiB of mapped pages, a block of the index
+    assert large < small + 32 * 1024  # KiB: a block of the index
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
