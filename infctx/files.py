@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -34,12 +37,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `path` to fill; at the end its files are flushed and it takes its name.
 
-    A folder that stands at `path` is replaced, once the new one is complete.  On an exception the temporary folder is
-    removed and `path` is as it was.
+    A folder that is at `path` already is replaced once the new one is complete.  On an exception the temporary folder
+    is removed and `path` is as it was.  A process that is killed cannot remove its temporary folder; the next one that
+    makes the same `path` does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = temporary_name(path, "tmp"), temporary_name(path, "old")
-    folder.mkdir()
+    _remove_abandoned(path)
+    folder, lock = _locked_folder(path)
+    old = folder.with_suffix(".old")
     try:
         yield folder
         for file in folder.iterdir():
@@ -60,6 +65,39 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder, and the descriptor that holds its lock for as long as it is open."""
+    while True:
+        folder = temporary_name(path, "tmp")
+        folder.mkdir()
+        # Until it is locked, another process may take it for abandoned and remove it: then it is made again.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for abandoned there
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what processes that were killed have left of `path`: their temporary folders, whose locks nobody holds,
+    and replaced folders that were being removed."""
+    name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}[.](tmp|old)")
+    for folder in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name) and entry.is_dir()]:
+        # A replaced folder is all there is until the new one is in its place.
+        if folder.suffix == ".old" and (folder.with_suffix(".tmp").exists() or not path.exists()):
+            continue
+        with contextlib.suppress(OSError):  # in use, or removed by another process at this moment
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 @contextmanager

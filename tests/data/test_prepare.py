@@ -362,7 +362,9 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in workers)
-    assert not (tmp_path / "out").exists()
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".out.")]) == 1
+    prepare([write_jsonl(tmp_path / "b.jsonl", ["b"])], tmp_path / "out", tokenizer="bytes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out", "script.py"]
 
 
 def alive(pid: int) -> bool:
