@@ -84,7 +84,9 @@ def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to make, with train and held_out stores")
     parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents")
-    parser.add_argument("--format", choices=("text", "jsonl"), help="of standard input; files tell it by their names")
+    parser.add_argument(
+        "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
+    )
     parser.add_argument("--workers", type=_count, help="processes; default: all cores")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")

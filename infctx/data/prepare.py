@@ -1,12 +1,13 @@
 """`infctx prepare`: text files in, a folder with a token store for each split out.
 
-The folder holds train.bin and train.idx, held_out.bin and held_out.idx where documents are held out, and store.json:
-tokenizer, vocab_size, and documents, tokens and bytes of text of each split. It is built beside its place under a
-temporary name and renamed when it is complete. The bytes of it depend on the inputs and the seed, not on the number of
-workers.
+The folder holds train.bin and train.idx; held_out.bin and held_out.idx if documents are held out; and store.json, with
+the tokenizer, vocab_size, and the documents, tokens and bytes of text of each split. It is built beside its final place
+under a temporary name and renamed once it is complete. Its bytes depend on the inputs and the seed, not on the number
+of workers.
 """
 
 import json
+import logging
 import os
 import random
 import sys
@@ -20,22 +21,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infctx.data.text import STDIN, Document, Source, find_sources, read_documents
+from infctx.data.inputs import find_sources
+from infctx.data.text import STDIN, Document, Source, read_documents
 from infctx.data.token_store import SUMMARY_FILE, TokenStore, TokenStoreWriter
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
 from infctx.data.workers import WorkerKilled, Workers
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
+from infctx.small_texts import quoted
+
+log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "held_out"
 UNSPLIT = "unsplit"
 FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx"))}
-# Characters that go to a worker at once, and what a document may have to go to a worker whole: with a batch and its
-# ids for each worker under way, this bounds the memory. A longer document is encoded here, piece by piece.
+# Characters that are sent to a worker at once, and the most that a document sent to one may have. With one batch and
+# its ids per worker in flight, this bounds the memory. A longer document is encoded here, piece by piece.
 BATCH_CHARS = 1 << 20
 LONG_DOCUMENT_CHARS = 4 << 20
-DOCUMENT_OVERHEAD = 256  # what a document costs beside its characters: a batch of tiny documents ends too
-# Starting a worker takes as long as encoding this much.
+DOCUMENT_OVERHEAD = 256  # the cost of a document besides its characters, so that a batch of tiny ones ends too
+# Encoding this much takes as long as starting a worker.
 BYTES_PER_WORKER = 32 << 20
 COPY_TOKENS = 1 << 20
 
@@ -53,13 +58,17 @@ class SplitSummary:
 
 @dataclass
 class PrepareSummary:
-    """What `prepare` has written; as a string, the lines to show."""
+    """What `prepare` has written; as a string, the lines to show.
+
+    notes: lines about the inputs: what was left out, what was named twice
+    """
 
     output: Path
     tokenizer: str
     vocab_size: int
     splits: dict[str, SplitSummary] = field(default_factory=dict)
     empty_documents: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -69,7 +78,7 @@ class PrepareSummary:
         ]
         if self.empty_documents:
             lines.append(f"{self.empty_documents:,} empty documents left out")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 # Nine parameters: one for each option of `infctx prepare`.
@@ -85,30 +94,32 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareSummary:
-    """Turn texts into a folder of token stores, in memory that does not grow with the texts.
+    """Turns texts into a folder of token stores, in memory that does not grow with the texts.
 
-    Args:
-        inputs: files, folders, globs or "-" (see `infctx.data.text`).
-        output: the folder to make.
-        tokenizer: "world" or "bytes".
-        held_out: share of the documents (0 to 0.5) that go to the held-out split: one at a random place of every
-            1 / held_out documents, and at least one.
-        input_format: "text" or "jsonl", for standard input and other suffixes.
-        workers: processes that encode; None: as many as there are CPUs and work for.
-        seed: of the choice of the held-out documents.
-        overwrite: replace an output that is there, once the new one is complete.
-        progress: show a bar when stderr is a terminal.
+    inputs: files, folders, globs or "-" (see `infctx.data.inputs`)
+    output: the folder to make
+    tokenizer: "world" or "bytes"
+    held_out: the share of the documents (0 to 0.5) that go to the held-out split: of every 1 / held_out documents, one
+        at a random place, and at least one in all
+    input_format: "text" or "jsonl", what standard input and files of any other suffix hold
+    workers: processes that encode; None: as many as there are CPUs, and work, for
+    seed: for the choice of the held-out documents
+    overwrite: replaces an existing output once the new one is complete
+    progress: shows a bar if stderr is a terminal
 
-    Raises InputError for mistakes in the inputs or arguments and OSError, with the file's name, when writing fails; in
-    both cases, and when interrupted, nothing of the new output is left.
+    What the inputs leave out is logged before the work begins. Raises InputError for mistakes in the inputs or
+    arguments, and OSError, with the file's name, if writing fails; in both cases, and if interrupted, nothing of the
+    new output is left.
     """
     encoder = get_tokenizer(tokenizer)
     group = _documents_per_held_out(held_out)
-    sources = find_sources(inputs, input_format)
+    sources, notes = find_sources(inputs, input_format)
     workers = _num_workers(workers, encoder, sources)
     place = Path(output).resolve()
     _check_output(place, overwrite)
-    summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size)
+    for note in notes:
+        log.info(note)
+    summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
     with atomic_folder(place) as folder, _progress_bar(sources, progress) as bar:
         documents = read_documents(sources, bar.update)
         with closing(_encoded(documents, encoder, workers)) as encoded:
@@ -116,7 +127,7 @@ def prepare(
                 folder, encoded, _random_split(group, seed), encoder.byte_lengths
             )
         if not summary.splits:
-            raise InputError("all documents are empty: nothing to prepare")
+            raise InputError("all documents are empty; name files with text in them")
         if group:
             summary.splits = _with_both_splits(folder, summary.splits, seed, encoder.byte_lengths)
         _write_summary(folder / SUMMARY_FILE, summary)
@@ -124,15 +135,15 @@ def prepare(
 
 
 def _documents_per_held_out(held_out: float) -> int:
-    """One document of this many is held out; 0: none."""
+    """One document out of this many is held out; 0: none."""
     if not 0 <= held_out <= 0.5:
-        raise InputError(f"held_out is {held_out}: give a share of the documents from 0 to 0.5, for example 0.05")
+        raise InputError(f"held_out is {held_out}; give a share of the documents from 0 to 0.5, for example 0.05")
     if not held_out:
         return 0
     group = round(min(1 / held_out, 1e9))
     if abs(1 / group - held_out) > 0.1 * held_out:
         raise InputError(
-            f"held_out is {held_out}: one document of a whole number of them is held out, so give a share such as "
+            f"held_out is {held_out}, and one document out of a whole number of them is held out; give a share such as "
             f"{1 / group:.3g} or {1 / (group + 1):.3g}"
         )
     return group
@@ -141,9 +152,9 @@ def _documents_per_held_out(held_out: float) -> int:
 def _num_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[Source]) -> int:
     if workers is not None:
         if workers < 1:
-            raise InputError(f"{workers} workers: at least 1 is needed")
+            raise InputError(f"{workers} workers are too few; give at least 1")
         return workers
-    if tokenizer.name == "bytes":  # encoding is quicker than sending the text to another process
+    if tokenizer.name == "bytes":  # encoding is faster than sending the text to another process
         return 1
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if any(source.path == STDIN for source in sources):
@@ -153,12 +164,12 @@ def _num_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[So
 
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file: name a folder for the token stores")
+        raise InputError(f"{output}: is a file; name a folder for the token stores")
     present = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if present - FILES:
-        raise InputError(f"{output}: holds other files ({min(present - FILES)}): choose another output folder")
+        raise InputError(f"{output}: holds other files ({quoted(min(present - FILES))}); choose another output folder")
     if present and not overwrite:
-        raise InputError(f"{output}: is there already: choose another output folder or add --overwrite")
+        raise InputError(f"{output}: exists already; choose another output folder, or add --overwrite")
 
 
 def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
@@ -170,7 +181,7 @@ def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
 def _encoded(
     documents: Iterator[Document], tokenizer: Tokenizer, workers: int
 ) -> Generator[Iterable[np.ndarray], None, None]:
-    """The ids of every document, in arrays, in order."""
+    """The ids of each document, as arrays, in order."""
     if workers == 1:
         for document in documents:
             yield tokenizer.encode_pieces(document.pieces)
@@ -190,7 +201,7 @@ def _encoded(
                 yield from pool.result()
         except WorkerKilled:
             raise InputError(
-                "a worker process was killed, perhaps for want of memory: run again with fewer workers (--workers 1)"
+                "a worker process was killed, perhaps for lack of memory; run again with fewer workers (--workers 1)"
             ) from None
 
 
@@ -223,7 +234,7 @@ def _encode_batch(tokenizer: str, batch: Batch) -> list[list[np.ndarray]]:
 
 
 def _random_split(group: int, seed: int) -> Callable[[int], str]:
-    """Which split document i goes to: in every `group` documents one, at random, is held out; group 0: none."""
+    """Gives the split of document i: of every `group` documents one, at random, is held out; group 0: none."""
 
     def split(i: int) -> str:
         if group and random.Random(f"{seed}/{i // group}").randrange(group) == i % group:
@@ -236,7 +247,7 @@ def _random_split(group: int, seed: int) -> Callable[[int], str]:
 def _write_splits(
     folder: Path, documents: Iterable[Iterable[np.ndarray]], split_of: Callable[[int], str], byte_lengths: np.ndarray
 ) -> tuple[dict[str, SplitSummary], int]:
-    """Write every document to its split; returns what each split that has documents got, and the empty documents."""
+    """Writes each document to its split; returns the splits that have any, and the number of empty documents."""
     splits = {name: SplitSummary() for name in (TRAIN, HELD_OUT)}
     count = empty = 0
     with ExitStack() as stack:
@@ -265,11 +276,11 @@ def _write_splits(
 def _with_both_splits(
     folder: Path, splits: dict[str, SplitSummary], seed: int, byte_lengths: np.ndarray
 ) -> dict[str, SplitSummary]:
-    """Where the documents ended before the first one to hold out, hold out a random one of them after all."""
+    """If the documents ended before the first one to hold out, holds out a random one of them after all."""
     if len(splits) == 2:
         return splits
     if sum(split.documents for split in splits.values()) == 1:
-        raise InputError("there is one document only, so none can be held out: give more documents or held_out 0")
+        raise InputError("there is only one document, so none can be held out; give more documents, or held_out 0")
     for suffix in (".bin", ".idx"):
         os.rename(folder / f"{TRAIN}{suffix}", folder / f"{UNSPLIT}{suffix}")
     store = TokenStore(folder / UNSPLIT)
@@ -282,7 +293,7 @@ def _with_both_splits(
 
 
 def _stored_pieces(store: TokenStore, i: int) -> Iterator[np.ndarray]:
-    """The ids of a stored document without its end."""
+    """The ids of a stored document, without its end."""
     end = store.length(i) - 1
     return (store.tokens(i, begin, min(begin + COPY_TOKENS, end)) for begin in range(0, end, COPY_TOKENS))
 

@@ -1,17 +1,16 @@
-"""Documents: names of files, folders and globs in, texts out, piece by piece, in memory that does not grow with them.
+"""Documents: files in, texts out, piece by piece, in memory that does not grow with them.
 
-A .txt or .md file is one document, a line of a .jsonl file (an object with the key `text`) is one document; each may be
-compressed (.gz, .zst). "-" is standard input. Texts are UTF-8, a byte order mark is dropped, newlines stay as they are.
+A text file is one document; in a jsonl file each line is one (an object with the key `text`). Both may be compressed
+(.gz, .zst). Texts are UTF-8; a byte order mark is dropped, and newlines stay as they are.
 """
 
 import codecs
-import glob
 import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,20 +19,25 @@ from typing import BinaryIO
 import zstandard
 
 from infctx.errors import InputError
+from infctx.small_texts import quoted
 
-FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
-COMPRESSIONS = (".gz", ".zst")
 STDIN = "-"
 BLOCK_BYTES = 1 << 20
-# A zstd frame can grow 30,000 times, and what a call is given it expands at once.
+# A zstd frame can grow 30,000 times, and everything in one call is expanded at once.
 ZSTD_BLOCK_BYTES = 4 << 10
-# A line is parsed in one go; a document this long belongs into a text file.
+# A line is parsed as a whole; a document this long belongs in a text file.
 MAX_LINE_BYTES = 256 << 20
 
 
 @dataclass
 class Source:
-    """A file to read: its path (or "-"), what is in it, and whether the user named it (and not a folder or glob)."""
+    """A file to read.
+
+    path: of the file, or "-"
+    format: "text" or "jsonl"
+    compression: ".gz", ".zst" or ""
+    named: whether the user named this very file, and not a folder or glob that it is in
+    """
 
     path: str
     format: str
@@ -48,32 +52,21 @@ class Source:
 
 @dataclass
 class Document:
-    """A text in pieces of bounded size, to be used up before the next document is asked for, and where it is from."""
+    """A text, and where it is from.
+
+    pieces: of bounded size; to be read to the end before the next document is asked for
+    """
 
     place: str
     pieces: Iterator[str]
 
 
-def find_sources(inputs: Sequence[str], input_format: str | None = None) -> list[Source]:
-    """The files that `inputs` name, in the order of the inputs, each folder and glob sorted by name.
-
-    `input_format` ("text" or "jsonl") says what is in standard input and in named files of any other suffix.
-    Raises InputError for what is missing, matches nothing or has an unsupported suffix.
-    """
-    if input_format not in (None, "text", "jsonl"):
-        raise InputError(f"format {input_format!r} is not known: choose text or jsonl")
-    if not inputs:
-        raise InputError("nothing to read: name files, folders, globs, or - for standard input")
-    if list(inputs).count(STDIN) > 1:
-        raise InputError("standard input (-) is named twice: it can be read once")
-    return [source for name in inputs for source in _sources_of(name, input_format)]
-
-
 def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Document]:
-    """The documents of all sources in order; `on_bytes` is told how many bytes were read on disk since the last call.
+    """The documents of all sources, in order.
 
+    on_bytes: called with the number of bytes read from disk since its last call
     Raises InputError, naming file and place, for empty files, bytes that are not UTF-8, broken lines and damaged
-    compression, and when there is no document at all.
+    compression, and where there is no document at all.
     """
     count = 0
     for source in sources:
@@ -81,55 +74,20 @@ def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] 
             count += 1
             yield document
     if not count:
-        raise InputError(f"{', '.join(source.path for source in sources[:3])}: no documents in there: check the inputs")
+        raise InputError(f"{', '.join(source.path for source in sources[:3])}: no documents in there; check the inputs")
 
 
-def _sources_of(name: str, input_format: str | None) -> list[Source]:
-    path = Path(name)
-    if name == STDIN:
-        if input_format is None:
-            raise InputError("standard input has no suffix that tells its format: add --format text or --format jsonl")
-        return [Source(STDIN, input_format, "", True)]
-    if path.is_dir():
-        found = _readable_files(path.rglob("*"))
-        problem = "no file in this folder is"
-    elif path.exists():
-        source = _source(path, input_format, named=True)
-        found = [source] if source else []
-        problem = "its suffix is not"
-    elif glob.has_magic(name):
-        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        if not matches:
-            raise InputError(f"{name}: no file matches this pattern: check it (and quote it)")
-        # With ** a file can be matched by itself and through its folder.
-        below = [file for match in matches for file in (match.rglob("*") if match.is_dir() else [match])]
-        found = _readable_files(dict.fromkeys(below))
-        problem = "no match of this pattern is"
-    else:
-        raise InputError(f"{name}: no such file or folder: check the path")
-    if not found:
-        known = ", ".join(FORMATS)
-        raise InputError(f"{name}: {problem} one of {known} (or .gz, .zst of them): rename it or give its --format")
-    return found
-
-
-def _readable_files(paths: Iterable[Path]) -> list[Source]:
-    sources = [_source(path, None, named=False) for path in sorted(paths) if path.is_file()]
-    return [source for source in sources if source]
-
-
-def _source(path: Path, input_format: str | None, named: bool) -> Source | None:
-    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
-    suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    text_format = FORMATS.get(suffix, input_format)
-    return Source(str(path), text_format, compression, named) if text_format else None
+def first_bytes(source: Source) -> bytes:
+    """The beginning of a file, decompressed: at most one block."""
+    with closing(_blocks(source, lambda num_bytes: None)) as blocks:
+        return next(blocks, b"")
 
 
 def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator[Document]:
-    blocks = _blocks(source, on_bytes)
+    blocks: Iterator[bytes] = _blocks(source, on_bytes)
     first = next(blocks, None)
     if first is None and source.named:
-        raise InputError(f"{_name(source)}: empty: name a file with text in it")
+        raise InputError(f"{_name(source)}: empty; name a file with text in it")
     blocks = chain([first or b""], blocks)
     if source.format == "text":
         yield Document(_name(source), _decoded(blocks, _name(source)))
@@ -141,22 +99,23 @@ def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator
             yield Document(place, _slices(_text_of_line(line, place)))
 
 
-def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
+def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Generator[bytes, None, None]:
     """The decompressed bytes of a file in blocks, none of them empty."""
-    told = 0
+    counted = 0
     try:
         with nullcontext(sys.stdin.buffer) if source.path == STDIN else open(source.path, "rb") as file:
+            on_disk = source.path != STDIN and file.seekable()  # and not a pipe
             for block in _decompressed(source, file):
-                now = told + len(block) if source.path == STDIN else file.tell()
-                on_bytes(now - told)
-                told = now
+                now = file.tell() if on_disk else counted + len(block)
+                on_bytes(now - counted)
+                counted = now
                 yield block
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise InputError(
-            f"{source.path}: damaged {source.compression} file ({error}): copy or compress it again"
+            f"{source.path}: damaged {source.compression} file ({error}); copy or compress it again"
         ) from None
     except OSError as error:
-        raise InputError(f"{source.path}: cannot be read ({error.strerror}): check the file") from None
+        raise InputError(f"{source.path}: cannot be read ({error.strerror}); check the file") from None
 
 
 def _decompressed(source: Source, file: BinaryIO) -> Iterator[bytes]:
@@ -169,7 +128,7 @@ def _decompressed(source: Source, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a file; the package's stream reader takes the end of the file for the end of the frame."""
+    """All frames of a file. The package's own stream reader does not notice a frame that is cut short."""
     frame, buffer = None, bytearray()
     while data := file.read(ZSTD_BLOCK_BYTES):
         while data:
@@ -204,7 +163,7 @@ def _decoded(blocks: Iterator[bytes], name: str) -> Iterator[str]:
 
 def _lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
     number, length = 1, 0
-    parts: list[bytes] = []  # of the line that is not complete yet
+    parts: list[bytes] = []  # of the line whose end has not come yet
     for block in blocks:
         *complete, rest = block.split(b"\n")
         if complete:
@@ -215,8 +174,8 @@ def _lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
         length += len(rest)
         if length > MAX_LINE_BYTES:
             raise InputError(
-                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, which cannot be parsed in bounded "
-                "memory: put this document into a .txt file"
+                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, too long to be parsed; "
+                "put this document into a .txt file"
             )
     yield b"".join(parts)
 
@@ -227,22 +186,22 @@ def _text_of_line(line: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, place, 0) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno}): correct or remove the line") from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
-        raise InputError(f"{place}: not JSON ({error}): correct or remove the line") from None
+        raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno}); correct or remove the line") from None
+    except (ValueError, RecursionError) as error:  # a number too long, or a nesting too deep, for Python
+        raise InputError(f"{place}: not JSON ({error}); correct or remove the line") from None
     if not isinstance(value, dict):
-        raise InputError(f'{place}: not a JSON object but {type(value).__name__}: write {{"text": "..."}}')
+        raise InputError(f'{place}: not a JSON object but {type(value).__name__}; write {{"text": "..."}}')
     if "text" not in value:
-        keys = ", ".join(map(repr, list(value)[:5])) or "none"
-        raise InputError(f"{place}: no key `text` (keys: {keys}): give the document's text this key")
+        keys = quoted(", ".join(map(repr, list(value)[:5]))) or "none"
+        raise InputError(f"{place}: no key `text` (keys: {keys}); give the document's text this key")
     if not isinstance(value["text"], str):
-        raise InputError(f"{place}: `text` is {type(value['text']).__name__}, not a string: correct or remove the line")
-    if b"\\u" in line:  # only an escape can bring in half of a surrogate pair
+        raise InputError(f"{place}: `text` is {type(value['text']).__name__}, not a string; correct or remove the line")
+    if b"\\u" in line:  # only an escape can give half of a surrogate pair
         try:
             value["text"].encode()
         except UnicodeEncodeError as error:
             character = f"U+{ord(value['text'][error.start]):04X}"
-            raise InputError(f"{place}: `text` holds a lone surrogate, {character}: remove it, it is no text") from None
+            raise InputError(f"{place}: `text` holds a lone surrogate, {character}; remove it, it is no text") from None
     return value["text"]
 
 
@@ -252,7 +211,7 @@ def _slices(text: str) -> Iterator[str]:
 
 def _not_utf8(error: UnicodeDecodeError, place: str, offset: int) -> InputError:
     byte = error.object[error.start]
-    return InputError(f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}: convert it to UTF-8")
+    return InputError(f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}; convert it to UTF-8")
 
 
 def _name(source: Source) -> str:

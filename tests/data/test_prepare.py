@@ -121,9 +121,9 @@ def test_a_few_documents_have_a_held_out_one_too(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_one_document_can_not_be_split(tmp_path, seed):
+def test_one_document_cannot_be_split(tmp_path, seed):
     source = write_jsonl(tmp_path / "a.jsonl", ["only"])
-    refused(tmp_path, "there is one document only", [source], held_out=0.5, seed=seed)
+    refused(tmp_path, "there is only one document", [source], held_out=0.5, seed=seed)
 
 
 def refused(tmp_path, message, inputs, **rest):
@@ -137,10 +137,10 @@ def refused(tmp_path, message, inputs, **rest):
 def test_wrong_arguments(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     refused(tmp_path, "tokenizer 'gpt2' is not known", [source], tokenizer="gpt2")
-    refused(tmp_path, "0 workers: at least 1", [source], workers=0)
-    refused(tmp_path, "held_out is 0.6: give a share", [source], held_out=0.6)
-    refused(tmp_path, "held_out is -0.1: give a share", [source], held_out=-0.1)
-    refused(tmp_path, "held_out is nan: give a share", [source], held_out=float("nan"))
+    refused(tmp_path, "0 workers are too few; give at least 1", [source], workers=0)
+    refused(tmp_path, "held_out is 0.6; give a share", [source], held_out=0.6)
+    refused(tmp_path, "held_out is -0.1; give a share", [source], held_out=-0.1)
+    refused(tmp_path, "held_out is nan; give a share", [source], held_out=float("nan"))
     refused(tmp_path, "no such file", [str(tmp_path / "b.jsonl")])
     refused(tmp_path, "nothing to read", [])
 
@@ -181,7 +181,7 @@ def test_an_output_that_is_there(tmp_path):
     out.mkdir()
     prepare([source], out, tokenizer="bytes")  # an empty folder is no output
     old = content(out)
-    refused(tmp_path, "out: is there already: .* add --overwrite", [source])
+    refused(tmp_path, "out: exists already; .* add --overwrite", [source])
     assert content(out) == old
     source = write_jsonl(tmp_path / "a.jsonl", ["b", "c"])
     prepare([source], out, tokenizer="bytes", overwrite=True, held_out=0.5)
@@ -250,7 +250,7 @@ def test_workers_are_chosen_by_the_work(tmp_path, monkeypatch):
     def chosen(tokenizer, num_bytes):
         (tmp_path / "a.txt").write_bytes(b"")
         os.truncate(tmp_path / "a.txt", num_bytes)
-        sources = prepare_module.find_sources([str(tmp_path / "a.txt")])
+        sources, _ = prepare_module.find_sources([str(tmp_path / "a.txt")])
         return prepare_module._num_workers(None, get_tokenizer(tokenizer), sources)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
