@@ -1,4 +1,4 @@
-"""From text to lanes: text -> tokenizer -> token_store -> document_stream -> lanes.
+"""From text to lanes: inputs -> text -> tokenizer -> token_store -> document_stream -> lanes.
 
-Imports nothing else of ours but leaves.
+Imports nothing of ours but the leaves.
 """

@@ -1,13 +1,14 @@
-"""The endless order of documents: a stream index in, the number of a document of the store out.
+"""The endless order of documents: a stream index in, the number of a document in the store out.
 
-Stream index i belongs to epoch i // n; inside an epoch every document comes exactly once, in an order given by the seed
-and the epoch alone, computed for one index at a time: a store of 1e8 documents takes no memory and no start-up time.
+Stream index i belongs to epoch i // n. Within an epoch, every document comes exactly once, in an order that depends on
+the seed and the epoch alone. It is computed one index at a time, so a store of 1e8 documents takes no memory and no
+time to start.
 
-Construction of the permutation of 0..n-1 (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): with
-a = ceil(sqrt(n)), a number x < a*a is a pair (left, right) of digits in base a; eight Feistel rounds
-(left, right) -> (right, (left + F(right, key of the round)) mod a) are invertible whatever F is, so they permute
-0..a*a-1; a result >= n is put through again until it lies below n (cycle walking), which is a permutation of 0..n-1.
-F is the finaliser of SplitMix64; the round keys are the BLAKE2b digest of seed and epoch.
+How 0..n-1 are permuted (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): with a = ceil(sqrt(n)), a
+number x < a*a is a pair (left, right) of digits in base a. Eight Feistel rounds
+(left, right) -> (right, (left + F(right, key of the round)) mod a) can be inverted whatever F is, so they permute
+0..a*a-1. A result >= n goes through the rounds again until it is below n (cycle walking), which permutes 0..n-1.
+F is the finalizer of SplitMix64; the round keys are the BLAKE2b digest of seed and epoch.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ MASK64 = (1 << 64) - 1
 
 
 class DocumentStream:
-    """Documents 0..num_documents-1 over and over, shuffled anew in every epoch (or in order with shuffle=False)."""
+    """Documents 0..num_documents-1 over and over, shuffled anew in each epoch (or in order, with shuffle=False)."""
 
     def __init__(self, num_documents: int, seed: int, shuffle: bool = True) -> None:
         if num_documents < 1:

@@ -37,7 +37,7 @@ MOST_KINDS, MOST_NAMES = 5, 3  # that a line lists
 
 @dataclass
 class _File:
-    """A file that an input leads to; its real path tells whether another input leads to the same file."""
+    """A file that an input leads to. Two inputs lead to the same file if its real path is the same."""
 
     path: Path
     named: bool = False
@@ -49,8 +49,8 @@ class _File:
 
 
 def find_sources(inputs: Sequence[str], input_format: str | None = None) -> tuple[list[Source], list[str]]:
-    """The files that `inputs` name, in the order of the inputs, each folder and glob sorted by name; then the lines
-    that tell the user what was left out and what was named twice.
+    """The files that `inputs` name, in the order of the inputs, each folder and glob sorted by name; and lines for the
+    user about what was left out and what was named twice.
 
     input_format: "text" or "jsonl", what standard input and files of any other suffix hold
     Raises InputError for names that lead nowhere, and for files named directly that cannot be read as text.

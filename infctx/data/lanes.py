@@ -1,13 +1,13 @@
-"""Batches: a token store in, windows of lanes out, endlessly, each with the position to go on from.
+"""Batches: a token store in, windows of lanes out, endlessly, each with the position from which to continue.
 
-A lane is one row of the batch: documents laid end to end, each at a multiple of 16 tokens. A window is filled lane by
-lane; the next free lane takes the next document of the stream, and a document that is longer than what is left of the
-window goes on in its lane in the next one. Lanes are counted over all processes: each process works out the whole
-assignment from the lengths alone and reads the tokens of its own lanes, so that the same documents come in the same
+A lane is one row of the batch: documents laid end to end, each starting at a multiple of 16 tokens. A window is filled
+lane by lane. The next free lane takes the next document of the stream; a document that does not fit in the rest of the
+window continues in the same lane in the next one. Lanes are counted over all processes. Each process computes the whole
+assignment from the lengths alone and reads the tokens of its own lanes only, so the same documents come in the same
 order on any number of ranks.
 
-A document d_0 .. d_{n-1} (d_{n-1} ends it) gives n - 1 places with input d_i and target d_{i+1}, filled up to a
-multiple of 16 with input 0 and target -100.
+A document d_0 .. d_{n-1} (d_{n-1} ends it) gives n - 1 places with input d_i and target d_{i+1}, padded to a multiple
+of 16 with input 0 and target -100.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,13 @@ import torch
 from infctx.conventions import MASKED, START_SPACING
 from infctx.data.document_stream import DocumentStream
 from infctx.errors import InputError
+from infctx.small_texts import quoted
 
 FREE = -1  # in a position: the lane has no document
 
 
 class Store(Protocol):
-    """What lanes need of a token store."""
+    """What lanes need from a token store."""
 
     path: Any
     num_documents: int
@@ -48,13 +49,12 @@ class Store(Protocol):
 class Window:
     """One step's batch for the lanes of one process.
 
-    Attributes:
-        tokens: inputs, int64 (lanes, T).
-        targets: the tokens that follow, int64 (lanes, T), -100 where there is none.
-        starts: bool (lanes, T / 16), True where a document begins.
-        documents: for each lane, the store's numbers of the documents in it.
-        num_targets: targets that are not -100, over the lanes of ALL processes.
-        epoch: epoch of the newest document that any lane has begun.
+    tokens: inputs, int64 (lanes, T)
+    targets: the tokens that follow, int64 (lanes, T), -100 where there is none
+    starts: bool (lanes, T / 16), True where a document begins
+    documents: for each lane, the store's numbers of the documents in it
+    num_targets: targets that are not -100, over the lanes of ALL processes
+    epoch: of the newest document that any lane has begun
     """
 
     tokens: torch.Tensor
@@ -67,7 +67,7 @@ class Window:
 
 @dataclass
 class _Open:
-    """A document that a lane is in: its stream index, number and length, and its first token not yet an input."""
+    """The document that a lane is in: its stream index, number and length, and the first token that is no input yet."""
 
     index: int
     document: int
@@ -77,7 +77,7 @@ class _Open:
 
 @dataclass
 class _Run:
-    """`count` targets of a document, from its token `begin`, at place `place` of a lane."""
+    """`count` targets of a document, from its token `begin` on, at place `place` of a lane."""
 
     document: int
     begin: int
@@ -88,20 +88,18 @@ class _Run:
 class Lanes:
     """An endless iterator of (Window, position).
 
-    Args:
-        store: the documents.
-        num_lanes: lanes of all processes together.
-        window_tokens: T, a multiple of 16.
-        seed, shuffle: the order of the documents.
-        vocab_size: ids the model has; a larger id in the store raises InputError.
-        lanes: the lanes of this process, None for all.
-        position: a position that came with a window (of any number of processes): the next window is the one after.
-
-    Raises InputError when the store has no document of 2 tokens or more, when `window_tokens` is not a multiple of 16
-    and when `position` belongs to other documents, lanes or another order.
+    store: the documents
+    num_lanes: lanes of all processes together
+    window_tokens: T, a multiple of 16
+    seed, shuffle: the order of the documents
+    vocab_size: ids that the model has; a larger id in the store raises InputError
+    lanes: the lanes of this process, None for all
+    position: one that came with a window, on any number of processes; the first window is then the one after it
+    Raises InputError if the store has no document of 2 tokens or more, if `window_tokens` is not a multiple of 16, and
+    if `position` belongs to other documents, lanes or another order.
     """
 
-    # Eight parameters: what makes two runs see the same documents in the same order, each given apart by its setting.
+    # Eight parameters: what makes two runs see the same documents in the same order, each from a setting of its own.
     def __init__(
         self,
         store: Store,
@@ -115,9 +113,9 @@ class Lanes:
         position: dict[str, Any] | None = None,
     ) -> None:
         if window_tokens < 1 or window_tokens % START_SPACING:
-            raise InputError(f"a window of {window_tokens} tokens is not a multiple of {START_SPACING}: change it")
+            raise InputError(f"a window of {window_tokens} tokens is not a multiple of {START_SPACING}; change it")
         if num_lanes < 1:
-            raise InputError(f"{num_lanes} lanes: at least one is needed")
+            raise InputError(f"{num_lanes} lanes are too few; give at least one")
         self.store = store
         self.num_lanes = num_lanes
         self.window_tokens = window_tokens
@@ -125,9 +123,9 @@ class Lanes:
         self.lanes = range(num_lanes) if lanes is None else lanes
         assert all(0 <= lane < num_lanes for lane in self.lanes), f"lanes {self.lanes} of {num_lanes}"
         if not any(store.length(i) >= 2 for i in range(store.num_documents)):
-            raise InputError(f"{store.path}: no document has 2 tokens or more, nothing to learn: prepare longer texts")
+            raise InputError(f"{store.path}: no document has 2 tokens or more to learn from; prepare longer texts")
         self._stream = DocumentStream(store.num_documents, seed, shuffle)
-        # What a position must agree on: with anything else, "the next window" has no meaning.
+        # What a position must agree with: for anything else, "the next window" means nothing.
         self._identity = {
             "num_lanes": num_lanes,
             "document_tokens": store.document_tokens,
@@ -152,7 +150,7 @@ class Lanes:
         return window, self._position()
 
     def _fill(self, lane: int) -> list[_Run]:
-        """Give one lane its documents for this window."""
+        """Gives one lane its documents for this window."""
         runs: list[_Run] = []
         place = 0
         while place < self.window_tokens:
@@ -160,7 +158,7 @@ class Lanes:
             left = current.length - 1 - current.begin
             count = min(left, self.window_tokens - place)
             runs.append(_Run(current.document, current.begin, count, place))
-            # Window and starts are multiples of 16, so the filled-up rest of a document always fits.
+            # The window and all starts are multiples of 16, so the padding of a document always fits.
             place += -(-count // START_SPACING) * START_SPACING
             current.begin += count
             self._open[lane] = current if count < left else None
@@ -204,8 +202,8 @@ class Lanes:
             place = int(np.argmax(ids >= self.vocab_size))
             document = self.store.number(run.document)
             raise InputError(
-                f"{self.store.path}.bin: token {run.begin + place} of document {document} is {ids[place]}, "
-                f"the model's vocabulary has {self.vocab_size} ids: prepare the store with the model's tokenizer"
+                f"{self.store.path}.bin: token {run.begin + place} of document {document} is {ids[place]}, and the "
+                f"model's vocabulary has {self.vocab_size} ids; prepare the store with the model's tokenizer"
             )
         return ids
 
@@ -222,29 +220,33 @@ class Lanes:
         for name, value in self._identity.items():
             if name != "store" and before.get(name) != value:
                 raise InputError(
-                    f"the saved position in {self.store.path} was made with {name} = {position.get(name)}, "
-                    f"this run has {value}: set it back, or begin a new run"
+                    f"{self.store.path}: the saved position was made with {name} = {position.get(name)}, "
+                    f"and this run has {value}; set it back, or begin a new run"
                 )
         if before["store"] != self._identity["store"]:
             raise InputError(
-                f"{self.store.path}: holds other documents than when the checkpoint was saved: put those back, or "
+                f"{self.store.path}: holds other documents than when the checkpoint was saved; put those back, or "
                 "begin a new run in another run.folder"
             )
         self._next = _integers([position.get("next")], 1)[0]
         indices = _integers(position.get("indices"), self.num_lanes)
         begins = _integers(position.get("begins"), self.num_lanes)
         if self._next < 0:
-            raise InputError(f"the saved position goes on at stream index {self._next}: it is damaged")
+            raise _damaged(f"continues at stream index {self._next}")
         for lane, (index, begin) in enumerate(zip(indices, begins, strict=True)):
             if (index, begin) == (FREE, 0):
                 continue
             current = self._at(index, begin) if 0 <= index < self._next else None
             if current is None or not 0 <= begin < current.length - 1 or begin % START_SPACING:
-                raise InputError(f"the saved position has no place {begin} in stream index {index}: it is damaged")
+                raise _damaged(f"is at token {begin} of stream index {index}, where no lane can be")
             self._open[lane] = current
 
 
 def _integers(values: Any, count: int) -> list[int]:
     if not isinstance(values, list) or len(values) != count or not all(type(value) is int for value in values):
-        raise InputError(f"the saved position holds {values!r} for {count} whole numbers: it is damaged")
+        raise _damaged(f"holds {quoted(repr(values))}, not {count} whole numbers")
     return list(values)
+
+
+def _damaged(problem: str) -> InputError:
+    return InputError(f"the saved position {problem}; the checkpoint is damaged, resume from an earlier one")

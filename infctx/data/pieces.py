@@ -1,7 +1,7 @@
-"""Long documents cut into documents of at most so many tokens, each of which starts from the initial state.
+"""Pieces: a store of long documents in, a store of short ones out, each of which starts from the initial state.
 
-What a run learns about its initial state it learns from the windows in which a document starts: whoever tunes a state
-on books wants more starts than there are books.
+A run learns about its initial state only where a document starts. To tune a state on books takes more starts than there
+are books.
 """
 
 from array import array
@@ -14,15 +14,15 @@ from infctx.errors import InputError
 
 
 class Pieces:
-    """A store of the pieces of another store's documents; takes 8 bytes of memory a document of it.
+    """A store of the pieces of another store's documents; takes 8 bytes of memory per document.
 
-    Each piece has `piece_tokens` targets, the last of a document what is left; the token that one piece ends with as a
-    target begins the next one as an input, so that every target of the document is there once.
+    Each piece has `piece_tokens` targets; the last one of a document has what is left. The last target of a piece is
+    the first input of the next, so every target of the document is there exactly once.
     """
 
     def __init__(self, store: Store, piece_tokens: int) -> None:
         if piece_tokens < 1:
-            raise InputError(f"{store.path}: pieces of {piece_tokens} tokens: at least 1 is needed")
+            raise InputError(f"{store.path}: pieces of {piece_tokens} tokens are too short; give at least 1")
         self.path, self.num_tokens = store.path, store.num_tokens
         self._store, self.document_tokens = store, piece_tokens
         self._ends = array("q")  # pieces of documents 0..i
@@ -34,11 +34,11 @@ class Pieces:
 
     @property
     def fingerprint(self) -> str:
-        """That of the store that was cut."""
+        """The fingerprint of the store that was cut."""
         return self._store.fingerprint
 
     def length(self, i: int) -> int:
-        """Tokens of piece i, its last target included."""
+        """Tokens in piece i, its last target included."""
         document, begin = self._place(i)
         return min(self.document_tokens + 1, self._store.length(document) - begin)
 
@@ -48,11 +48,11 @@ class Pieces:
         return self._store.tokens(document, first + begin, first + end)
 
     def number(self, i: int) -> int:
-        """The document that piece i belongs to, as people count them."""
+        """The document that piece i belongs to: the number that messages name."""
         return self._place(i)[0]
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The document of piece i, and its first token there."""
+        """The document of piece i, and the place of the piece's first token there."""
         document = bisect_right(self._ends, i)
         before = self._ends[document - 1] if document else 0
         return document, (i - before) * self.document_tokens

@@ -1,8 +1,8 @@
 """Token stores in the RWKV world's binidx format: documents of token ids on disk, read by place, written as they come.
 
 `NAME.bin` holds the tokens back to back. `NAME.idx`, little endian: magic, u64 version 1, u8 dtype code, u64 n, u64 d,
-int32 sizes[n] in tokens, int64 offsets[n] in bytes, int64 doc_idx[d]. Sequences doc_idx[i] .. doc_idx[i + 1] - 1 are
-document i; nearly always that is one sequence. The last token of a document is 0, the end of document.
+int32 sizes[n] in tokens, int64 offsets[n] in bytes, int64 doc_idx[d]. Document i is the sequences doc_idx[i] ..
+doc_idx[i + 1] - 1; nearly always that is one sequence. The last token of a document is 0, the end of document.
 """
 
 import contextlib
@@ -41,13 +41,12 @@ SUMMARY_FILE = "store.json"
 class TokenStore:
     """A store opened for reading; neither its size nor the number of its documents costs memory.
 
-    Opening checks the whole index; a file that is damaged or is no store raises InputError.
+    Opening checks the whole index. Raises InputError for a file that is damaged, is no store, or is cut short later.
 
-    Attributes:
-        path: the name without .bin and .idx.
-        num_documents: documents in the store.
-        num_tokens: tokens of all documents, ends of documents included.
-        tokenizer: the name of the tokenizer that made the ids, as store.json beside it says; None where nothing does.
+    path: the name without .bin and .idx
+    num_documents: documents in the store
+    num_tokens: tokens of all documents, ends of documents included
+    tokenizer: the name of the tokenizer that made the ids, from the store.json beside the store; None without one
     """
 
     document_tokens = None  # documents are whole, see infctx.data.pieces
@@ -56,7 +55,7 @@ class TokenStore:
         self.path = store_prefix(path)
         self.idx_path, self.bin_path = _file_of(self.path, ".idx"), _file_of(self.path, ".bin")
         if not self.idx_path.exists() and not self.bin_path.exists():
-            raise InputError(f"{self.path}: no token store here (.idx, .bin): make one with `infctx prepare`")
+            raise InputError(f"{self.path}: no token store here (.idx, .bin); make one with `infctx prepare`")
         self._index, self._data = _StoreFile(self.idx_path), _StoreFile(self.bin_path)
         self._dtype, self._num_sequences, self.num_documents = self._read_header()
         self._offsets_begin = ARRAYS_BEGIN + 4 * self._num_sequences
@@ -67,7 +66,7 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells stores apart, 16 hex digits: of the sizes of both files and of blocks all over them."""
+        """16 hex digits that tell stores apart: a hash of the sizes of both files and of blocks all over them."""
         digest = hashlib.sha256()
         for file in (self._index, self._data):
             digest.update(f"{file.num_bytes} ".encode())
@@ -79,7 +78,7 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def length(self, i: int) -> int:
-        """Tokens of document i, its end included."""
+        """Tokens in document i, its end included."""
         begin, end = self._span(i)
         return end - begin
 
@@ -100,7 +99,7 @@ class TokenStore:
         return tokens
 
     def _span(self, i: int) -> tuple[int, int]:
-        """First token of document i in the .bin and the one after its last."""
+        """The first token of document i in the .bin, and the one after its last."""
         if not 0 <= i < self.num_documents:
             raise IndexError(f"{self.path}: document {i} of {self.num_documents}")
         first, last = self._index.read(self._documents_begin + 8 * i, 2, np.dtype("<i8")).tolist()
@@ -114,29 +113,29 @@ class TokenStore:
     def _read_header(self) -> tuple[np.dtype, int, int]:
         path, num_bytes = self.idx_path, self._index.num_bytes
         if num_bytes < ARRAYS_BEGIN:
-            raise _damaged(path, f"cut short: {num_bytes} bytes, its header alone has {ARRAYS_BEGIN}")
+            raise _damaged(path, f"cut short: {num_bytes} bytes, and the header alone has {ARRAYS_BEGIN}")
         header = self._index.read(0, ARRAYS_BEGIN, np.dtype(np.uint8)).tobytes()
         if header[: len(MAGIC)] != MAGIC:
-            raise _damaged(path, f"wrong magic {header[: len(MAGIC)]!r}, a binidx index begins with {MAGIC!r}")
+            raise _damaged(path, f"begins with {header[: len(MAGIC)]!r}, and a binidx index with {MAGIC!r}")
         version, code, num_sequences, num_borders = HEADER.unpack(header[len(MAGIC) :])
         if version != VERSION:
-            raise InputError(f"{path}: version {version} of the format, only version {VERSION} is read: convert it")
+            raise InputError(f"{path}: version {version} of the format; convert it to version {VERSION}")
         if code not in DTYPES:
             known = ", ".join(f"{key} ({value.name})" for key, value in DTYPES.items())
-            raise InputError(f"{path}: dtype code {code}, the codes read are {known}: convert it")
+            raise InputError(f"{path}: dtype code {code}; convert it to one of {known}")
         if num_sequences < 1 or num_borders < 2:
-            raise InputError(f"{path}: no documents in this store: make it again with `infctx prepare`")
+            raise InputError(f"{path}: no documents in this store; make it again with `infctx prepare`")
         expected = ARRAYS_BEGIN + 12 * num_sequences + 8 * num_borders
         if num_bytes != expected:
             problem = "cut short" if num_bytes < expected else "trailing bytes"
             raise _damaged(
                 path,
-                f"{problem}: {num_bytes} bytes, {num_sequences} sequences and {num_borders} borders take {expected}",
+                f"{problem}: {num_bytes} bytes, where {num_sequences} sequences, {num_borders} borders take {expected}",
             )
         return DTYPES[code], num_sequences, num_borders - 1
 
     def _check_sequences(self) -> int:
-        """Sizes and offsets agree with each other and with the .bin; returns the number of tokens."""
+        """Checks that sizes and offsets agree with each other and with the .bin; returns the number of tokens."""
         itemsize, bin_bytes = self._dtype.itemsize, self._data.num_bytes
         expected = 0  # offset of the next sequence
         for begin in range(0, self._num_sequences, BLOCK):
@@ -151,7 +150,7 @@ class TokenStore:
             self._refuse(offsets != ends - sizes, begin, "has an offset that does not agree with the sizes before it")
             expected = int(ends[-1])
         if expected != bin_bytes:
-            raise _damaged(self.bin_path, f"trailing bytes: {bin_bytes} bytes, the index speaks of {expected}")
+            raise _damaged(self.bin_path, f"trailing bytes: {bin_bytes} bytes, and the index lists {expected}")
         return expected // itemsize
 
     def _refuse(self, wrong: np.ndarray, begin: int, problem: str) -> None:
@@ -176,9 +175,9 @@ class TokenStore:
 class TokenStoreWriter:
     """Writes a store as its documents come, in memory that does not grow with it; dtype code 8 (uint16).
 
-    Used as a context manager: the two files appear under their names, the .idx last, when the block ends without an
-    exception, and not at all otherwise. Raises InputError when the store is there already; an OSError (disk full)
-    carries the file's name.
+    A context manager: the two files appear under their names, the .idx last, if the block ends without an exception,
+    and not at all otherwise. Raises InputError if the store exists already; an OSError (disk full) carries the name of
+    the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -187,23 +186,23 @@ class TokenStoreWriter:
         self.num_tokens = 0
         self._paths = [_file_of(self.path, ".bin"), _file_of(self.path, ".idx")]
         for existing in filter(Path.exists, self._paths):
-            raise InputError(f"{existing}: is there already: choose another name or remove it")
+            raise InputError(f"{existing}: exists already; choose another name, or remove it")
         self._temporary = [temporary_name(path, "tmp") for path in self._paths]
         self._length = 0  # tokens of the document that is being written
         self._lengths = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed by close and abort
         self._bin = open(self._temporary[0], "xb", buffering=1 << 20)  # noqa: SIM115
 
     def extend(self, ids: np.ndarray) -> None:
-        """Add ids (num_tokens,), 1..65535, to the document that is being written."""
+        """Adds ids (num_tokens,), 1..65535, to the document that is being written."""
         ids = np.asarray(ids)
         if ids.size and not (ids.min() > END_OF_DOCUMENT and ids.max() <= 0xFFFF):
-            raise ValueError("ids of a document are 1..65535: 0 ends a document, larger ones do not fit in uint16")
+            raise ValueError("ids of a document are 1..65535; 0 ends a document, and larger ones do not fit in uint16")
         with naming_errors(self._temporary[0]):
             self._bin.write(ids.astype("<u2", copy=False).tobytes())
         self._length += ids.size
 
     def end_document(self) -> None:
-        """Write the end of document; the next ids belong to another document."""
+        """Writes the end of the document; the next ids belong to the next one."""
         with naming_errors(self._temporary[0]):
             self._bin.write(END_OF_DOCUMENT.to_bytes(2, "little"))
             self._lengths.write(struct.pack("<q", self._length + 1))
@@ -212,7 +211,7 @@ class TokenStoreWriter:
         self._length = 0
 
     def close(self) -> None:
-        """Write the index and give both files their names; the last document must have ended."""
+        """Writes the index and gives both files their names; the last document must have ended."""
         try:
             if self._length or not self.num_documents:
                 raise ValueError(f"{self.path}: a store needs at least one document, and each must have ended")
@@ -232,9 +231,9 @@ class TokenStoreWriter:
         self._lengths.close()
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Removes all that was written."""
         for file in (self._bin, self._lengths):
-            # Closing writes what is buffered: on a full disk that fails again, and the file is closed all the same.
+            # Closing writes what is buffered. On a full disk that fails again, but the file is closed all the same.
             with contextlib.suppress(OSError):
                 file.close()
         for path in self._temporary:
@@ -267,7 +266,7 @@ class TokenStoreWriter:
             border = int(borders[-1])
 
     def _sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For one block of documents after the other: sizes of the sequences, and sequences per document."""
+        """One block of documents after another: sizes of the sequences, and number of sequences per document."""
         self._lengths.seek(0)
         while block := self._lengths.read(8 * BLOCK):
             lengths = np.frombuffer(block, "<i8")
@@ -278,14 +277,14 @@ class TokenStoreWriter:
 
 
 def store_prefix(path: str | os.PathLike[str]) -> Path:
-    """The name of a store without .bin or .idx. Raises InputError for a folder."""
+    """The name of a store, without .bin or .idx. Raises InputError for a folder."""
     path = Path(path)
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
     if not path.name:
-        raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example data/books/train")
+        raise InputError(f"{path}: is a folder; name a store in it, without .bin and .idx, such as data/books/train")
     if path.is_dir() and not _file_of(path, ".idx").exists():
-        raise InputError(f"{path}: is a folder, a store is named without .bin and .idx: for example {path / 'train'}")
+        raise InputError(f"{path}: is a folder; name a store in it, without .bin and .idx, such as {path / 'train'}")
     return path
 
 
@@ -327,7 +326,7 @@ def _tokenizer_of(prefix: Path) -> str | None:
         content = read_json(summary) if summary.is_file() else {}
         known = content.get("tokenizer") if prefix.name in content.get("splits", ()) else None
     except (ValueError, AttributeError, TypeError):
-        raise InputError(f"{summary}: not what `infctx prepare` writes: make the store again, or remove it") from None
+        raise InputError(f"{summary}: not what `infctx prepare` writes; make the store again, or remove it") from None
     return known if isinstance(known, str) else None
 
 
@@ -336,7 +335,7 @@ def _file_of(prefix: Path, suffix: str) -> Path:
 
 
 def _damaged(path: Path, problem: str) -> InputError:
-    return InputError(f"{path}: {problem}: the file is damaged, copy it again or make it with `infctx prepare`")
+    return InputError(f"{path}: {problem}; the file is damaged, copy it again or make it with `infctx prepare`")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -1,7 +1,7 @@
 """Tokenizers: text in, token ids (uint16) out, and ids back into bytes.
 
-`world` is the RWKV World vocabulary (65,529 tokens, greedy longest match on UTF-8 bytes), `bytes` is one token a
-byte. In both, id 0 ends a document and nothing in a text encodes to it: U+0000 is id 1 in both.
+`world` is the RWKV World vocabulary (65,529 tokens, greedy longest match on UTF-8 bytes); `bytes` has one token per
+byte. In both, id 0 ends a document and nothing in a text is encoded as it: U+0000 is id 1.
 """
 
 import ast
@@ -30,10 +30,10 @@ class Tokenizer(Protocol):
         """Bytes of each id, int64 (vocab_size,); 0 for the end of document and for ids without a token."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, uint16 (num_tokens,). Raises InputError for text that is not UTF-8 (lone surrogates)."""
+        """Ids of a text, uint16 (num_tokens,). Raises InputError for lone surrogates, which UTF-8 cannot hold."""
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of the joined pieces, exactly, in memory bounded by the longest piece."""
+        """Exactly the ids of the joined pieces, in memory bounded by the longest piece."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of the ids, complete UTF-8 or not; none for ids of `byte_lengths` 0. InputError for ids outside."""
@@ -46,27 +46,28 @@ def get_tokenizer(name: str) -> Tokenizer:
         return WorldTokenizer()
     if name == "bytes":
         return ByteTokenizer()
-    raise InputError(f"tokenizer {name!r} is not known: choose one of {', '.join(TOKENIZER_NAMES)}")
+    raise InputError(f"tokenizer {name!r} is not known; choose one of {', '.join(TOKENIZER_NAMES)}")
 
 
 def tokenizer_for_vocab(vocab_size: int) -> str | None:
-    """The name of the tokenizer that a model with `vocab_size` ids uses, or None when no tokenizer fits."""
+    """The name of the tokenizer that a model with `vocab_size` ids uses; None if none fits."""
     if vocab_size == ByteTokenizer.vocab_size:
         return "bytes"
-    # 65,530 is the last token and the end of document; files in the wild are padded to anything up to 65,536.
+    # 65,530 is all tokens and the end of document; files in the wild are padded to anything up to 65,536.
     return "world" if 65530 <= vocab_size <= WorldTokenizer.vocab_size else None
 
 
 def refuse_other_tokenizer(store: str, made_with: str | None, vocab_size: int) -> None:
-    """Raises InputError where a store was made with another tokenizer than that of a model with `vocab_size` ids.
+    """Raises InputError for a store made with another tokenizer than that of a model with `vocab_size` ids.
 
-    store: its name, for the message; made_with: None where nothing tells.
+    store: its name, for the message
+    made_with: the tokenizer's name; None if it is not known
     """
     wanted = tokenizer_for_vocab(vocab_size)
     if made_with is not None and wanted not in (None, made_with):
         raise InputError(
             f"{store}: was made with the tokenizer {made_with}, and the model's {vocab_size:,} ids are those of "
-            f"{wanted}: prepare the documents with --tokenizer {wanted}, or name another model"
+            f"{wanted}; prepare the documents with --tokenizer {wanted}, or name another model"
         )
 
 
@@ -80,7 +81,7 @@ class WorldTokenizer:
 
     @cached_property
     def _encoder(self) -> Any:
-        # Imported here, for it takes 0.3 s and 230 MB that reading a store does not need.
+        # Imported here because it takes 0.3 s and 230 MB, which reading a store does not need.
         from pyrwkv_tokenizer import RWKVTokenizer
 
         return RWKVTokenizer()
@@ -102,8 +103,8 @@ class WorldTokenizer:
             raise _not_utf8(error) from None
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        # A token is decided by the `longest_token` bytes from its start, so a token that has them all stands whatever
-        # comes after; those nearer to the end of the piece are taken back and encoded again with the next piece.
+        # A token depends only on the `longest_token` bytes from its start, so one that has them all is final. Those
+        # nearer to the end of the piece are taken back and encoded again with the next piece.
         rest = ""
         for piece in pieces:
             text = rest + piece
@@ -111,8 +112,8 @@ class WorldTokenizer:
             data = text.encode()
             starts = np.cumsum(self.byte_lengths[ids]) - self.byte_lengths[ids]
             count = int(np.searchsorted(starts, len(data) - self.longest_token, side="right"))
-            # A few tokens end inside a character; the cut may not. No token joins the end of one character to the
-            # beginning of the next, so a start on a character is at most three tokens back.
+            # The cut must not be inside a character, where a few tokens end. No token joins the end of one character
+            # to the beginning of the next, so a start on a character is at most three tokens back.
             while count < len(ids) and data[starts[count]] & 0xC0 == 0x80:
                 count -= 1
             rest = data[starts[count] :].decode() if count < len(ids) else ""
@@ -126,7 +127,7 @@ class WorldTokenizer:
 
 
 class ByteTokenizer:
-    """One token a byte: byte b is id b + 1."""
+    """One token per byte: byte b is id b + 1."""
 
     name = "bytes"
     vocab_size = 257
@@ -151,7 +152,7 @@ class ByteTokenizer:
 
 
 def _read_vocabulary(path: Path, vocab_size: int) -> list[bytes]:
-    """Lines of `id literal length`, the literal a Python str or bytes, into the bytes of every id."""
+    """The bytes of every id, from lines of `id literal length`, where the literal is a Python str or bytes."""
     tokens = [b""] * vocab_size
     for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         token_id, rest = line.split(" ", 1)
@@ -168,7 +169,7 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.nd
     outside = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
     if outside.size:
         raise InputError(
-            f"token id {outside[0]} is outside the {tokenizer.name} vocabulary (0..{tokenizer.vocab_size - 1}): "
+            f"token id {outside[0]} is outside the {tokenizer.name} vocabulary (0..{tokenizer.vocab_size - 1}); "
             "decode with the tokenizer that the tokens were made with"
         )
     return ids
@@ -177,5 +178,5 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.nd
 def _not_utf8(error: UnicodeEncodeError) -> InputError:
     return InputError(
         f"character {error.start} of the text is a lone surrogate (U+{ord(error.object[error.start]):04X}), "
-        "which UTF-8 cannot hold: remove it"
+        "which UTF-8 cannot hold; remove it"
     )

@@ -1,8 +1,8 @@
 """Worker processes with a pipe each: work in, results out in the order of the work.
 
-A worker that is killed closes its pipe, which is an error and never a wait.  `concurrent.futures.ProcessPoolExecutor`
-has one pipe for the results of all: a worker killed while it writes leaves half a message there, and the other half is
-waited for, for ever; the same holds for one that starts while the pool breaks (both seen with CPython 3.11.7).
+When a worker is killed, its pipe closes, which is an error and never a wait. `concurrent.futures.ProcessPoolExecutor`
+has a single pipe for all results: a worker killed while it writes leaves half a message there, and the pool waits for
+the other half for ever. So does one that starts while the pool breaks (both seen with CPython 3.11.7).
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ class WorkerKilled(RuntimeError):
 class Workers:
     """`count` processes that apply `function` to what is submitted; `close` ends them, whatever they are doing.
 
-    function: can be pickled; what it raises is raised by `result`.
+    function: one that can be pickled; what it raises is raised by `result`
     """
 
     def __init__(self, count: int, function: Callable[[Any], Any]) -> None:
@@ -45,13 +45,13 @@ class Workers:
 
     @property
     def num_pending(self) -> int:
-        """Results that are still to be taken."""
+        """Results that have not been taken yet."""
         return len(self._busy)
 
     @property
     def all_busy(self) -> bool:
-        """Whether a result must be taken before `submit`: a worker has no more than one piece of work at a time, so
-        that neither side of a pipe waits for the other to read."""
+        """Whether a result must be taken before the next `submit`. A worker has at most one piece of work at a time, so
+        that the two sides of a pipe never wait for each other to read."""
         return not self._idle
 
     def submit(self, work: Any) -> None:
@@ -64,7 +64,7 @@ class Workers:
             raise WorkerKilled from error
 
     def result(self) -> Any:
-        """The oldest result that was not taken; raises WorkerKilled, or what the function raised."""
+        """The oldest result not taken yet; raises WorkerKilled, or what the function raised."""
         connection = self._busy.popleft()
         try:
             result = connection.recv()
@@ -85,7 +85,7 @@ class Workers:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """The life of a worker: it ends with its parent, whose side of the pipe is closed then."""
+    """The life of a worker. It ends with its parent, for then the other side of the pipe is closed."""
     try:
         while True:
             work = connection.recv()
@@ -100,11 +100,11 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; a worker started in here never sees it, the main process later."""
+    """Ctrl-C reaches every process of a terminal; a worker started here never sees it, the main process does later."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    # Its start unblocks SIGINT, whatever was before (CPython 3.10 to 3.13): it has to be up when the mask is set.
+    # Its start unblocks SIGINT, whatever the mask was (CPython 3.10 to 3.13), so it must be running when that is set.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

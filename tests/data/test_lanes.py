@@ -256,12 +256,12 @@ def test_a_window_that_is_no_multiple_of_16(window_tokens):
 
 
 def test_no_lanes():
-    with pytest.raises(InputError, match="0 lanes: at least one"):
+    with pytest.raises(InputError, match="0 lanes are too few; give at least one"):
         make(ListStore([10]), num_lanes=0)
 
 
 def test_a_store_with_nothing_to_learn():
-    with pytest.raises(InputError, match="memory/store: no document has 2 tokens"):
+    with pytest.raises(InputError, match="memory/store: no document has 2 tokens or more to learn from; prepare"):
         make(ListStore([1, 0, 1]))
 
 
@@ -269,7 +269,7 @@ def test_ids_beyond_the_vocabulary():
     store = ListStore([50, 40])
     store.documents[1][20] = 300
     lanes = make(store, num_lanes=1, window_tokens=16, shuffle=False)
-    message = r"memory/store\.bin: token 20 of document 1 is 300, the model's vocabulary has 257 ids: prepare the store"
+    message = r"memory/store\.bin: token 20 of document 1 is 300, and the model's vocabulary has 257 ids; prepare"
     with pytest.raises(InputError, match=message):
         list(islice(lanes, 6))
     list(islice(make(store, num_lanes=1, window_tokens=16, vocab_size=301), 10))
@@ -285,11 +285,11 @@ def test_an_id_that_is_a_target_only_is_looked_at_too():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_lanes": 4}, "made with num_lanes = 3, this run has 4"),
-        ({"seed": 2}, "made with seed = 1, this run has 2"),
-        ({"shuffle": False}, "made with shuffle = 1, this run has 0"),
-        ({"store": ListStore([100, 200, 5])}, "made with num_documents = 2, this run has 3"),
-        ({"store": ListStore([100, 201])}, "made with num_tokens = 300, this run has 301"),
+        ({"num_lanes": 4}, "made with num_lanes = 3, and this run has 4"),
+        ({"seed": 2}, "made with seed = 1, and this run has 2"),
+        ({"shuffle": False}, "made with shuffle = 1, and this run has 0"),
+        ({"store": ListStore([100, 200, 5])}, "made with num_documents = 2, and this run has 3"),
+        ({"store": ListStore([100, 201])}, "made with num_tokens = 300, and this run has 301"),
     ],
 )
 def test_a_position_of_something_else(change, message):
@@ -318,5 +318,5 @@ def test_a_damaged_position(damage):
     store = ListStore([1000, 2000, 1500])
     _, position = next(make(store))
     assert position["begins"] == [64, 64, 64]
-    with pytest.raises(InputError, match="saved position .*damaged"):
+    with pytest.raises(InputError, match="the saved position .*; the checkpoint is damaged"):
         make(store, position={**position, **damage})

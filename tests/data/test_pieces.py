@@ -45,7 +45,7 @@ def test_a_part_of_a_piece(store):
 
 
 def test_pieces_of_nothing(store):
-    with pytest.raises(InputError, match="pieces of 0 tokens"):
+    with pytest.raises(InputError, match="pieces of 0 tokens are too short; give"):
         Pieces(store, 0)
 
 

@@ -146,7 +146,7 @@ def test_wrong_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_mistakes_in_the_text_leave_nothing_behind(tmp_path, workers):
+def test_mistakes_in_the_text_leave_nothing(tmp_path, workers):
     source = write_jsonl(tmp_path / "a.jsonl", some_texts(500))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     refused(tmp_path, r"bad\.jsonl:2: `text` is int", [source, str(tmp_path / "bad.jsonl")], workers=workers)

@@ -211,7 +211,7 @@ def test_damaged_compression(tmp_path, compression, suffix):
         refused(rf"a\{suffix}\{compression}: damaged \{compression} file", path)
 
 
-def test_a_file_that_can_not_be_opened(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(b"a")
     sources, _ = find_sources([str(path)])

@@ -114,7 +114,7 @@ def test_reads_outside_a_document_are_refused(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(InputError, match=r"a: no token store here .*infctx prepare"):
+    with pytest.raises(InputError, match=r"a: no token store here .*; make one with `infctx prepare`"):
         TokenStore(tmp_path / "a")
     write_store(tmp_path / "a", DOCUMENTS)
     (tmp_path / "a.bin").unlink()
@@ -127,7 +127,7 @@ def test_missing_files(tmp_path):
 
 
 def test_a_folder_is_no_store(tmp_path):
-    with pytest.raises(InputError, match="is a folder, a store is named .*train"):
+    with pytest.raises(InputError, match="is a folder; name a store in it, .* such as .*train"):
         TokenStore(tmp_path)
 
 
@@ -142,12 +142,12 @@ def test_an_empty_file(tmp_path, suffix):
 SIZES = [len(document) for document in DOCUMENTS]  # 4 1 3 101
 HUGE = np.array([2**61], "<u8")
 BAD_INDEXES = {
-    "wrong magic": ({"magic": b"MMIDIDX\x00\x01"}, r"a\.idx: wrong magic b'MMIDIDX"),
-    "version": ({"version": np.array([2], "<u8")}, "version 2 of the format, only version 1 is read"),
-    "code": ({"code": b"\x06"}, r"dtype code 6, the codes read are 4 \(int32\), 8 \(uint16\)"),
+    "wrong magic": ({"magic": b"MMIDIDX\x00\x01"}, r"a\.idx: begins with b'MMIDIDX"),
+    "version": ({"version": np.array([2], "<u8")}, "version 2 of the format; convert it to version 1"),
+    "code": ({"code": b"\x06"}, r"dtype code 6; convert it to one of 4 \(int32\), 8 \(uint16\)"),
     "no documents": ({"n": np.zeros(1, "<u8"), "d": np.array([1], "<u8")}, "no documents in this store"),
     "no borders": ({"d": np.zeros(1, "<u8"), "doc_idx": b""}, "no documents in this store"),
-    "n too large": ({"n": HUGE}, r"cut short: \d+ bytes, 2305843009213693952 sequences"),
+    "n too large": ({"n": HUGE}, r"cut short: \d+ bytes, where 2305843009213693952 sequences"),
     "d too large": ({"d": HUGE}, "cut short"),
     "cut short": ({"doc_idx": np.arange(4, dtype="<i8")}, "cut short"),
     "trailing": ({"rest": b"\x00"}, "trailing bytes"),
@@ -159,7 +159,7 @@ BAD_INDEXES = {
     "large size": ({"sizes": np.array([4, 1, 2**31 - 1, 101], "<i4")}, "sequence 2 lies outside"),
     "disagree": ({"offsets": np.array([0, 8, 8, 16], "<i8")}, "sequence 2 has an offset that does not agree"),
     "sizes disagree": ({"sizes": np.array([4, 2, 3, 100], "<i4")}, "sequence 2 has an offset that does not agree"),
-    "last size short": ({"sizes": np.array([4, 1, 3, 100], "<i4")}, r"a\.bin: trailing bytes: 218 bytes, .* of 216"),
+    "last size short": ({"sizes": np.array([4, 1, 3, 100], "<i4")}, r"a\.bin: trailing bytes: 218 bytes, .* lists 216"),
     "doc_idx begin": ({"doc_idx": np.array([1, 1, 2, 3, 4], "<i8")}, "doc_idx begins with 1"),
     "doc_idx falls": ({"doc_idx": np.array([0, 2, 1, 3, 4], "<i8")}, "doc_idx falls at place 2"),
     "doc_idx negative": ({"doc_idx": np.array([0, -1, 2, 3, 4], "<i8")}, "doc_idx falls at place 1"),
@@ -310,13 +310,13 @@ def test_nothing_is_there_before_the_end_and_the_index_comes_last(tmp_path, monk
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_an_existing_store_is_not_written_over(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"x")
-    with pytest.raises(InputError, match=rf"a\{suffix}: is there already"):
+    with pytest.raises(InputError, match=rf"a\{suffix}: exists already; choose"):
         TokenStoreWriter(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
 
 
 @pytest.mark.parametrize("ids", [[1, 0, 2], [65536], [-1]])
-def test_ids_that_a_document_can_not_have(tmp_path, ids):
+def test_ids_that_a_document_cannot_have(tmp_path, ids):
     with pytest.raises(ValueError, match="1..65535"), TokenStoreWriter(tmp_path / "a") as writer:
         writer.extend(np.array(ids))
     assert list(tmp_path.iterdir()) == []

@@ -202,11 +202,11 @@ def test_lone_surrogates_are_an_input_error(name):
 
 
 def test_an_unknown_name_is_an_input_error():
-    with pytest.raises(InputError, match="'gpt2' is not known: choose one of world, bytes"):
+    with pytest.raises(InputError, match="'gpt2' is not known; choose one of world, bytes"):
         get_tokenizer("gpt2")
 
 
-def test_the_tokenizer_is_told_from_the_vocabulary():
+def test_the_vocabulary_says_which_tokenizer():
     assert tokenizer_for_vocab(257) == "bytes"
     assert [tokenizer_for_vocab(size) for size in (65530, 65535, 65536)] == ["world"] * 3
     assert [tokenizer_for_vocab(size) for size in (256, 258, 50277, 65529, 65537)] == [None] * 5

@@ -84,7 +84,7 @@ def test_a_summary_of_the_wrong_kind_is_one_line(tmp_path, content):
     config = write_config(tmp_path)
     (tmp_path / "store.json").write_text(content)
     code, _, errors = infctx_here("train", config)
-    assert code == 2 and "store.json: not what `infctx prepare` writes: make the store again, or remove it" in errors
+    assert code == 2 and "store.json: not what `infctx prepare` writes; make the store again, or remove it" in errors
 
 
 def test_a_store_that_was_replaced_by_one_of_the_same_sizes_is_noticed(tmp_path):

@@ -272,7 +272,7 @@ def test_held_out_documents_are_checked_before_the_first_step(tmp_path, weights)
 
 def test_a_change_of_the_cut_is_named(tmp_path, weights):
     train(tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3))
-    with pytest.raises(InputError, match="was made with document_tokens = None, this run has 64: set it back"):
+    with pytest.raises(InputError, match="was made with document_tokens = None, and this run has 64; set it back"):
         open_run(load_config(tmp_path / "config.yaml", ["data.document_tokens=64"]))
 
 
