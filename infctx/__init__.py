@@ -1,7 +1,7 @@
 """infctx trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.
 
-The public interface is the names below; each is described at its definition.  They are looked up at first use, so
-that `import infctx` costs nothing and commands that need no model do not load torch.
+The public interface is the names below; each is described where it is defined.  They are looked up at first use, so
+that `import infctx` costs nothing and commands that need no model do not load torch.  examples/ shows them at work.
 """
 
 from __future__ import annotations
@@ -10,37 +10,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infctx.data.token_store import TokenStore
+    from infctx.data.tokenizer import get_tokenizer as tokenizer
     from infctx.errors import InputError
+    from infctx.evaluate.generate import generate
     from infctx.formats.state_file import load_state, save_state
     from infctx.formats.weights import load_model, save_weights
     from infctx.model.build import build_model
+    from infctx.model.rwkv import RWKV
     from infctx.model.state import State
     from infctx.recurrence.wkv import wkv
     from infctx.train.window import window_backward
 
 __all__ = [
     "InputError",
+    "RWKV",
     "State",
+    "TokenStore",
     "build_model",
+    "generate",
     "load_model",
     "load_state",
     "save_state",
     "save_weights",
+    "tokenizer",
     "window_backward",
     "wkv",
 ]
 __version__ = "0.1.0"
 
-_DEFINED_IN = {
-    "InputError": "infctx.errors",
-    "State": "infctx.model.state",
-    "build_model": "infctx.model.build",
-    "load_model": "infctx.formats.weights",
-    "load_state": "infctx.formats.state_file",
-    "save_state": "infctx.formats.state_file",
-    "save_weights": "infctx.formats.weights",
-    "window_backward": "infctx.train.window",
-    "wkv": "infctx.recurrence.wkv",
+_DEFINED_AS = {
+    "InputError": "infctx.errors.InputError",
+    "RWKV": "infctx.model.rwkv.RWKV",
+    "State": "infctx.model.state.State",
+    "TokenStore": "infctx.data.token_store.TokenStore",
+    "build_model": "infctx.model.build.build_model",
+    "generate": "infctx.evaluate.generate.generate",
+    "load_model": "infctx.formats.weights.load_model",
+    "load_state": "infctx.formats.state_file.load_state",
+    "save_state": "infctx.formats.state_file.save_state",
+    "save_weights": "infctx.formats.weights.save_weights",
+    "tokenizer": "infctx.data.tokenizer.get_tokenizer",
+    "window_backward": "infctx.train.window.window_backward",
+    "wkv": "infctx.recurrence.wkv.wkv",
 }
 
 
@@ -48,7 +60,10 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DEFINED_IN:
-        raise AttributeError(f"module 'infctx' has no attribute {name!r}")
-    return getattr(importlib.import_module(_DEFINED_IN[name]), name)
+if not TYPE_CHECKING:  # type checkers have the imports above, and with this they would let any name pass
+
+    def __getattr__(name: str) -> Any:
+        if name not in _DEFINED_AS:
+            raise AttributeError(f"module 'infctx' has no attribute {name!r}")
+        module, _, defined = _DEFINED_AS[name].rpartition(".")
+        return getattr(importlib.import_module(module), defined)

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from packaging.markers import Marker
@@ -37,6 +39,12 @@ def test_deepspeed_imports_on_a_cpu():
 def test_pytest_does_not_read_the_id_that_xdist_writes(request):
     """Where this fails, xdist's --dist loadgroup may work again, in the place of what tests/conftest.py does."""
     assert not hasattr(request.node, "_nodeid")
+
+
+def test_type_checkers_find_an_editable_install():
+    """They follow a path in a .pth, and no import hook."""
+    (file,) = Path(sysconfig.get_path("purelib")).glob("__editable__.infctx-*.pth")
+    assert (Path(file.read_text().strip()) / "infctx" / "py.typed").is_file()
 
 
 def test_every_public_name_is_there():

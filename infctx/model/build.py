@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 import torch
@@ -25,11 +27,24 @@ def build_model(
 
     name: a published size, such as "finch-3b"; or sizes by keyword: version, num_layers, width, and optionally
     vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`).
+    Raises InputError for other names, and where the sizes do not make a model.
     """
     if (name is None) == (not sizes):
         raise InputError("build_model: give the name of a published size, or version, num_layers, width, ...")
+    _check_names(sizes)
     wanted = published_sizes(name) if name else make_sizes(**sizes)
     return new_model(wanted, device, dtype, seed, Compute(backend=backend))
+
+
+def _check_names(sizes: dict[str, Any]) -> None:
+    known = inspect.signature(make_sizes).parameters
+    for name in sizes.keys() - known.keys():
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        raise InputError(f"build_model: there is no size {name!r}; {remedy}")
+    missing = [name for name, size in known.items() if size.default is size.empty and name not in sizes]
+    if sizes and missing:
+        raise InputError(f"build_model: needs more than {', '.join(sizes)}; give {', '.join(missing)} too")
 
 
 def new_model(

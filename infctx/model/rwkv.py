@@ -85,8 +85,7 @@ class RWKV(nn.Module):
         segments = self._layer_segments(starts, initial if self._learns_start(starts) else None, received)
         state = initial if state is None else state
         assert state is not None
-        embedded = self.embedding(tokens).to(self.compute.dtype or self.embedding.weight.dtype)
-        x = self.embedding_norm(embedded)  # (B, T, D)
+        x = self.embedding_norm(self._embed(tokens))  # (B, T, D)
         layers = []
         for block, layer, segment in zip(self.blocks, state.layers(), segments, strict=True):
             if self.compute.recompute_blocks and torch.is_grad_enabled():
@@ -95,6 +94,19 @@ class RWKV(nn.Module):
                 x, layer = block(x, layer, segment)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), in the dtype of the activations."""
+        try:
+            embedded = self.embedding(tokens)
+        except IndexError:  # of the CPU alone: to look at ids on a GPU would make it wait for each segment
+            vocab_size = self.sizes.vocab_size
+            outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+            raise InputError(
+                f"model: token {int(outside[0])} is outside the vocabulary of {vocab_size:,} ids; use the tokenizer "
+                "that goes with the model"
+            ) from None
+        return embedded.to(self.compute.dtype or self.embedding.weight.dtype)
 
     def _learns_start(self, starts: Tensor | None) -> bool:
         return starts is not None and any(part is not None for part in self.initial_parts())

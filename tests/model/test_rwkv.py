@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import infctx
+from infctx.errors import InputError
 from infctx.formats.weights import stored_names
 from infctx.model.rwkv import Compute
 from infctx.model.sizes import PUBLISHED_SIZES
@@ -234,6 +235,15 @@ def test_a_state_comes_in_and_goes_out():
     _, last = model(random_tokens(3, 20), state)
     assert all(torch.equal(*pair) for pair in zip(state, before, strict=True))  # nothing is changed in place
     assert [part.shape for part in last] == [part.shape for part in state]
+
+
+@pytest.mark.parametrize("token", [19, -1])
+def test_a_token_outside_the_vocabulary_is_named(token):
+    tokens, model = random_tokens(2, 20), random_model(6)
+    tokens[1, 7] = token
+    for run in (model, lambda given: infctx.window_backward(model, given, random_tokens(2, 20), 8)):
+        with pytest.raises(InputError, match=f"model: token {token} is outside the vocabulary of 19 ids; use"):
+            run(tokens)
 
 
 def test_no_initial_state_is_one_of_zeros():
