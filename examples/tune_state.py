@@ -1,0 +1,73 @@
+"""Learns an initial state for a model from one text, with the public functions of infctx alone.
+
+    python examples/tune_state.py book.txt --model runs/finch-tiny/model.pth --output state.pth --steps 20
+
+RWKV reads a document with a state of fixed size, which starts as zeros. Here the weights stay as they are, and the
+state that documents start from is learned: a small file that makes the model write more like the text, and that
+`infctx generate --state`, RWKV-Runner and ChatRWKV load.
+
+This is the heart of `infctx tune`, and no more. The command also learns in units that suit each layer and head, so that
+one learning rate fits every model (here, try some from 0.01 to 10); it reads many documents, in many lanes and on many
+GPUs; it watches a held-out loss; and it writes checkpoints, from which it resumes bit for bit.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import infctx
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("text", type=Path, help="a UTF-8 text file")
+parser.add_argument("--model", required=True, help="a .pth, a .safetensors or a checkpoint folder")
+parser.add_argument("--output", default="state.pth", help="the state file to write (default %(default)s)")
+parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--learning-rate", type=float, default=1.0, help="try a few; see above")
+parser.add_argument("--window-tokens", type=int, default=512, help="tokens of each piece of the text")
+parser.add_argument("--prompt-tokens", type=int, default=16, help="at the beginning of each piece, without loss")
+options = parser.parse_args()
+
+# 1. The model. Its weights are frozen; the initial state, zeros so far, is all that learns: (layers, heads, N, N).
+model = infctx.load_model(options.model).requires_grad_(False)
+learned = [part.requires_grad_() for part in model.add_initial_state() if part is not None]
+
+# 2. The text as token ids. A vocabulary of 257 is bytes; the published models have the World vocabulary.
+tokenizer = infctx.tokenizer("bytes" if model.sizes.vocab_size == 257 else "world")
+ids = torch.from_numpy(tokenizer.encode(options.text.read_text(encoding="utf-8")).astype("int64"))
+
+# 3. Windows: pieces of the text, (pieces, T). Each is a document of its own: it starts from the initial state.
+length = min(options.window_tokens, len(ids) - 1)
+pieces = torch.stack([ids[begin : begin + length + 1] for begin in range(0, len(ids) - length, length)])
+tokens, targets = pieces[:, :-1], pieces[:, 1:].clone()  # at each place, the target is the token that follows
+
+# 4. A loss mask. A place with target -100 is read, but carries no loss. In pairs of a prompt and an answer, mask the
+#    prompt: then the state learns to answer, not to ask. In plain text, the first tokens of a piece are guesswork.
+targets[:, : options.prompt_tokens] = -100
+
+
+@torch.no_grad()
+def mean_loss() -> float:
+    """Of the first pieces, in nats per token. The state learns from them: on other texts it does less."""
+    hidden, _ = model(tokens[:8])  # (B, T, D), each row from the initial state
+    return float(cross_entropy(model.logits(hidden).flatten(0, 1), targets[:8].flatten()))  # leaves -100 out
+
+
+# 5. The steps, of four pieces each. window_backward adds the exact gradient of the mean loss to `.grad`. It holds the
+#    activations of one segment at a time, so a window of 100,000 tokens takes time, but hardly more memory.
+print(f"loss before: {mean_loss():.4f}")
+optimizer = torch.optim.AdamW(learned, lr=options.learning_rate, weight_decay=0.0)
+random = torch.Generator().manual_seed(0)
+for step in range(1, options.steps + 1):
+    chosen = torch.randint(len(tokens), (4,), generator=random)
+    loss, _ = infctx.window_backward(model, tokens[chosen], targets[chosen], segment_tokens=256)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 10 == 0:
+        print(f"step {step}: loss {loss:.4f}")
+print(f"loss after:  {mean_loss():.4f}")
+
+# 6. The file. Its suffix chooses the form: .pth for RWKV-Runner and ChatRWKV, .st for Ai00. infctx.load_state reads it.
+infctx.save_state(model.initial_state(1), options.output)
+print(f"wrote {options.output}; try: infctx generate {options.model} --state {options.output} --prompt '...'")
