@@ -42,7 +42,7 @@ SMALLER = {
     "window_tokens: 16384          #": "window_tokens: 1024           #",
     "window_tokens: 16384\n  lanes: 1\n": "window_tokens: 1024\n  lanes: 1\n",
     "segment_tokens: 1024          #": "segment_tokens: 256            #",
-    "optimizer.steps=300": "optimizer.steps=6",
+    "optimizer.steps=60": "optimizer.steps=4",
     "optimizer.steps=140": "optimizer.steps=3",
 }
 ASSUMED = ("data/python/store.json", "data/cpp/store.json", "runs/finch-tiny/model.pth")
