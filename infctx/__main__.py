@@ -225,6 +225,7 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
     parser.add_argument("--max-tokens", type=_count, default=262144, help="tokens to evaluate (default %(default)s)")
     parser.add_argument("--segment-tokens", type=_count, default=1024, help="tokens at once (default %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the table as JSON, as a run does")
     _describe_state(parser)
     _describe_device(parser)
 
@@ -232,10 +233,16 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from infctx.data.token_store import TokenStore
     from infctx.evaluate.loss_by_position import evaluate_store, format_table
+    from infctx.evaluate.record import Evaluation, write_record
 
-    store = TokenStore(options.store)
-    buckets = evaluate_store(_load(options), store, options.segment_tokens, options.max_tokens)
+    if options.output and options.output.exists():
+        raise InputError(f"{options.output}: exists; choose another name")
+    store, model = TokenStore(options.store), _load(options)
+    buckets = evaluate_store(model, store, options.segment_tokens, options.max_tokens)
     print(format_table(buckets, store))
+    if options.output:
+        evaluation = Evaluation(None, model.initial_wkv is not None, buckets)
+        write_record(options.output, store.path, options.max_tokens, [evaluation])
 
 
 def _describe_generate(parser: argparse.ArgumentParser) -> None:

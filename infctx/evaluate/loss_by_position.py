@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, refuse_other_tokenizer, tokenizer_for_vocab
@@ -39,32 +41,45 @@ class Bucket:
 
 
 @torch.no_grad()
-def evaluate_store(model: RWKV, store: TokenStore, segment_tokens: int, max_tokens: int) -> list[Bucket]:
+def evaluate_store(
+    model: RWKV,
+    store: TokenStore,
+    segment_tokens: int,
+    max_tokens: int,
+    each_segment: Callable[[], None] = lambda: None,
+) -> list[Bucket]:
     """Loss of the documents of a store by position in the document, each read from its beginning with its state.
 
     max_tokens is shared out so that every document (1,024 at most, evenly spaced) is read up to one common length.
-    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.
+    each_segment: is called after each segment, by which others see that this process is at work.
+    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.  Shows a progress bar when
+    standard error is a terminal.
     """
     if segment_tokens < 1 or max_tokens < 1:
         raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
     tokenizer = tokenizer_for_vocab(model.sizes.vocab_size)
     byte_lengths = torch.from_numpy(get_tokenizer(tokenizer).byte_lengths) if tokenizer else None
     buckets: list[Bucket] = []
-    for document, tokens in _documents(store, model.sizes.vocab_size, max_tokens):
-        state = None
-        for begin in range(0, len(tokens) - 1, segment_tokens):
-            piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
-            hidden, state = model(piece[None, :-1], state)
-            losses = token_losses(hidden, model.head.weight, piece[None, 1:])[0].double().cpu()
-            if not losses.isfinite().all():
-                raise InputError(f"{store.path}: document {document} has a loss of nan or inf; the weights are damaged")
-            _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
+    chosen = _choose(store, model.sizes.vocab_size, max_tokens)
+    with _progress_bar(sum(chosen.values()) - len(chosen)) as bar:
+        for document, tokens in _read(store, model.sizes.vocab_size, chosen):
+            state = None
+            for begin in range(0, len(tokens) - 1, segment_tokens):
+                piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
+                hidden, state = model(piece[None, :-1], state)
+                losses = token_losses(hidden, model.head.weight, piece[None, 1:])[0].double().cpu()
+                if not losses.isfinite().all():
+                    problem = f"document {document} has a loss of nan or inf; the weights are damaged"
+                    raise InputError(f"{store.path}: {problem}")
+                _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
+                bar.update(len(losses))
+                each_segment()
     return buckets
 
 
 def refuse_tokens_beyond(store: TokenStore, vocab_size: int, max_tokens: int) -> None:
     """Raises InputError if an evaluation over max_tokens would meet a token that the model does not have."""
-    for _ in _documents(store, vocab_size, max_tokens):
+    for _ in _read(store, vocab_size, _choose(store, vocab_size, max_tokens)):
         pass
 
 
@@ -98,19 +113,22 @@ def _place(bucket: Bucket) -> str:
 
 def summarise(buckets: list[Bucket]) -> str:
     """The outcome in one clause: the whole, the first bucket and the last."""
-
-    first, last = buckets[0], buckets[-1]
+    first, last, whole = buckets[0], buckets[-1], total(buckets)
     if first is last:
-        return f"held-out {_value(first)}"
+        return f"{_value(whole)} {_unit(whole)}"
     return (
-        f"held-out {_value(total(buckets))}, {_value(first)} in the first {first.end} tokens of a document and "
+        f"{_value(whole)} {_unit(whole)}: {_value(first)} in the first {first.end} tokens of a document, "
         f"{_value(last)} from token {last.begin:,} on"
     )
 
 
 def _value(bucket: Bucket) -> str:
     bits = bucket.bits_per_byte
-    return f"{bucket.nats_per_token:.3f} nats a token" if bits is None else f"{bits:.3f} bits a byte"
+    return f"{bucket.nats_per_token if bits is None else bits:.3f}"
+
+
+def _unit(bucket: Bucket) -> str:
+    return "nats a token" if bucket.bits_per_byte is None else "bits a byte"
 
 
 def total(buckets: list[Bucket]) -> Bucket:
@@ -132,17 +150,22 @@ def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: tor
         bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part].sum())
 
 
-def _documents(store: TokenStore, vocab_size: int, max_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number and tokens of at most 1,024 documents, evenly spaced over the store, of those with a target, cut."""
+def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, int]:
+    """Number of each document to read -> tokens to read of it: at most 1,024, evenly spaced, of those with a target."""
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
-    chosen = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
-    documents = [document for document in chosen if store.length(document) >= 2]
-    if not documents:
+    spaced = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
+    lengths = {document: store.length(document) for document in spaced if store.length(document) >= 2}
+    if not lengths:
         raise InputError(f"{store.path}: no document of two tokens or more to evaluate")
-    limit = _common_length([store.length(document) for document in documents], max_tokens)
-    for document in documents:
-        tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
+    limit = _common_length(list(lengths.values()), max_tokens)
+    return {document: min(limit, length) for document, length in lengths.items()}
+
+
+def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number and tokens of each chosen document."""
+    for document, num_tokens in chosen.items():
+        tokens = torch.from_numpy(store.tokens(document, 0, num_tokens))
         if tokens.max() >= vocab_size:
             raise InputError(
                 f"{store.path}: document {document} has token {tokens.max()} of {vocab_size}; "
@@ -159,3 +182,8 @@ def _common_length(lengths: list[int], max_tokens: int) -> int:
             return max(2, left // count)
         left -= length
     return max(lengths)
+
+
+def _progress_bar(num_targets: int) -> tqdm:
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=num_targets, desc="held-out loss", unit=" tokens", unit_scale=True, leave=False, disable=hidden)

@@ -1,16 +1,21 @@
 """Loss by position: the judge is one whole forward over each document in float64."""
 
+import io
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import infctx
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.errors import InputError
 from infctx.evaluate import loss_by_position as evaluate_module
 from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarise, total
+from infctx.evaluate.record import Evaluation, read_record, write_record
 
+from runs import infctx_here
 from tiny_models import random_model
 
 ALL = 1 << 30
@@ -149,6 +154,67 @@ def test_table_and_summary(tmp_path):
     ]
     assert len({len(line) for line in lines[1:]}) == 1
     assert summarise(buckets) == (
-        "held-out 1.253 bits a byte, 2.020 bits a byte in the first 256 tokens of a document and "
-        "1.000 bits a byte from token 256 on"
+        "1.253 bits a byte: 2.020 in the first 256 tokens of a document, 1.000 from token 256 on"
     )
+    assert summarise(buckets[:1]) == "2.020 bits a byte"
+
+
+def test_a_record_keeps_what_was_measured(tmp_path, model):
+    store = write_documents(tmp_path / "store", (300, 20))
+    unknown = [Bucket(0, 256, 3, 2.5)]
+    measured = [Evaluation(0, False, evaluate_store(model, store, 64, ALL)), Evaluation(7, True, unknown)]
+    write_record(tmp_path / "held_out.json", store.path, 500, measured)
+    again = read_record(tmp_path / "held_out.json", store.path, 500)
+    for one, other in zip(measured, again, strict=True):
+        assert one[:2] == other[:2]
+        for mine, its in zip(one.buckets, other.buckets, strict=True):
+            assert (mine.begin, mine.end, mine.num_tokens, mine.num_bytes) == (
+                its.begin,
+                its.end,
+                its.num_tokens,
+                its.num_bytes,
+            )
+            assert its.nats == pytest.approx(mine.nats, rel=1e-12)
+    assert read_record(tmp_path / "held_out.json", tmp_path / "other", 500) == []
+    assert read_record(tmp_path / "held_out.json", store.path, 501) == []
+    assert read_record(tmp_path / "gone.json", store.path, 500) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "[" * 9999, '{"store": "s", "tokens": 5, "evaluations": [{"step": 1, "buckets": 3}]}']
+)
+def test_a_damaged_record_is_a_value_error(tmp_path, content):
+    (tmp_path / "held_out.json").write_text(content)
+    with pytest.raises(ValueError):
+        read_record(tmp_path / "held_out.json", "s", 5)
+
+
+def test_evaluate_writes_the_table_and_replaces_none(tmp_path):
+    infctx.save_weights(random_model(6, vocab_size=257, with_state=True), tmp_path / "tiny.pth")
+    store = write_documents(tmp_path / "store", (300, 20))
+    command = ("evaluate", tmp_path / "tiny.pth", store.path, "--max-tokens", 310, "--output", tmp_path / "table.json")
+    code, output, errors = infctx_here(*command)
+    assert code == 0, errors
+    content = json.loads((tmp_path / "table.json").read_text())
+    (evaluation,) = content["evaluations"]
+    assert (content["store"], content["tokens"]) == (str(store.path), 310)
+    assert (evaluation["step"], evaluation["with_state"]) == (None, True)
+    first, second = evaluation["buckets"]
+    assert (first["begin"], first["end"], second["begin"], second["end"]) == (0, 256, 256, 1024)
+    assert f"{second['num_tokens']} {second['nats_per_token']:12.4f} {second['bits_per_byte']:11.3f}" in output
+    code, output, errors = infctx_here(*command)
+    assert (code, output, errors) == (2, "", f"infctx: {tmp_path}/table.json: exists; choose another name\n")
+
+
+def test_a_terminal_sees_a_bar_that_goes_and_others_see_none(tmp_path, model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    store = write_documents(tmp_path / "store", (300, 20))
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", stream)
+        evaluate_store(model, store, 64, ALL)
+        shown = stream.getvalue()
+        assert ("held-out loss:   0%" in shown and "/318" in shown) == stream.isatty()
+        assert shown == "" or shown.split("\r")[-1].strip() == ""
