@@ -67,15 +67,15 @@ def train_steps(run: Run) -> bool:
                 where = find_failure(engine, window, came_in, config)
                 raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
-            done = Step(step, loss.item(), learning_rate, norm.item(), run.carry, engine.learned_state())
+            learned = engine.learned_state()
+            done = Step(step, run.progress.num_tokens, loss.item(), learning_rate, norm.item(), run.carry, learned)
             metrics.report(done, reported[:, 2])
             if stop or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save_checkpoint(run)
             if stop and step < steps:
                 why = received[0] if received else "a signal to another rank"
-                metrics.say(
-                    f"{why}: stopped after step {step}, saved in {run.checkpoint}; run the same command to resume"
-                )
+                saved = f"saved in {run.checkpoint}; run the same command to resume"
+                metrics.stop(f"{why}: stopped after step {step}, {saved}")
                 return False
     return True
 

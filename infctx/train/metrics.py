@@ -1,33 +1,39 @@
-"""What a run tells: a progress line, a log file with one JSON object a step, TensorBoard's scalars."""
+"""What a run reports: a progress line, a log file with one JSON object a step, TensorBoard's scalars and settings."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infctx.config import Config
+from infctx.config import Config, dump_config
 from infctx.files import atomic_file
 from infctx.machine import peak_memory
 from infctx.model.state import State
 from infctx.small_texts import parse_json
 
 STEP_LOG = "steps.jsonl"
+TENSORBOARD = "tensorboard"
+MOST_COLUMNS = 100
+"""Of the progress line."""
 LAG_TO_SHOW = 0.1
 """How much longer than the median a rank takes to be shown in the progress line."""
 
 
 class Step(NamedTuple):
-    """What a step has come to: its loss (nats a target), the gradient norm before clipping, the state to carry on, and
-    the initial state if one learns."""
+    """What a step has come to: the tokens seen so far, its loss (nats a target), the gradient norm before clipping, the
+    state to carry on, and the initial state if one learns."""
 
     number: int
+    num_tokens: int
     loss: float
     learning_rate: float
     gradient_norm: float
@@ -36,15 +42,12 @@ class Step(NamedTuple):
 
 
 def open_metrics(config: Config, first_step: int, reports: bool) -> Metrics | NoMetrics:
-    """What tells of a run's steps from first_step on; reports: whether this is the rank that does."""
-    if not reports:
-        return NoMetrics()
-    run = config.run
-    return Metrics(run.folder, first_step, config.optimizer.steps, config.step_tokens, run.log_every_steps)
+    """What reports a run's steps from first_step on; reports: whether this is the rank that does."""
+    return Metrics(config, first_step) if reports else NoMetrics()
 
 
 class NoMetrics:
-    """Tells nothing: there is one report of a run, not one of each rank."""
+    """Reports nothing: there is one report of a run, not one of each rank."""
 
     def __enter__(self) -> NoMetrics:
         return self
@@ -55,23 +58,30 @@ class NoMetrics:
     def report(self, *_: object) -> None:
         pass
 
-    def say(self, line: str) -> None:
+    def stop(self, line: str) -> None:
         pass
 
 
 class Metrics:
-    """Reports of one run; `close` it, or use it as a context."""
+    """Reports of one run, a context to use them in."""
 
-    def __init__(self, folder: Path, first_step: int, steps: int, step_tokens: int, log_every_steps: int) -> None:
-        self.steps, self.step_tokens, self.log_every_steps = steps, step_tokens, log_every_steps
-        self.first_step = first_step
+    def __init__(self, config: Config, first_step: int) -> None:
+        self.steps, self.step_tokens = config.optimizer.steps, config.step_tokens
+        self.log_every_steps, self.first_step = config.run.log_every_steps, first_step
         self.began = self.before = time.perf_counter()
+        folder = config.run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.step_log = _reopen_step_log(folder / STEP_LOG, first_step)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        terminal = sys.stderr.isatty()
+        self.step_log, self.seconds_before = _reopen_step_log(folder / STEP_LOG, first_step)
+        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+        settings = textwrap.indent(dump_config(config), "    ")  # which Markdown shows as it is written
+        self.writer.add_text("settings", settings, first_step)
         self.bar = tqdm(
-            total=steps, initial=first_step - 1, disable=not terminal, bar_format="{desc}  |{bar:20}|", delay=0.01
+            total=self.steps,
+            initial=first_step - 1,
+            disable=not sys.stderr.isatty(),
+            bar_format="{desc}  |{bar}|",
+            ncols=_columns(),
+            delay=0.01,
         )
 
     def __enter__(self) -> Metrics:
@@ -103,8 +113,10 @@ class Metrics:
         if len(busy_seconds) > 1:
             rank, lag = int(busy_seconds.argmax()), float(busy_seconds.max() / busy_seconds.median()) - 1
             scalars |= {"slowest_rank": rank, "slowest_rank_lag": lag}
-            slowest = f"  slowest rank {rank} (+{lag:.0%})" if lag > LAG_TO_SHOW else ""
-        self.step_log.write(json.dumps({"step": step} | scalars) + "\n")
+            slowest = f"  slowest rank {rank}" if lag > LAG_TO_SHOW else ""
+        seconds = self.seconds_before + now - self.began
+        counts = {"step": step, "tokens": done.num_tokens, "seconds": round(seconds, 3)}
+        self.step_log.write(json.dumps(counts | scalars) + "\n")
         self.step_log.flush()
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
@@ -114,20 +126,22 @@ class Metrics:
         left = (now - self.began) / (step - self.first_step + 1) * (self.steps - step)
         line = (
             f"step {step}/{self.steps}  loss {done.loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{_duration(left)} left  peak memory {memory / 1e9:.2f} GB{slowest}"
+            f"{duration(left)} left  peak {memory / 1e9:.2f} GB{slowest}"
         )
         self.bar.set_description_str(line, refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.log_every_steps == 0 or step in (self.first_step, self.steps)):
-            self.say(line)
+            print(line, file=sys.stderr, flush=True)
 
-    def say(self, line: str) -> None:
-        """One line, above the progress line if there is one."""
-        tqdm.write(line, file=sys.stderr)
+    def stop(self, line: str) -> None:
+        """The last line of a run that stops before its end, below the progress line."""
+        self.bar.close()
+        print(line, file=sys.stderr, flush=True)
 
 
 def read_step_log(folder: Path) -> list[dict[str, Any]]:
-    """One dict a step: step, loss, learning_rate, gradient_norm, tokens_per_second, peak_memory_gb."""
+    """One dict a step: step, tokens (seen so far), seconds (of training so far, over resumes), loss, learning_rate,
+    gradient_norm, tokens_per_second, peak_memory_gb.  Before 0.2 there were no tokens and seconds."""
     return [parse_json(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
 
 
@@ -136,23 +150,32 @@ def state_sizes(state: State) -> list[float]:
     return state.wkv.square().mean(dim=(1, 2, 3, 4)).sqrt().tolist()
 
 
-def _reopen_step_log(path: Path, first_step: int) -> Any:
-    """Drops what a killed run wrote after the checkpoint that this one goes on from."""
-    kept = []
+def _columns() -> int:
+    """Of the progress line: those of the terminal, MOST_COLUMNS at most."""
+    found = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    return min(found or MOST_COLUMNS, MOST_COLUMNS)
+
+
+def _reopen_step_log(path: Path, first_step: int) -> tuple[IO[str], float]:
+    """Drops what a killed run wrote after the checkpoint that this one resumes from; returns the log, to be written on,
+    and the seconds of training until then."""
+    kept, seconds = [], 0.0
     if path.exists() and first_step > 1:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = parse_json(line)
                 if entry["step"] < first_step and isinstance(entry["loss"], float):
                     kept.append(line + "\n")
+                    seconds = float(entry.get("seconds", 0.0))  # older logs have none
             except (ValueError, KeyError, TypeError):
                 continue  # the line that the kill cut off
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8"), seconds
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 2:31 or 1:02:31."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
