@@ -54,10 +54,11 @@ class Beat:
     @property
     def place(self) -> str:
         """Where the rank is, in words."""
-        if self.step is None:
-            return "before its first step"
+        doing = f" ({self.doing})" if self.doing else ""
+        if not self.step:
+            return f"before its first step{doing}"
         segment = "" if self.segment is None else f", segment {self.segment}"
-        return f"in step {self.step}{segment}{f' ({self.doing})' if self.doing else ''}"
+        return f"in step {self.step}{segment}{doing}"
 
 
 class Exchange:

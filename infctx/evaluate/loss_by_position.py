@@ -117,8 +117,8 @@ def summarise(buckets: list[Bucket]) -> str:
     if first is last:
         return f"{_value(whole)} {_unit(whole)}"
     return (
-        f"{_value(whole)} {_unit(whole)}: {_value(first)} in the first {first.end} tokens of a document, "
-        f"{_value(last)} from token {last.begin:,} on"
+        f"{_value(whole)} {_unit(whole)}: {_value(first)} in a document's first {first.end} tokens, "
+        f"{_value(last)} from {last.begin:,} on"
     )
 
 

@@ -23,6 +23,9 @@ from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights,
 from infctx.model.rwkv import RWKV, Compute
 from infctx.small_texts import quoted
 
+RUN_WEIGHTS = "model.pth"
+"""The weights that a run leaves in its folder at its end."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +72,7 @@ def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
 
 
 def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> ModelFiles:
-    """The files of a model; the newest whole checkpoint of a run.  Raises InputError where there is none.
+    """The files of a model; of a run the newest whole checkpoint, else its model.pth.  Raises InputError for neither.
 
     hashes: reads all of that checkpoint to see whether it is whole, see `newest_checkpoint`.
     seen: checkpoints of states that led here, each tuned over the weights of the next
@@ -99,6 +102,8 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
     newest = newest_checkpoint(path / "checkpoints", hashes) or newest_checkpoint(path, hashes)
     if newest is not None:
         return find_model(newest, hashes, seen)
+    if (path / RUN_WEIGHTS).is_file():  # of a run whose checkpoints were removed
+        return ModelFiles(path / RUN_WEIGHTS, None)
     if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
         return ModelFiles(path, None)
     raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,37 +14,45 @@ from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.evaluate.generate import generate
-from infctx.evaluate.loss_by_position import evaluate_store, format_comparison, format_table, summarise
-from infctx.formats.checkpoint_folder import STATE_FILE, TUNED_OVER
+from infctx.formats.checkpoint_folder import TUNED_OVER
+from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
-from infctx.machine import free_device_memory
 from infctx.model.rwkv import RWKV
-from infctx.train.metrics import read_step_log
-from infctx.train.run import Run
+from infctx.train.held_out import fits, measure_after, without_state
+from infctx.train.metrics import STEP_LOG, TENSORBOARD, duration, read_step_log
+from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
 
-EVALUATION_BYTES = 4 << 30
-"""What evaluating takes of a device besides the weights: activations of one document, slices of the logits."""
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 200
+WHAT_IT_IS = {
+    RUN_WEIGHTS: "the weights, fp32: for infctx generate, evaluate and export",
+    "state.safetensors": "the state, fp32: for infctx generate, evaluate and export",
+    "state.st": "the state for Ai00",
+    "state.pth": "the state for RWKV-Runner, ChatRWKV and the like",
+}
 
 log = logging.getLogger(__name__)
 
 
 def finish(run: Run) -> None:
-    """For the first rank, once the process group is closed."""
-    config, model = run.plan.config, whole_model(run)
-    losses = [entry["loss"] for entry in read_step_log(config.run.folder)]
-    outcome = f"trained {run.progress.step} steps on {run.progress.num_tokens:,} tokens"
-    if losses:
-        outcome += f": loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
+    """For the first rank, once the process group is closed.  What was learned is on disk, and announced, before
+    anything else is tried; a held-out loss that cannot be measured is a warning."""
+    config, model, measured = run.plan.config, whole_model(run), True
     with model.alone():
-        if config.model.freezes_weights:
-            print(f"{outcome}.")
-            _finish_tuning(run, model)
-        else:
-            _finish_training(run, model, outcome)
+        print(f"{_outcome(run)}\n{_list_files(run, _write(run, model))}", flush=True)
+        if config.data.held_out and config.run.evaluate_tokens:
+            try:
+                print(measure_after(run, model))
+                if config.model.freezes_weights:
+                    _show_samples(model, TokenStore(config.data.held_out))
+            except (InputError, OSError) as error:
+                if isinstance(error, BrokenPipeError):  # of whoever was reading this
+                    raise
+                measured = False
+                log.warning("the held-out loss could not be measured: %s", error)
+    print("\n".join(["next", *(f"  {command}" for command in _next_commands(run, model, measured))]))
 
 
 def whole_model(run: Run) -> RWKV:
@@ -58,50 +65,26 @@ def whole_model(run: Run) -> RWKV:
     model = make_model(run.plan, run.checkpoint, torch.device("cpu"))
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + EVALUATION_BYTES
-        device = device if needed < free_device_memory(device) else torch.device("cpu")
+        device = device if fits(model, device) else torch.device("cpu")
     return model.to(device)
 
 
-def _finish_training(run: Run, model: RWKV, outcome: str) -> None:
-    config, folder = run.plan.config, run.plan.config.run.folder
-    weights = folder / "model.pth"
-    save_weights(model, weights)
-    if config.data.held_out and config.run.evaluate_tokens:
-        store = TokenStore(config.data.held_out)
-        if model.embedding.weight.device.type != run.plan.device.type:
-            log.warning("the whole model does not fit on one device: it is evaluated on the CPU, many times slower")
-        buckets = evaluate_store(model, store, config.window.segment_tokens, config.run.evaluate_tokens)
-        print(format_table(buckets, store))
-        outcome += f"; {summarise(buckets)}"
-    print(f"{outcome}.")
-    print(f"Files: weights {weights}, checkpoint {run.checkpoint}, TensorBoard {folder / 'tensorboard'}.")
-    programs = os.path.relpath(Path(sys.executable).parent)
-    print(
-        f"Next: {programs}/tensorboard --logdir {folder / 'tensorboard'} to see the curves, "
-        f"{programs}/infctx generate {folder} --prompt 'def ' to read what it writes."
-    )
+def _outcome(run: Run) -> str:
+    steps = read_step_log(run.plan.config.run.folder)
+    took = f", in {duration(steps[-1]['seconds'])}" if steps and "seconds" in steps[-1] else ""
+    lines = [f"trained {run.progress.step:,} steps, {run.progress.num_tokens:,} tokens{took}"]
+    if steps:
+        lines.append(f"loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f} nats a token")
+    return "\n".join(lines)
 
 
-def _finish_tuning(run: Run, model: RWKV) -> None:
-    """Writes the state, and prints what it gains on held-out documents, a sample, and what to do next."""
-    config = run.plan.config
-    files = write_states(model, config.run.folder, run.tuned_over)
-    if config.data.held_out and config.run.evaluate_tokens:
-        store = TokenStore(config.data.held_out)
-        tokens = config.run.evaluate_tokens
-        with without_state(model):
-            before = evaluate_store(model, store, config.window.segment_tokens, tokens)
-        after = evaluate_store(model, store, config.window.segment_tokens, tokens)
-        print(format_comparison(before, after, store, ("without state", "with the state")))
-        _show_samples(model, store)
-    print(f"Files: {', '.join(map(str, files))}, checkpoint {run.checkpoint}.")
-    command = f"{os.path.relpath(Path(sys.executable).parent)}/infctx"
-    more = f", {command} export {config.run.folder} merged.pth --form merged for programs that take one file"
-    print(
-        f"Next: {command} generate {config.model.weights} --state {files[-1]} --prompt '...' to read what it writes"
-        f"{'' if model.initial_time_shift is not None else more}."
-    )
+def _write(run: Run, model: RWKV) -> list[Path]:
+    """Writes what was learned into the run's folder; returns the files."""
+    folder = run.plan.config.run.folder
+    if run.plan.config.model.freezes_weights:
+        return write_states(model, folder, run.tuned_over)
+    save_weights(model, folder / RUN_WEIGHTS)
+    return [folder / RUN_WEIGHTS]
 
 
 def write_states(model: RWKV, folder: Path, tuned_over: str | None) -> list[Path]:
@@ -111,28 +94,48 @@ def write_states(model: RWKV, folder: Path, tuned_over: str | None) -> list[Path
     """
     state, written = model.learned_state(), []
     assert state is not None and tuned_over is not None
-    for name in (STATE_FILE, "state.st", "state.pth"):
+    for name in STATE_FILES:
         path = folder / name
         try:
             save_state(state, path, metadata={TUNED_OVER: tuned_over})
             written.append(path)
         except InputError as error:
-            path.unlink(missing_ok=True)  # of an earlier run: it would be taken for this state
+            path.unlink(missing_ok=True)  # of an earlier end of this run: it would be taken for this state
             log.warning("not written: %s", error)
     return written
 
 
-@contextmanager
-def without_state(model: RWKV) -> Iterator[None]:
-    """Documents start from zeros inside."""
-    parts = {f"initial_{name}": part for name, part in model.initial_parts()._asdict().items()}
-    for name in parts:
-        setattr(model, name, None)
-    try:
-        yield
-    finally:
-        for name, part in parts.items():
-            setattr(model, name, part)
+def _list_files(run: Run, learned: list[Path]) -> str:
+    folder = run.plan.config.run.folder
+    files = {path: WHAT_IT_IS[path.name] for path in learned}
+    if run.checkpoint:
+        files[run.checkpoint] = "the checkpoint, to train on from"
+    files |= {folder / STEP_LOG: "loss and speed of each step", folder / TENSORBOARD: "the same as curves"}
+    width = max(len(str(path)) for path in files)
+    return "\n".join(["files", *(f"  {path!s:<{width}}  {what}" for path, what in files.items())])
+
+
+def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
+    """What one would run now, each a line for a shell in this folder."""
+    config = run.plan.config
+    folder, commands = str(config.run.folder), []
+    if not measured:
+        tokens = str(config.run.evaluate_tokens)
+        commands.append(["infctx", "evaluate", folder, str(config.data.held_out), "--max-tokens", tokens])
+    if tokenizer_for_vocab(model.sizes.vocab_size):
+        commands.append(["infctx", "generate", folder, "--prompt", "def "])
+    if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that take one file
+        commands.append(["infctx", "export", folder, f"{folder}/merged.pth", "--form", "merged"])
+    commands.append(["tensorboard", "--logdir", f"{folder}/{TENSORBOARD}"])
+    return [shlex.join([*_program(name), *words]) for name, *words in commands]
+
+
+def _program(name: str) -> list[str]:
+    """How one starts a program of this Python from this folder."""
+    folder = Path(sys.executable).parent
+    if not (folder / name).is_file():  # infctx runs without being installed
+        return [sys.executable, "-m", {"tensorboard": "tensorboard.main"}.get(name, name)]
+    return [f"{min(os.path.relpath(folder), str(folder), key=len)}/{name}"]
 
 
 @torch.no_grad()
@@ -143,7 +146,7 @@ def _show_samples(model: RWKV, store: TokenStore) -> None:
         return
     longest = max(range(min(store.num_documents, 1000)), key=store.length)
     prompt = get_tokenizer(name).decode(store.tokens(longest, 0, PROMPT_TOKENS).tolist()).decode(errors="ignore")
-    print(f"a sample after the first {PROMPT_TOKENS} tokens of held-out document {longest}, {prompt!r}")
+    print(f"samples after the first {PROMPT_TOKENS} tokens of held-out document {longest}:\n{prompt!r}")
     with without_state(model):
         print(f"--- without the state\n{_sample(model, prompt)}")
     print(f"--- with the state\n{_sample(model, prompt)}\n---")

@@ -42,8 +42,7 @@ def train(config: Config) -> None:
     devices = open_devices(make_plan(config, refuse=not started_by_launcher()))
     with only_run_in(config.run.folder, devices.ranks):
         with watched(devices.ranks, config.run.checkpoints) as watchdog:
-            run = open_run(devices)
-            run.engine.watchdog = watchdog
+            run = open_run(devices, watchdog)
             done = train_steps(run)
         if done and devices.ranks.is_first:
             finish(run)

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 from infctx.data.lanes import Lanes
 from infctx.distributed.engine import Engine
+from infctx.formats.checkpoint_folder import STATE_FILE
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.plan.plan import Plan
+
+STATE_FILES = (STATE_FILE, "state.st", "state.pth")
+"""What a run that tunes a state leaves in its folder at its end, in each form that can hold the state."""
 
 
 class Progress(NamedTuple):

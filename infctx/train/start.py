@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from infctx.config import Config
+from infctx.config import Config, dump_config
 from infctx.data.lanes import Lanes
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
@@ -18,11 +18,21 @@ from infctx.data.tokenizer import refuse_other_tokenizer
 from infctx.distributed.devices import Devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
+from infctx.distributed.watchdog import Watchdog
 from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
-from infctx.formats.checkpoint_folder import STATE_FILE, checkpoints, listed_files, newest_checkpoint, remove_leftovers
-from infctx.formats.model_files import ModelFiles, open_model
+from infctx.evaluate.record import HELD_OUT
+from infctx.files import atomic_file
+from infctx.formats.checkpoint_folder import (
+    SETTINGS,
+    STATE_FILE,
+    checkpoints,
+    listed_files,
+    newest_checkpoint,
+    remove_leftovers,
+)
+from infctx.formats.model_files import RUN_WEIGHTS, ModelFiles, open_model
 from infctx.formats.weights import fingerprint
 from infctx.model.build import new_model
 from infctx.model.loss import SegmentLoss
@@ -33,14 +43,17 @@ from infctx.plan.plan import Plan
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import TimeRanks
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
+from infctx.train.held_out import fine_tunes, measure_before
 from infctx.train.learn import freeze_weights, natural_units
 from infctx.train.optimizer import make_optimizer
-from infctx.train.run import Progress, Run
+from infctx.train.run import STATE_FILES, Progress, Run
+
+SETTINGS_HEAD = "# Every setting of this run; infctx writes this file at each start."
 
 log = logging.getLogger(__name__)
 
 
-def open_run(devices: Devices) -> Run:
+def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     """A new run, or the one in the folder as its newest whole checkpoint left it."""
     fabric, ranks, plan = devices
     config = plan.config
@@ -48,23 +61,30 @@ def open_run(devices: Devices) -> Run:
         torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
+    if not checkpoint:  # what another run has measured, like its log of steps
+        ranks.from_first(lambda: (config.run.folder / HELD_OUT).unlink(missing_ok=True))
     # Before zero3 has spread it, a model that learns may be too large for one device.
     too_large = plan.strategy == "zero3" and not config.model.freezes_weights
     device = torch.device("cpu") if too_large else fabric.device
     model = make_model(plan, checkpoint, device, ranks.join_time())
+    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
+        held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
+        ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
+        if fine_tunes(config) and not checkpoint:
+            open_lanes(config, model.sizes.vocab_size)  # its mistakes, before minutes are spent
+            ranks.from_first(lambda: measure_before(plan, model, fabric.device, watchdog))
     tuned_over = fingerprint(model) if config.model.freezes_weights else None
     if config.model.freezes_weights:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
     optimizer = make_optimizer(model, config.optimizer)
     kind = Engine if plan.strategy == "ddp" else ZeroEngine
     engine = kind(devices, SegmentLoss(model, config.optimizer.l2wrap), optimizer, config.optimizer.clip_norm)
+    engine.watchdog = watchdog
     carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
     if checkpoint:
         carry, progress = load_progress(checkpoint, engine)
     lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
-    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
-        held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
-        ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
+    ranks.from_first(lambda: write_settings(config))
     log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
     if ranks.world_size > 1:
         log.info("%s", devices.describe())
@@ -79,7 +99,24 @@ def find_checkpoint(config: Config) -> Path | None:
     remove_leftovers(folder)
     if config.run.resume == "never" and checkpoints(folder):
         raise InputError(f"{folder}: holds checkpoints, and run.resume is never; choose another run.folder, or auto")
-    return newest_checkpoint(folder)
+    newest = newest_checkpoint(folder)
+    learned = [name for name in (RUN_WEIGHTS, *STATE_FILES) if (config.run.folder / name).exists()]
+    if newest is None and learned:
+        raise InputError(
+            f"{config.run.folder / learned[0]}: was left by a run whose checkpoints are gone, and this run would "
+            "replace it; move it away, or choose another run.folder"
+        )
+    return newest
+
+
+def write_settings(config: Config) -> None:
+    """Writes every setting of this start into the run's folder; a config.yaml that a person wrote there stays."""
+    path = config.run.folder / SETTINGS
+    if path.exists() and not path.read_bytes().startswith(SETTINGS_HEAD.encode()):
+        log.warning("%s: was not written by infctx, so it stays; the checkpoints have this run's settings", path)
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_text(f"{SETTINGS_HEAD}\n{dump_config(config)}", encoding="utf-8")
 
 
 def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_ranks: TimeRanks | None = None) -> RWKV:

@@ -83,15 +83,18 @@ def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
 @pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_from_start_to_export(tmp_path, strategy):
     """All that a user reads and gets, and that every other command takes it."""
-    config = write_config(tmp_path, optimizer__steps=5)
+    sizes = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
+    infctx.save_weights(random_model(6, noise=0.05, **sizes), tmp_path / "base.pth")
+    config = write_config(tmp_path, model={"weights": str(tmp_path / "base.pth")}, optimizer__steps=5)
     settings = [f"distributed.strategy={strategy}", "distributed.devices=2", "distributed.time_ranks=2"]
     code, output, errors = infctx_command("train", config, *settings)
     assert code == 0, errors
     assert f"2 ranks on cpu, {strategy}, each document's time over 2" in errors
     lines = [line for line in errors.splitlines() if not line.startswith("step ")]
-    assert len(lines) == 3, errors  # the model, the ranks, the WKV backend: said once
-    assert "held-out loss by position" in output
-    assert "trained 5 steps on 1,280 tokens: loss " in output
+    assert len(lines) == 5, errors  # the model, the ranks, the WKV backend, the loss before (2): said once
+    assert sum(line.startswith("held-out loss before training") for line in lines) == 2
+    assert "held-out loss by position" in output and "before training   after training" in output
+    assert "trained 5 steps, 1,280 tokens, in 0:" in output
     log = read_step_log(tmp_path / "run")
     assert all(entry["slowest_rank"] in (0, 1) and entry["slowest_rank_lag"] >= 0 for entry in log)
     kept = checkpoints(tmp_path / "run" / "checkpoints")[-1]

@@ -153,9 +153,7 @@ def test_table_and_summary(tmp_path):
         ["all", "4,000", "0.8664", "1.253"],
     ]
     assert len({len(line) for line in lines[1:]}) == 1
-    assert summarise(buckets) == (
-        "1.253 bits a byte: 2.020 in the first 256 tokens of a document, 1.000 from token 256 on"
-    )
+    assert summarise(buckets) == ("1.253 bits a byte: 2.020 in a document's first 256 tokens, 1.000 from 256 on")
     assert summarise(buckets[:1]) == "2.020 bits a byte"
 
 

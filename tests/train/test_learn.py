@@ -10,7 +10,7 @@ import infctx
 from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.model.rwkv import Compute
-from infctx.train.finish import without_state
+from infctx.train.held_out import without_state
 from infctx.train.learn import freeze_weights, natural_units
 
 from tiny_models import random_model, random_tokens

@@ -33,17 +33,18 @@ def uninterrupted(tmp_path_factory):
     return losses_of(folder / "run"), (folder / "run" / "model.pth"), output, errors
 
 
+WEIGHTS_ARE = "the weights, fp32: for infctx generate, evaluate and export"
+
+
 def test_it_learns_and_says_what_happened(uninterrupted):
     losses, weights, output, errors = uninterrupted
     assert len(losses) == 40
     assert losses[-1] < losses[0] - 0.1
-    assert "held-out loss by position" in output
-    last = output.strip().splitlines()[-3:]
-    assert last[0].startswith("trained 40 steps on 10,240 tokens: loss ")
-    assert last[1].startswith("Files: ")
-    assert str(weights) in last[1]
-    assert last[2].startswith("Next: ")
-    assert "/tensorboard --logdir " in last[2]
+    lines = output.splitlines()
+    assert lines[0].startswith("trained 40 steps, 10,240 tokens, in 0:")
+    assert lines[1] == f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
+    assert lines[2] == "files" and lines[3].split() == [str(weights), *WEIGHTS_ARE.split()]
+    assert lines.index("next") > lines.index(f"held-out loss by position in {weights.parents[1]}/held_out") > 6
     assert "step 40/40  loss " in errors
     assert infctx.load_model(weights).sizes.width == 32
 

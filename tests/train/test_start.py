@@ -100,3 +100,24 @@ def test_a_store_that_was_replaced_by_one_of_the_same_sizes_is_noticed(tmp_path)
         (tmp_path / f"train{suffix}").unlink()
     write_store(tmp_path / "train", seed=len("train"))
     train(longer)
+
+
+def test_the_folder_has_every_setting_of_the_last_start(tmp_path, caplog):
+    changes = {"optimizer__steps": 2, "optimizer__warmup_steps": 0, "run__evaluate_tokens": 0}
+    path, kept = write_config(tmp_path, **changes), tmp_path / "run" / "config.yaml"
+    train(load_config(path))
+    assert load_config(kept) == load_config(path)
+    train(load_config(path, ["optimizer.steps=3"]))
+    assert load_config(kept) == load_config(path, ["optimizer.steps=3"])
+    with pytest.raises(InputError):  # and of none that was refused
+        train(load_config(path, ["optimizer.steps=4", "window.lanes=4"]))
+    assert load_config(kept).optimizer.steps == 3
+    train(load_config(kept, ["optimizer.steps=4"]))  # which is a configuration like any other
+    assert load_config(kept).optimizer.steps == 4
+    mine = "# mine\n" + path.read_text()
+    kept.write_text(mine)
+    train(load_config(path, ["optimizer.steps=5"]))
+    assert kept.read_text() == mine
+    assert (
+        "config.yaml: was not written by infctx, so it stays; the checkpoints have this run's settings" in caplog.text
+    )

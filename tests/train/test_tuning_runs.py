@@ -182,8 +182,8 @@ def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
 
 def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
     config = _with_weights(write_config(tmp_path, optimizer__steps=5, model__learn="initial_state_and_shifts"), weights)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier run")
+    assert infctx_here("tune", config, "run.evaluate_tokens=0", "optimizer.steps=3")[0] == 0
+    (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier end")
     code, output, errors = infctx_here("tune", config, "run.evaluate_tokens=0")
     assert code == 0, errors
     assert "state.pth: the state has shift vectors, and a file of form pth has no place for them" in errors
@@ -243,15 +243,17 @@ def test_a_tuned_run_is_a_model_wherever_one_stands(tmp_path, weights, monkeypat
     assert run.progress.step == 3
 
 
-def test_what_was_learned_is_written_before_anything_is_said(tmp_path, weights, monkeypatch):
+def test_what_was_learned_is_written_and_announced_before_it_is_measured(tmp_path, weights, monkeypatch, capsys):
     config = tune_config(tmp_path, weights, optimizer__steps=3)
 
-    def fail(*_arguments):
-        raise BrokenPipeError
+    def interrupt(*_arguments):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(finish, "evaluate_store", fail)
-    with pytest.raises(BrokenPipeError):
+    monkeypatch.setattr(finish, "measure_after", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         train(config)
+    said = capsys.readouterr().out
+    assert all(f"  {tmp_path}/run/state.{form} " in said for form in ("pth", "st", "safetensors"))
     assert {path.name for path in (tmp_path / "run").glob("state.*")} == {"state.pth", "state.st", "state.safetensors"}
 
 
