@@ -19,7 +19,7 @@ from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
 from infctx.model.rwkv import RWKV
-from infctx.train.held_out import fits, measure_after, without_state
+from infctx.train.held_out import UNMEASURABLE, fits, measure_after, without_state
 from infctx.train.metrics import STEP_LOG, TENSORBOARD, duration, read_step_log
 from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
@@ -47,11 +47,11 @@ def finish(run: Run) -> None:
                 print(measure_after(run, model))
                 if config.model.freezes_weights:
                     _show_samples(model, TokenStore(config.data.held_out))
-            except (InputError, OSError) as error:
-                if isinstance(error, BrokenPipeError):  # of whoever was reading this
-                    raise
+            except BrokenPipeError:  # of whoever was reading this
+                raise
+            except UNMEASURABLE as error:
                 measured = False
-                log.warning("the held-out loss could not be measured: %s", error)
+                log.warning("the held-out loss could not be measured: %s", str(error).partition("\n")[0])
     print("\n".join(["next", *(f"  {command}" for command in _next_commands(run, model, measured))]))
 
 

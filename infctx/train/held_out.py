@@ -1,7 +1,7 @@
 """The held-out loss of a run, before its first step and after its last: kept in its folder, and shown as text.
 
-`held_out.json` (evaluate/record) and TensorBoard get each table at its step.  Before the first step only a model that
-goes on learning is worth a look; a tuned state is compared with none, at the end.
+`held_out.json` (evaluate/record) and TensorBoard get each table at its step.  Before the first step, only a model that
+has learned something already is worth measuring.  A tuned state is compared with no state, at the end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from infctx.train.run import Run
 EVALUATION_BYTES = 4 << 30
 """What evaluating takes of a device besides the weights: activations of one document, slices of the logits."""
 
+UNMEASURABLE = (InputError, OSError, torch.OutOfMemoryError)
+"""What keeps a loss from being measured, and is no reason to lose a run."""
+
 log = logging.getLogger(__name__)
 
 
@@ -64,7 +67,7 @@ def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watc
         store = TokenStore(config.data.held_out)
         with model.alone(), _moved(model, device), torch.random.fork_rng([device] if device.type == "cuda" else []):
             buckets = _evaluate(config, model, store, watchdog)
-    except (InputError, OSError) as error:
+    except UNMEASURABLE as error:
         log.warning("held-out loss before training: not measured, %s", error)
         return
     _keep(config, store, [Evaluation(0, model.initial_wkv is not None, buckets)], [])
@@ -75,7 +78,7 @@ def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watc
 def measure_after(run: Run, model: RWKV) -> str:
     """Measures what was learned, keeps it, and returns it as a table: beside what was there before where that is known.
 
-    Raises InputError or OSError where the held-out documents cannot be read any more.
+    Raises one of UNMEASURABLE, where the held-out documents are gone for example.
     """
     config, step = run.plan.config, run.progress.step
     assert config.data.held_out is not None  # or there is nothing to measure
@@ -93,10 +96,14 @@ def measure_after(run: Run, model: RWKV) -> str:
         if fine_tunes(config):
             before = next((evaluation.buckets for evaluation in earlier if evaluation.step == 0), None)
     after = _evaluate(config, model, store)
-    _keep(config, store, [*found, Evaluation(step, model.initial_wkv is not None, after)], earlier)
+    kept = f"kept in {config.run.folder / HELD_OUT}"
+    try:
+        _keep(config, store, [*found, Evaluation(step, model.initial_wkv is not None, after)], earlier)
+    except OSError as error:  # such as a full disk, which is no reason not to show it
+        kept = f"not kept in {config.run.folder / HELD_OUT}: {error.strerror}"
     comparable = before is not None and [_place(bucket) for bucket in before] == [_place(bucket) for bucket in after]
     table = format_comparison(before, after, store, names) if before and comparable else format_table(after, store)
-    return f"{table}\nheld-out loss {summarise(after)}\nkept in {config.run.folder / HELD_OUT}"
+    return f"{table}\nheld-out loss {summarise(after)}\n{kept}"
 
 
 def fits(model: RWKV, device: torch.device) -> bool:

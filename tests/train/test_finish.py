@@ -77,6 +77,16 @@ def test_a_held_out_store_that_went_away_is_a_warning(tmp_path, monkeypatch, cap
     assert ("evaluate", "held-out loss by position") in [(name, text[:25]) for name, text in run_next(output)]
 
 
+def test_a_table_that_cannot_be_kept_is_shown(tmp_path, capsys):
+    run = open_run(load_config(write_config(tmp_path, **(SHORT | {"run__folder": str(tmp_path / "run")}))))
+    assert train_steps(run)
+    (tmp_path / "run" / "held_out.json").mkdir()
+    finish(run)
+    output = capsys.readouterr().out
+    assert "held-out loss by position" in output and "\nnext\n" in output
+    assert f"not kept in {tmp_path}/run/held_out.json: Is a directory" in output
+
+
 def test_what_a_run_has_left_is_not_replaced(tmp_path, monkeypatch):
     """Its checkpoints are gone, what it learned is there: nothing starts anew over that, and it is a model to use."""
     config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)

@@ -49,7 +49,7 @@ def a_reader(monkeypatch, terminal=True):
 STATE = State(torch.ones(2, 1, 2, 4, 4), torch.ones(2, 1, 8), torch.ones(2, 1, 8))
 
 
-def test_tokens_and_seconds_go_on_over_resumes(tmp_path):
+def test_tokens_and_seconds_continue_over_resumes(tmp_path):
     config = write_config(tmp_path, optimizer__schedule="constant", run__evaluate_tokens=0)
     train(load_config(config, ["optimizer.steps=3"]))
     log = tmp_path / "run" / "steps.jsonl"
