@@ -128,7 +128,7 @@ def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
     cases = {
         ("distributed.devices=2", "distributed.time_ranks=2", "window.segment_tokens=16"): "window.segment_tokens: 16",
-        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 lanes cannot be shared out evenly over 4 ranks",
+        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 lanes cannot be divided evenly among 4 ranks",
         ("distributed.devices=2", "model.vocab_size=200"): "has token",
         ("distributed.devices=2", "distributed.time_ranks=3"): "time_ranks: 3 does not divide the 2 ranks",
         ("distributed.offload_parameters=true", "distributed.strategy=zero2"): "offload_parameters: strategy zero2",
