@@ -14,13 +14,13 @@ from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.evaluate.generate import generate
+from infctx.evaluate.held_out import TENSORBOARD, UNMEASURABLE, fits, measure_after, without_state
 from infctx.formats.checkpoint_folder import TUNED_OVER
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
 from infctx.model.rwkv import RWKV
-from infctx.train.held_out import UNMEASURABLE, fits, measure_after, without_state
-from infctx.train.metrics import STEP_LOG, TENSORBOARD, duration, read_step_log
+from infctx.train.metrics import STEP_LOG, duration, read_step_log
 from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
 
@@ -44,7 +44,7 @@ def finish(run: Run) -> None:
         print(f"{_outcome(run)}\n{_list_files(run, _write(run, model))}", flush=True)
         if config.data.held_out and config.run.evaluate_tokens:
             try:
-                print(measure_after(run, model))
+                print(measure_after(run.plan, model, run.progress.step))
                 if config.model.freezes_weights:
                     _show_samples(model, TokenStore(config.data.held_out))
             except BrokenPipeError:  # of whoever was reading this

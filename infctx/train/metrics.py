@@ -15,13 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from infctx.config import Config, dump_config
+from infctx.evaluate.held_out import TENSORBOARD
 from infctx.files import atomic_file
 from infctx.machine import peak_memory
 from infctx.model.state import State
 from infctx.small_texts import parse_json
 
 STEP_LOG = "steps.jsonl"
-TENSORBOARD = "tensorboard"
 MOST_COLUMNS = 100
 """Of the progress line."""
 LAG_TO_SHOW = 0.1

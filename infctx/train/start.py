@@ -21,6 +21,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.distributed.watchdog import Watchdog
 from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
+from infctx.evaluate.held_out import fine_tunes, measure_before
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
 from infctx.evaluate.record import HELD_OUT
 from infctx.files import atomic_file
@@ -43,7 +44,6 @@ from infctx.plan.plan import Plan
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import TimeRanks
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
-from infctx.train.held_out import fine_tunes, measure_before
 from infctx.train.learn import freeze_weights, natural_units
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import STATE_FILES, Progress, Run

@@ -31,9 +31,9 @@ from infctx.evaluate.record import HELD_OUT, Evaluation, read_record, write_reco
 from infctx.machine import free_device_memory
 from infctx.model.rwkv import RWKV
 from infctx.plan.plan import Plan
-from infctx.train.metrics import TENSORBOARD, duration
-from infctx.train.run import Run
 
+TENSORBOARD = "tensorboard"
+"""The folder of TensorBoard's files in the folder of a run."""
 EVALUATION_BYTES = 4 << 30
 """What evaluating takes of a device besides the weights: activations of one document, slices of the logits."""
 
@@ -71,19 +71,19 @@ def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watc
         log.warning("held-out loss before training: not measured, %s", error)
         return
     _keep(config, store, [Evaluation(0, model.initial_wkv is not None, buckets)], [])
-    took = duration(time.perf_counter() - began)
-    log.info("held-out loss before training %s (%s)", summarise(buckets), took)
+    log.info("held-out loss before training %s (%.0f s)", summarise(buckets), time.perf_counter() - began)
 
 
-def measure_after(run: Run, model: RWKV) -> str:
-    """Measures what was learned, keeps it, and returns it as a table: beside what was there before where that is known.
+def measure_after(plan: Plan, model: RWKV, step: int) -> str:
+    """Measures what a run has learned at its last step, keeps it, and returns it as a table: beside what was there
+    before, where that is known.
 
     Raises one of UNMEASURABLE, where the held-out documents are gone for example.
     """
-    config, step = run.plan.config, run.progress.step
+    config = plan.config
     assert config.data.held_out is not None  # or there is nothing to measure
     store = TokenStore(config.data.held_out)
-    if model.embedding.weight.device.type != run.plan.device.type:
+    if model.embedding.weight.device.type != plan.device.type:
         log.warning("the whole model does not fit on one device: it is evaluated on the CPU, many times slower")
     earlier = [evaluation for evaluation in _read_earlier(config, store) if (evaluation.step or 0) < step]
     before, names = None, ("without state", "with the state")
