@@ -6,7 +6,8 @@ from __future__ import annotations
 class InputError(ValueError):
     """A user's mistake: one line that names the file or setting, the place and the remedy.
 
-    details: where there are several problems, one line for each; `problem` then says what they are.
+    details: where there are several problems, each of them, with a line of its own for a command that mends it;
+    `problem` then says what they are.
     The command line prints these lines alone and exits with code 2.  Any other exception is ours and keeps its
     traceback.
     """
@@ -16,11 +17,12 @@ class InputError(ValueError):
 
     @property
     def lines(self) -> list[str]:
-        """Each without a line break."""
-        return [" ".join(str(line).split()) for line in self.args]
+        """As they are printed: the problem, then the details, indented."""
+        details = [f"  {line}" for detail in self.args[1:] for line in str(detail).replace("\n", "\n  ").splitlines()]
+        return [" ".join(str(self.args[0]).split()), *details]
 
     def __str__(self) -> str:
-        return "\n  ".join(map(str, self.args))
+        return "\n".join([str(self.args[0]), *self.lines[1:]])
 
 
 class TrainingFailed(RuntimeError):

@@ -65,7 +65,7 @@ def fail(problem: object, code: int) -> int:
     if rank:  # rank 0 mostly reports the same, and then the launcher ends them all
         time.sleep(LATER_RANKS_SECONDS)
     lines = problem.lines if isinstance(problem, InputError) else [" ".join(str(problem).split())]
-    print("\n  ".join([f"infctx: {f'rank {rank}: ' if rank else ''}{lines[0]}", *lines[1:]]), file=sys.stderr)
+    print("\n".join([f"infctx: {f'rank {rank}: ' if rank else ''}{lines[0]}", *lines[1:]]), file=sys.stderr)
     if "LOCAL_RANK" in os.environ:  # without cleaning up, which would wait for the other ranks
         sys.stdout.flush()
         sys.stderr.flush()

@@ -76,11 +76,11 @@ def missing_weights(path: Path) -> str:
     """For people: that this file or folder is not there, and how to get it if it is a published one."""
     file = published_file(path)
     if file is not None:
-        return f"there is no {path}; get it with: {file.download_command(path.parent)} ({file.gigabytes})"
+        return f"there is no {path} ({file.gigabytes}); get it with\n  {file.download_command(path.parent)}"
     for pattern, version in _OTHER_VERSIONS:
         if re.fullmatch(pattern, path.name):
             return f"there is no {path}, and by its name it is {version}; infctx reads the files in docs/models.md"
-    return f"there is no {path}; download it or name another file; docs/models.md lists what is published"
+    return f"there is no {path}; train it, download it (docs/models.md), or name another file"
 
 
 def stopped_download(path: Path) -> str | None:

@@ -80,7 +80,7 @@ def describe_real_run(config: Config, command: str) -> list[str]:
     lacking = lacking_files(config)
     lines = ["What would run on the real machine:", f"  {command}"]
     if lacking:
-        lines += ["Not here yet:", *(f"  {line}" for line in lacking)]
+        lines += ["Not here yet:", *(f"  {line}" for problem in lacking for line in problem.splitlines())]
     _, sizes = find_weights(config)
     if sizes is None:
         return [*lines, "Its plan needs the sizes of the model: get the weights, or set model.size"]

@@ -51,11 +51,11 @@ def test_the_shipped_configurations_name_published_files(path):
     [
         (
             f"models/{FINCH_3B}",
-            f"there is no models/{FINCH_3B}; get it with: hf download BlinkDL/rwkv-6-world {FINCH_3B} "
-            "--local-dir models (6.2 GB)",
+            f"there is no models/{FINCH_3B} (6.2 GB); get it with\n  hf download BlinkDL/rwkv-6-world {FINCH_3B} "
+            "--local-dir models",
         ),
-        (f"/my disk/{FINCH_3B}", f"{FINCH_3B} --local-dir '/my disk' (6.2 GB)"),
-        ("mine.pth", "there is no mine.pth; download it or name another file; docs/models.md lists what is published"),
+        (f"/my disk/{FINCH_3B}", f"{FINCH_3B} --local-dir '/my disk'"),
+        ("mine.pth", "there is no mine.pth; train it, download it (docs/models.md), or name another file"),
         ("m/RWKV-5-World-0.1B-v1-20230803-ctx4096.pth", "ctx4096.pth, and by its name it is RWKV-5.0 or 5.1; infctx"),
         ("m/rwkv7-g1j-2.9b-20260831-ctx16384.pth", "by its name it is RWKV-7; infctx reads the files in docs/models"),
         ("RWKV-x070-mine.pth", "by its name it is RWKV-7"),

@@ -40,7 +40,6 @@ def lacking(config):
         make_plan(config)
     heading, *lines, last = refused.value.args
     assert heading == "this machine lacks what the run needs" and "--rehearse" in last
-    assert not any("\n" in line for line in lines)
     return "\n".join(lines)
 
 
@@ -59,7 +58,10 @@ def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = lacking(load_config(CONFIGS / "finch-3b-64k.yaml"))
     name = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
-    assert f"model.weights: there is no models/{name}; get it with: hf download BlinkDL/rwkv-6-world {name} " in message
+    assert (
+        f"model.weights: there is no models/{name} (6.2 GB); get it with\n  hf download BlinkDL/rwkv-6-world {name} "
+        in message
+    )
     assert "data.store: there is no data/books/train.idx with its .bin; make it with `infctx prepare`" in message
     assert "data.held_out: there is no data/books/held_out.idx" in message
     assert "run.device: cuda" in message
@@ -82,7 +84,7 @@ def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch,
     settings = {name: value for name, value in vars(sizes).items() if value is not None}
     assert infctx.build_model(**settings, device="meta").sizes == sizes
     assert ("run.device: cuda" in message) == (config.run.device == "cuda")
-    assert (f"no {config.model.weights};" in message) == (config.model.weights is not None)
+    assert (f"no {config.model.weights}" in message) == (config.model.weights is not None)
 
 
 def test_nothing_lacks(tmp_path):
