@@ -6,9 +6,8 @@ RWKV reads a document with a state of fixed size, which starts as zeros. Here th
 state that documents start from is learned: a small file that makes the model write more like the text, and that
 `infctx generate --state`, RWKV-Runner and ChatRWKV load.
 
-This is the heart of `infctx tune`, and no more. The command also learns in units that suit each layer and head, so that
-one learning rate fits every model (here, try some from 0.01 to 10); it reads many documents, in many lanes and on many
-GPUs; it watches a held-out loss; and it writes checkpoints, from which it resumes bit for bit.
+This is the heart of `infctx tune`, and no more. The command also reads many documents, in many lanes and on many GPUs;
+it reports a held-out loss; and it writes checkpoints, from which it resumes bit for bit.
 """
 
 import argparse
@@ -24,14 +23,14 @@ parser.add_argument("text", type=Path, help="a UTF-8 text file")
 parser.add_argument("--model", required=True, help="a .pth, a .safetensors or a checkpoint folder")
 parser.add_argument("--output", default="state.pth", help="the state file to write (default %(default)s)")
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--learning-rate", type=float, default=1.0, help="try a few; see above")
-parser.add_argument("--window-tokens", type=int, default=512, help="tokens of each piece of the text")
-parser.add_argument("--prompt-tokens", type=int, default=16, help="at the beginning of each piece, without loss")
+parser.add_argument("--learning-rate", type=float, default=0.1, help="in units of the model's own states: see 5.")
+parser.add_argument("--window-tokens", type=int, default=256, help="tokens of each piece of the text")
+parser.add_argument("--prompt-tokens", type=int, default=8, help="at the beginning of each piece, without loss")
 options = parser.parse_args()
 
 # 1. The model. Its weights are frozen; the initial state, zeros so far, is all that learns: (layers, heads, N, N).
 model = infctx.load_model(options.model).requires_grad_(False)
-learned = [part.requires_grad_() for part in model.add_initial_state() if part is not None]
+learned = [part.requires_grad_() for part in model.add_initial_state() if part is not None]  # .wkv alone
 
 # 2. The text as token ids. A vocabulary of 257 is bytes; the published models have the World vocabulary.
 tokenizer = infctx.tokenizer("bytes" if model.sizes.vocab_size == 257 else "world")
@@ -54,7 +53,14 @@ def mean_loss() -> float:
     return float(cross_entropy(model.logits(hidden).flatten(0, 1), targets[:8].flatten()))  # leaves -100 out
 
 
-# 5. The steps, of four pieces each. window_backward adds the exact gradient of the mean loss to `.grad`. It holds the
+# 5. The unit. A number in a state is around 10 in one layer and 1,000 in the next, and Adam moves all of them by about
+#    the learning rate. So let the parameters count in the size of the states that the model itself makes of the text.
+with torch.no_grad():
+    _, made = model(tokens[:8])
+    size = made.wkv.square().mean((1, 4)).sqrt()[..., None]  # (layers, heads, N, 1)
+model.set_initial_units(infctx.State(size, torch.ones(1), torch.ones(1)))
+
+# 6. The steps, of four pieces each. window_backward adds the exact gradient of the mean loss to `.grad`. It holds the
 #    activations of one segment at a time, so a window of 100,000 tokens takes time, but hardly more memory.
 print(f"loss before: {mean_loss():.4f}")
 optimizer = torch.optim.AdamW(learned, lr=options.learning_rate, weight_decay=0.0)
@@ -68,6 +74,6 @@ for step in range(1, options.steps + 1):
         print(f"step {step}: loss {loss:.4f}")
 print(f"loss after:  {mean_loss():.4f}")
 
-# 6. The file. Its suffix chooses the form: .pth for RWKV-Runner and ChatRWKV, .st for Ai00. infctx.load_state reads it.
+# 7. The file. Its suffix chooses the form: .pth for RWKV-Runner and ChatRWKV, .st for Ai00. infctx.load_state reads it.
 infctx.save_state(model.initial_state(1), options.output)
 print(f"wrote {options.output}; try: infctx generate {options.model} --state {options.output} --prompt '...'")
