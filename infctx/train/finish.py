@@ -27,8 +27,8 @@ from infctx.train.start import make_model
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 200
 WHAT_IT_IS = {
-    RUN_WEIGHTS: "the weights, fp32: for infctx generate, evaluate and export",
-    "state.safetensors": "the state, fp32: for infctx generate, evaluate and export",
+    RUN_WEIGHTS: "the weights, in fp32: generate, evaluate, export",
+    "state.safetensors": "the state, in fp32: generate, evaluate, export",
     "state.st": "the state for Ai00",
     "state.pth": "the state for RWKV-Runner, ChatRWKV and the like",
 }
