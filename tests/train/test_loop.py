@@ -33,7 +33,7 @@ def uninterrupted(tmp_path_factory):
     return losses_of(folder / "run"), (folder / "run" / "model.pth"), output, errors
 
 
-WEIGHTS_ARE = "the weights, fp32: for infctx generate, evaluate and export"
+WEIGHTS_ARE = "the weights, in fp32: generate, evaluate, export"
 
 
 def test_it_learns_and_says_what_happened(uninterrupted):
