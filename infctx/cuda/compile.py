@@ -1,12 +1,12 @@
 """CUDA source in, machine code for one architecture out: built by NVRTC at first use, kept in a cache on disk.
 
-NVRTC is the compiler as a library.  Every CUDA build of torch brings it along, so that no toolkit, host compiler or
-build system is needed.  What comes out is a cubin, never PTX: the driver's own compiler refuses PTX of a newer minor
-version, a cubin it just loads.
+NVRTC is the compiler as a library.  Every CUDA build of torch includes it, so no toolkit, host compiler or build system
+is needed.  The output is a cubin, never PTX: the driver's compiler refuses PTX of a newer minor version, but just loads
+a cubin.
 
-The cache is `$XDG_CACHE_HOME/infctx`, or `~/.cache/infctx`.  A file there is named by the SHA-256 of all that the
-kernels are made from, the compiler included; a hit neither loads NVRTC nor looks for it.  How the compiler is known
-all the same: see `_compiler_in_sight`.
+The cache is `$XDG_CACHE_HOME/infctx`, or `~/.cache/infctx`.  A file's name is the SHA-256 of everything that the
+kernels are made from, including the compiler.  A hit neither loads NVRTC nor searches for it; `_compiler_in_sight`
+explains how the compiler is known anyway.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from types import MappingProxyType
 from infctx.errors import InputError
 from infctx.files import atomic_file
 
-# Of every compilation.  -v lets ptxas report what each kernel uses; everything else is the caller's choice.
+# Options of every compilation.  -v makes ptxas report each kernel's resources; the caller chooses the rest.
 BASE_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
-# NVRTC 12.9 and newer keep a cache of their own where there is a GPU.  What comes out of it has no log, and so no word
-# of the kernels in it (seen with NVRTC 13.0 on an H100): it is not asked.
+# NVRTC 12.9 and newer have their own cache if there is a GPU.  A hit there has no log, and so does not list the kernels
+# (seen with NVRTC 13.0 on an H100); we turn it off.
 OWN_CACHE_SINCE, NO_OWN_CACHE = (12, 9), "--no-cache"
-# Counts up when the format of a cache file changes.
+# Goes up by one when the format of a cache file changes.
 CACHE_FORMAT = 2
-# The wheels that hold NVRTC: of CUDA 13 and newer, and of CUDA 12.
+# The wheels with NVRTC: for CUDA 13 and newer, and for CUDA 12.
 NVRTC_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
-# Where else it can come from: with no wheel installed, these decide which library is found.
+# Other sources: without a wheel, these variables decide which library is found.
 NVRTC_PLACES = ("CONDA_PREFIX", "CUDA_PATH", "CUDA_HOME", "LD_LIBRARY_PATH")
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -48,11 +48,11 @@ log = logging.getLogger(__name__)
 
 
 class KernelsUnavailable(InputError):
-    """The CUDA kernels cannot be had on this machine: one line with the reason and the remedy."""
+    """The CUDA kernels are unavailable on this machine: one line with the reason and the remedy."""
 
 
 class CompileError(KernelsUnavailable):
-    """A source does not compile: one line with the first error; `log` has all that NVRTC said."""
+    """A source does not compile: one line with the first error; `log` has NVRTC's full output."""
 
     def __init__(self, message: str, log: str) -> None:
         super().__init__(message)
@@ -61,8 +61,8 @@ class CompileError(KernelsUnavailable):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses, as ptxas reports it; all in bytes but the registers (32 bits each), all per thread but
-    the shared memory (per block)."""
+    """One kernel's resources as ptxas reports them: registers (32 bits each), the rest in bytes; shared memory per
+    block, the rest per thread."""
 
     registers: int
     stack_bytes: int
@@ -73,7 +73,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code of all kernels of one source for one architecture."""
+    """Machine code of all kernels in one source, for one architecture."""
 
     name: str
     arch: str
@@ -83,7 +83,7 @@ class Compiled:
 
     @functools.cached_property
     def resources(self) -> dict[str, Resources]:
-        """What each kernel uses, by the name in the code: the plain one of `extern "C"` kernels, else a mangled one."""
+        """Each kernel's resources, by its name in the code: plain for `extern "C"` kernels, else mangled."""
         return parse_resources(self.log)
 
 
@@ -95,12 +95,12 @@ def cubin(
     headers: Mapping[str, str] = NO_HEADERS,
     folder: Path | None = None,
 ) -> Compiled:
-    """The kernels of a source: from the cache, or compiled and put there.
+    """Returns the kernels of a source from the cache; if they are not there, compiles them and puts them there.
 
-    Arguments and exceptions are those of `compile_source`; folder: the cache, None for the user's.  A damaged file
-    in the cache is built again.  If the folder cannot be written, a private one in the system's temporary folder
-    takes its place, and the log says so once.  Processes that need the same kernels at the same time each build
-    them; the last one stays, and nobody ever reads half a file.
+    Arguments and exceptions are those of `compile_source`; folder: the cache, None for the user's.  A damaged cache
+    file is built again.  If the folder cannot be written, a private one in the system's temporary folder replaces
+    it, with one line in the log.  Processes that need the same kernels at the same time each build them; the last
+    file stays, and nobody ever reads half a file.
     """
     assert Path(name).name == name, f"{name}: a plain file name, please"
     compiler = _compiler_in_sight()
@@ -131,10 +131,10 @@ def compile_source(
     """Compiles CUDA C++ to machine code with NVRTC, without the cache.
 
     source:  the text of the .cu file
-    name:    its file name, as error messages show it
-    arch:    "sm_90" and the like: the code runs on this major version, from this minor version on
-    options: further options of NVRTC, such as "--maxrregcount=128"
-    headers: the text of each file that can be included, by the name in the #include; no folder is searched
+    name:    its file name for error messages
+    arch:    such as "sm_90": the code runs on this major version, from this minor version up
+    options: more options for NVRTC, such as "--maxrregcount=128"
+    headers: name in the #include -> text of that file; no folder is searched
 
     Raises KernelsUnavailable if there is no NVRTC or it does not know the architecture, CompileError for the source.
     """
@@ -158,7 +158,7 @@ def compile_source(
     try:
         encoded = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
         result = nvrtc.nvrtcCompileProgram(program, len(words), encoded)
-        # ptxas's part is set off by a zero byte
+        # a zero byte separates ptxas's part
         said = _fetch(nvrtc, "ProgramLog", program).replace(b"\0", b"\n").decode(errors="replace").strip()
         if result:
             reason = _first_error(said) or nvrtc.nvrtcGetErrorString(result).decode()
@@ -172,10 +172,10 @@ def compile_source(
 
 
 def parse_resources(log: str) -> dict[str, Resources]:
-    """What each kernel uses, from the log of `ptxas -v`.
+    """Reads each kernel's resources from the log of `ptxas -v`.
 
-    Spills and stack of functions that a kernel calls without inlining them are counted as the kernel's own: ptxas
-    lists them after the kernel.
+    Spills and stack of functions that a kernel calls without inlining count as the kernel's: ptxas lists them after
+    the kernel.
     """
     sections = re.split(r"Compiling entry function '([^']+)'", log)
     return {name: _parse_section(text) for name, text in zip(sections[1::2], sections[2::2], strict=True)}
@@ -195,7 +195,7 @@ def _parse_section(text: str) -> Resources:
 
 
 def _first_error(said: str) -> str | None:
-    """The line that a person should read; errors of C++, of ptxas and of options all say error or fatal."""
+    """Returns the line to show a person: errors of C++, of ptxas and of options all contain error or fatal."""
     for line in said.splitlines():
         if re.search(r"\b(error|fatal)\s*:", line):
             return line.strip()
@@ -204,25 +204,25 @@ def _first_error(said: str) -> str | None:
 
 @functools.cache
 def _load_nvrtc() -> ctypes.CDLL:
-    # Found at first use: importing infctx must not go looking for compilers.
+    # Found at first use: importing infctx must not search for compilers.
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
 
     try:
         path = load_nvidia_dynamic_lib("nvrtc").abs_path
     except DynamicLibNotFoundError:
         raise KernelsUnavailable(
-            "CUDA kernels need the library NVRTC, and it is nowhere to be found; "
-            f"install a CUDA build of torch, which brings it along, or: pip install {NVRTC_WHEELS[0]}"
+            "CUDA kernels need the library NVRTC, which is not installed; "
+            f"install a CUDA build of torch, which includes it, or: pip install {NVRTC_WHEELS[0]}"
         ) from None
     nvrtc = ctypes.CDLL(path)
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-    # Pointers go as void pointers: ctypes takes a bare int for 32 bits otherwise.
+    # Declare pointers as void pointers: ctypes passes a bare int as 32 bits otherwise.
     pointer, count = ctypes.c_void_p, ctypes.c_int
     nvrtc.nvrtcCreateProgram.argtypes = [pointer, ctypes.c_char_p, ctypes.c_char_p, count, pointer, pointer]
     nvrtc.nvrtcCompileProgram.argtypes = [pointer, count, pointer]
     major, minor = _version(nvrtc)
-    # NVRTC opens this one by its bare name at the first compilation, which finds it if it is loaded already, whatever
-    # the search path; otherwise nvrtcCompileProgram may fail with NVRTC_ERROR_BUILTIN_OPERATION_FAILURE (7).
+    # NVRTC opens this library by its bare name at the first compilation.  Once loaded, it is found whatever the search
+    # path; otherwise nvrtcCompileProgram may fail with NVRTC_ERROR_BUILTIN_OPERATION_FAILURE (7).
     builtins = Path(path).resolve().with_name(f"libnvrtc-builtins.so.{major}.{minor}")
     if builtins.exists():
         ctypes.CDLL(str(builtins))
@@ -257,12 +257,12 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
 
 
 def _compiler_in_sight() -> str | list[str | None]:
-    """Names the NVRTC that would be loaded, without loading it or searching for it: its part of the cache's key.
+    """Identifies the NVRTC that would be loaded, without loading or searching for it, for the cache key.
 
-    As a rule it comes from a wheel, and the versions of the installed wheels name it, on any machine.  (If there are
-    two, one is taken; naming both can at worst compile once too often.)  Otherwise it comes from conda or a toolkit,
-    and the places where it would be looked for stand in for it.  They do not say which version is there, so a cache
-    file then counts only as long as the library that built it lies unchanged where it was.
+    Usually it comes from a wheel, and the versions of the installed wheels identify it on any machine.  (With two
+    wheels only one is loaded; naming both costs at worst one extra compilation.)  Otherwise it comes from conda or a
+    toolkit, and the search paths identify it.  They do not show its version, so a cache file is then valid only while
+    the library that built it is unchanged.
     """
     versions = []
     for wheel in NVRTC_WHEELS:
@@ -276,7 +276,7 @@ def _compiler_in_sight() -> str | list[str | None]:
 
 
 def _library_mark() -> list[str | int]:
-    """Path, size and time of change (ns) of the NVRTC in use."""
+    """Returns path, size and modification time (ns) of the NVRTC in use."""
     path = os.path.realpath(_load_nvrtc()._name)
     status = os.stat(path)
     return [path, status.st_size, status.st_mtime_ns]
@@ -291,7 +291,7 @@ def _is_unchanged(mark: list) -> bool:
 
 
 def _read(path: Path, name: str, arch: str, check_library: bool) -> Compiled | None:
-    """A cache file: SHA-256 of the rest in hexadecimal, a line of JSON, the cubin."""
+    """Reads a cache file: SHA-256 of the rest in hexadecimal, a line of JSON, the cubin."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -322,7 +322,7 @@ def _keep(compiled: Compiled, file_name: str, folder: Path | None) -> None:
 
 
 def _write(folder: Path, file_name: str, content: bytes) -> str | None:
-    """Writes a cache file; what went wrong, if anything did."""
+    """Writes a cache file; returns the problem, if any."""
     try:
         with atomic_file(folder / file_name) as temporary:
             temporary.write_bytes(content)
@@ -344,7 +344,7 @@ def _user_folder() -> Path | None:
 
 
 def _fallback_folder(create: bool = False) -> Path | None:
-    """A folder in the system's temporary one that only this user can write: others could plant machine code there."""
+    """Returns a temporary folder that only this user can write: others could plant machine code elsewhere."""
     folder = Path(tempfile.gettempdir()) / f"infctx-{os.getuid()}"
     try:
         if create:

@@ -1,9 +1,9 @@
-"""Kernels of a .cu file in, launches on torch's streams out: machine code goes to the CUDA driver through ctypes.
+"""Loads the kernels of a .cu file and launches them on torch's streams, through the CUDA driver by ctypes.
 
     kernels = load_kernels("wkv_forward.cu", r.device, ("-DHEAD_SIZE=64",))
     kernels.launch("wkv_forward", (heads, lanes), 128, shared_bytes, [r, k, v, y, num_tokens, scale])
 
-Everything that could allocate, wait or compile happens in `load_kernels`, before the first launch: a launch can be
+Everything that could allocate, wait or compile happens in `load_kernels`, before the first launch, so a launch can be
 captured in a CUDA graph.
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from infctx.cuda.compile import Compiled, KernelsUnavailable, cubin
 
 SOURCE_FOLDER = Path(__file__).parent
-# The kernels are made of bf16 tensor-core and cp.async instructions, which older devices do not have.
+# The kernels use bf16 tensor cores and cp.async, which older devices do not have.
 OLDEST_CAPABILITY = (8, 0)
-# Numbers of the driver's interface, from cuda.h.
+# Constants of the driver API, from cuda.h.
 SUCCESS = 0
 ERROR_INVALID_VALUE = 1
 ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES = 8
@@ -35,7 +35,7 @@ Argument = Tensor | int | float | None
 
 
 class DriverError(RuntimeError):
-    """The CUDA driver refused a call, or reports what went wrong on the device before it; `name` is its CUresult."""
+    """The CUDA driver refused a call, or reports an earlier error on the device; `name` is its CUresult."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
@@ -49,19 +49,19 @@ class Kernel:
     name: str
     device: int
     driver: Driver
-    # Of the driver, as integers: the kernel, its form in the device's context, and that context.
+    # Driver handles as integers: the kernel, its function in the device's context, and that context.
     handle: int
     function: int
     context: int
-    # Dynamic shared memory that a launch may ask for; goes up with demand, up to what the device has.
+    # Dynamic shared memory that a launch may use; grows on demand, up to the device's limit.
     dynamic_shared_bytes: int
-    # Of each parameter; None with drivers older than CUDA 12.4, which do not tell.
+    # Size of each parameter; None with drivers older than CUDA 12.4, which do not report it.
     parameter_bytes: tuple[int, ...] | None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 class Kernels(dict[str, Kernel]):
-    """The kernels of one source on one device, by name; `compiled` tells what each of them uses."""
+    """The kernels of one source on one device, by name; `compiled` has their resources."""
 
     def __init__(self, compiled: Compiled, kernels: dict[str, Kernel]) -> None:
         super().__init__(kernels)
@@ -75,21 +75,21 @@ class Kernels(dict[str, Kernel]):
         shared_bytes: int = 0,
         arguments: Sequence[Argument] = (),
     ) -> None:
-        """Starts the kernel of that name: see `launch`."""
+        """Starts the kernel of that name, see `launch`."""
         launch(self[name], grid, block, shared_bytes, arguments)
 
 
 def load_kernels(
     file_name: str, device: torch.device | int, options: Sequence[str] = (), folder: Path = SOURCE_FOLDER
 ) -> Kernels:
-    """The kernels of a .cu file on a device: compiled or read from the cache at the first call, then kept.
+    """Returns the kernels of a .cu file on a device: compiled or read from the cache at the first call, then kept.
 
     file_name: of the source in `folder`; it can include the .cuh files there
     device:    a CUDA device; without an index, the current one
     options:   for NVRTC, such as "-DHEAD_SIZE=64"
 
-    Not to be called while a CUDA graph is captured, unless it was called with the same arguments before.  Raises
-    KernelsUnavailable, one line with the reason and the remedy, if there is no usable device, driver or compiler.
+    While a CUDA graph is captured, only call it with arguments from an earlier call.  Raises KernelsUnavailable, one
+    line with the reason and the remedy, if there is no usable device, driver or compiler.
     """
     index = device if isinstance(device, int) else device.index
     if index is None:
@@ -114,7 +114,7 @@ def _load(file_name: str, device: int, options: tuple[str, ...], folder: Path) -
 
 
 def check_torch() -> None:
-    """Raises KernelsUnavailable if torch has no GPU to work on."""
+    """Raises KernelsUnavailable if torch has no GPU."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         raise KernelsUnavailable(
             "CUDA kernels need an NVIDIA GPU, its driver and a CUDA build of torch; "
@@ -129,26 +129,26 @@ def launch(
     shared_bytes: int = 0,
     arguments: Sequence[Argument] = (),
 ) -> None:
-    """Starts a kernel on torch's current stream of its device and returns at once.
+    """Starts a kernel on torch's current stream of its device and returns immediately.
 
     grid, block:  blocks in the grid and threads in a block: x, (x, y) or (x, y, z)
-    shared_bytes: of dynamic shared memory per block; above the 48 KB that every kernel has, it is asked for here
+    shared_bytes: dynamic shared memory per block; may exceed the default limit of 48 KB
     arguments:    tensors on the kernel's device as pointers, None as a null pointer, ints as int64, floats as float32
 
-    From any thread.  As with any call of CUDA, what goes wrong on the device may show only at a later call.  Raises
-    TypeError or ValueError for arguments that do not fit, DriverError for what the driver refuses or reports.
+    Works from any thread.  As with any CUDA call, an error on the device may show only at a later call.  Raises
+    TypeError or ValueError for arguments that do not fit, DriverError if the driver refuses or reports an error.
     """
     driver = kernel.driver
     parameters = _pack(kernel, arguments)
     sizes = (*_three(grid), *_three(block), shared_bytes)
-    # ctypes would cut what does not fit into 32 bits; what fits, the driver checks.
+    # ctypes would cut numbers to 32 bits; the driver checks the rest.
     if min(sizes) < 0 or max(sizes) >= 2**31:
         raise ValueError(f"{kernel.name}: grid {grid}, block {block} or {shared_bytes} shared bytes is out of range")
     if shared_bytes > kernel.dynamic_shared_bytes:
         _raise_shared_bytes(kernel, shared_bytes)
     stream = torch.cuda.current_stream(kernel.device).cuda_stream
-    # A thread that has not yet used this device has another context or none: autograd's own threads may start so.
-    # torch.cuda.device would not help, as it does nothing for a device that torch takes for the current one.
+    # A thread that has not yet used this device has another context or none; autograd's threads may start that way.
+    # torch.cuda.device would not help: it does nothing for a device that torch considers current.
     previous = driver.current_context()
     if previous != kernel.context:
         driver.call("cuCtxSetCurrent", kernel.context, about=kernel.name)
@@ -163,13 +163,13 @@ def launch(
 
 
 class _ArgumentArrays(threading.local):
-    """Room for the arguments of a launch, by their number; each thread has its own, as backward runs in autograd's."""
+    """Buffers for the arguments of a launch, by their count; one set per thread, as backward runs in autograd's."""
 
     def __init__(self) -> None:
         self.by_count: dict[int, tuple[ctypes.Array, ctypes.Array]] = {}
 
     def of(self, count: int) -> tuple[ctypes.Array, ctypes.Array]:
-        """Values of 8 bytes each, and the pointers to them that cuLaunchKernel takes."""
+        """Returns values of 8 bytes each, and pointers to them for cuLaunchKernel."""
         if count not in self.by_count:
             values = (ctypes.c_uint64 * count)()
             first = ctypes.addressof(values)
@@ -187,7 +187,7 @@ def _three(sizes: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
-    """Puts the arguments where cuLaunchKernel reads them, which is during the call: it copies them."""
+    """Puts the arguments where cuLaunchKernel reads them; it copies them during the call."""
     formats, sizes = ["<"], []
     values: list[int | float] = []
     for position, argument in enumerate(arguments):
@@ -210,7 +210,7 @@ def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
         else:
             raise TypeError(f"{kernel.name}: argument {position} is neither a tensor nor a number: {argument!r}")
     if kernel.parameter_bytes is not None and tuple(sizes) != kernel.parameter_bytes:
-        # The driver would read past the values, or read half of one, and say nothing.
+        # The driver would silently read past the values, or half of one.
         raise ValueError(f"{kernel.name}: arguments of {sizes} bytes for parameters of {list(kernel.parameter_bytes)}")
     buffer, pointers = _argument_arrays.of(len(values))
     struct.pack_into("".join(formats), buffer, 0, *values)
@@ -218,7 +218,7 @@ def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
 
 
 def _raise_shared_bytes(kernel: Kernel, shared_bytes: int) -> None:
-    # The lock keeps a thread that needs less from taking back what another one has just been granted.
+    # The lock keeps a thread that needs less from lowering the limit that another has just raised.
     with kernel.lock:
         if shared_bytes > kernel.dynamic_shared_bytes:
             kernel.driver.call(
@@ -233,9 +233,9 @@ def _raise_shared_bytes(kernel: Kernel, shared_bytes: int) -> None:
 
 
 class Driver:
-    """The CUDA driver's library, by ctypes: calls that raise, and loading of machine code.
+    """The CUDA driver's library by ctypes: calls that raise, and loading of machine code.
 
-    path: of the library; the loader's search finds libcuda.so.1 wherever a driver is installed
+    path: of the library; the loader finds libcuda.so.1 wherever a driver is installed
     """
 
     def __init__(self, path: str = "libcuda.so.1") -> None:
@@ -273,11 +273,11 @@ class Driver:
         self.call("cuInit", 0)
 
     def load(self, compiled: Compiled, device: int) -> Kernels:
-        """Puts machine code onto a device, in torch's context there; raises KernelsUnavailable if it does not fit.
+        """Loads machine code onto a device, in torch's context; raises KernelsUnavailable if the code does not fit it.
 
         The code stays until the process ends.
         """
-        # The primary context is the one that torch uses.  It is never released, as torch never releases it.
+        # torch uses the primary context and never releases it, so neither do we.
         context = self.fetch("cuDevicePrimaryCtxRetain", self.device(device), about=f"cuda:{device}")
         previous = self.current_context()
         self.call("cuCtxSetCurrent", context)
@@ -298,15 +298,15 @@ class Driver:
             version = self.fetch("cuDriverGetVersion", kind=ctypes.c_int)
             raise KernelsUnavailable(
                 f"{error}; the driver is of CUDA {version // 1000}.{version % 1000 // 10}, and the code was made for "
-                f"{compiled.arch} by {compiled.compiler}: update the driver, or install an NVRTC that is no newer"
+                f"{compiled.arch} by {compiled.compiler}; update the driver, or install an NVRTC that is no newer"
             ) from None
 
     def _load_kernel(self, library: int, name: str, device: int, context: int) -> Kernel:
         handle = self.fetch("cuLibraryGetKernel", library, name.encode(), about=name)
-        # With lazy loading, this is what brings the code onto the device: in the first launch it could come in the
-        # middle of a capture.
+        # With lazy loading, this moves the code onto the device.  The first launch could do it in the middle of a
+        # capture.
         function = self.fetch("cuKernelGetFunction", handle, about=name)
-        # What is left of 48 KB after the static shared memory, until more is asked for.
+        # The rest of 48 KB after static shared memory, until a launch needs more.
         limit = self.fetch(
             "cuKernelGetAttribute",
             ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES,
@@ -326,15 +326,15 @@ class Driver:
         query.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
         while (result := query(handle, len(sizes), ctypes.byref(offset), ctypes.byref(size))) == SUCCESS:
             sizes.append(size.value)
-        # Drivers older than CUDA 13 have no count: the first position that is not there ends the list.
+        # Drivers older than CUDA 13 have no count: the first missing position ends the list.
         return tuple(sizes) if result == ERROR_INVALID_VALUE else None
 
     def device(self, index: int) -> int:
-        """The driver's handle of a device; both number the visible ones."""
+        """Returns the driver's handle of a device; the driver and torch both number the visible devices."""
         return self.fetch("cuDeviceGet", index, about=f"cuda:{index}", kind=ctypes.c_int)
 
     def current_context(self) -> int | None:
-        """The context that is current in this thread; None if there is none."""
+        """Returns this thread's current context; None if there is none."""
         return self._fetch_or_none("cuCtxGetCurrent")
 
     def call(self, function: str, *arguments: object, about: str = "") -> None:
@@ -344,21 +344,21 @@ class Driver:
             self.fail(function, result, about)
 
     def fetch(self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p) -> int:
-        """Calls the driver for what it stores in its first argument, which is not among `arguments`."""
+        """Calls the driver; returns the value that it stores in its first argument, which is not among `arguments`."""
         found = self._fetch_or_none(function, *arguments, about=about, kind=kind)
-        assert found is not None, f"{function} gave a null pointer"
+        assert found is not None, f"{function} returned a null pointer"
         return found
 
     def _fetch_or_none(
         self, function: str, *arguments: object, about: str = "", kind: type = ctypes.c_void_p
     ) -> int | None:
-        """The same where a null pointer, which ctypes gives as None, has a meaning."""
+        """Does the same, and returns None for a null pointer."""
         place = kind()
         self.call(function, ctypes.byref(place), *arguments, about=about)
         return place.value
 
     def fail(self, function: str, result: int, about: str) -> NoReturn:
-        """Raises DriverError for a result of the driver."""
+        """Raises DriverError for an error code of the driver."""
         name, description = ctypes.c_char_p(), ctypes.c_char_p()
         self.library.cuGetErrorName(result, ctypes.byref(name))
         self.library.cuGetErrorString(result, ctypes.byref(description))
@@ -369,5 +369,5 @@ class Driver:
 
 @functools.cache
 def load_driver() -> Driver:
-    """The driver of this machine; raises KernelsUnavailable if there is none."""
+    """Loads this machine's driver; raises KernelsUnavailable if there is none."""
     return Driver()

@@ -1,19 +1,19 @@
-// What the kernels are written with: sized integers, bf16, accesses of 16 bytes, asynchronous copies, shuffles; tensor
+// The primitives of the kernels: sized integers, bf16, accesses of 16 bytes, asynchronous copies, shuffles.  Tensor
 // cores are in tensor_cores.cuh.
 //
-// No header is included, CUDA's neither: mixes of header and compiler versions are a recurring failure.  The same file
+// No header is included, not even CUDA's: mixes of header and compiler versions are a recurring failure.  The same file
 // is compiled by NVRTC 12 and 13 for sm_80 to sm_120, where each primitive is one or two PTX instructions, and by g++
-// with INFCTX_EMULATOR after tests/support/emulator/emulator.h, where each is a call into the emulator.  There are no atomics:
-// the same input is to give the same bits.  Blocks have one dimension, a multiple of 32 threads; every warp primitive
-// is called by all 32 lanes together.
+// with INFCTX_EMULATOR after tests/support/emulator/emulator.h, where each is a call into the emulator.  There are no
+// atomics, so that the same input gives the same bits.  Blocks have one dimension, a multiple of 32 threads; all 32
+// lanes of a warp call a warp primitive together.
 
 #pragma once
 
 #ifdef INFCTX_EMULATOR
-// The emulator names the line of the call in its messages: last parameters that nobody gives.
+// The emulator's messages name the line of the call, by default arguments that callers never pass.
 #define INFCTX_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define INFCTX_AND_PLACE , INFCTX_PLACE
-// Dynamic shared memory under a name of unsigned chars, aligned to 16 bytes and no more.
+// Dynamic shared memory as unsigned chars with this name, aligned to exactly 16 bytes.
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic_shared()
 #else
 #define INFCTX_PLACE
@@ -40,7 +40,7 @@ INFCTX_DEVICE int32 lane_index() { return static_cast<int32>(threadIdx.x % 32); 
 
 INFCTX_DEVICE int32 warp_index() { return static_cast<int32>(threadIdx.x / 32); }
 
-// All threads of the block arrive before one goes on, and see what the others wrote.
+// All threads of the block arrive before any continues, and then see the others' writes.
 INFCTX_DEVICE void sync_block(INFCTX_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::sync_block({file, line});
@@ -49,7 +49,7 @@ INFCTX_DEVICE void sync_block(INFCTX_PLACE) {
 #endif
 }
 
-// The same barrier where warps have roles: each may stand at another line, but all lanes of a warp at one.
+// The same barrier for warps with roles: warps may arrive at different lines, but all lanes of a warp at one.
 INFCTX_DEVICE void sync_roles(INFCTX_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::sync_roles({file, line});
@@ -58,7 +58,7 @@ INFCTX_DEVICE void sync_roles(INFCTX_PLACE) {
 #endif
 }
 
-// The same for the lanes of a warp: between lanes too, what one wrote to memory is seen by another only after this.
+// The same for the lanes of a warp: a lane sees another lane's writes to memory only after this.
 INFCTX_DEVICE void sync_warp(INFCTX_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::sync_warp({file, line});
@@ -95,8 +95,8 @@ static_assert(sizeof(bf16) == 2, "bf16 lies in memory as torch.bfloat16 does");
 // Exact.
 INFCTX_DEVICE float to_float(bf16 x) { return bits_float(static_cast<uint32>(x.bits) << 16); }
 
-// Two floats in one register as the fragments want them: the one that comes first in memory in the lower half.  Rounded
-// to nearest, ties to even; subnormals are kept; every NaN becomes 0x7fff.
+// Two floats in one register, in the order of the fragments: the first in memory is in the lower half.  Rounded to
+// nearest, ties to even; subnormals are kept; every NaN becomes 0x7fff.
 INFCTX_DEVICE uint32 pack_bf16(float first, float second) {
 #ifdef INFCTX_EMULATOR
     return emulator::float_to_bf16(first) | static_cast<uint32>(emulator::float_to_bf16(second)) << 16;
@@ -107,15 +107,15 @@ INFCTX_DEVICE uint32 pack_bf16(float first, float second) {
 #endif
 }
 
-// Rounded in the same way, and by the same instruction: that for one float (F2F) is one of the slow ones.
+// Rounded in the same way by the same instruction; the one for a single float (F2F) is slow.
 INFCTX_DEVICE bf16 to_bf16(float x) { return bf16{static_cast<uint16>(pack_bf16(x, 0.0f))}; }
 
 INFCTX_DEVICE float first_of(uint32 packed) { return bits_float(packed << 16); }
 
 INFCTX_DEVICE float second_of(uint32 packed) { return bits_float(packed & 0xffff0000u); }
 
-// A register for mma_tf32: 8 bits of exponent, 10 of mantissa, ties away from zero.  What the 13 lowest bits hold is
-// not specified; `tf32_value` is without them, for x = large + small as a sum of two tf32.
+// A register for mma_tf32: 8 bits of exponent, 10 of mantissa, ties away from zero.  The 13 lowest bits are
+// unspecified; `tf32_value` clears them, for x = large + small as a sum of two tf32.
 INFCTX_DEVICE uint32 to_tf32(float x) {
 #ifdef INFCTX_EMULATOR
     return emulator::float_to_tf32(x);
@@ -137,7 +137,7 @@ INFCTX_DEVICE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// 2^x to a relative 2^-22; subnormal x and results are zero.  Not called exp2, which compilers have in other forms.
+// 2^x to a relative 2^-22; subnormal x and results become zero.  Not named exp2, which compilers define differently.
 INFCTX_DEVICE float exp2_approximate(float x) {
 #ifdef INFCTX_EMULATOR
     return emulator::exp2_flushed(x);
@@ -148,8 +148,8 @@ INFCTX_DEVICE float exp2_approximate(float x) {
 #endif
 }
 
-// x, of which the compiler knows nothing more: what follows from it is computed where it is wanted, and not kept from
-// where it was wanted before.
+// x, hidden from the compiler: values computed from it are computed again at each use, not kept in registers from an
+// earlier one.
 INFCTX_DEVICE int32 opaque(int32 x) {
 #ifndef INFCTX_EMULATOR
     asm volatile("" : "+r"(x));
@@ -165,7 +165,7 @@ INFCTX_DEVICE float opaque(float x) {
 
 // ---- memory, several elements at once ----
 
-// 4, 8 or 16 bytes that move in one instruction, where the address is a multiple of as many.
+// 4, 8 or 16 bytes that move in one instruction; the address must be a multiple of the size.
 template <int bytes>
 struct alignas(bytes) Packet {
     uint32 x[bytes / 4];
@@ -192,8 +192,8 @@ INFCTX_DEVICE void store_packet(void* address, const Packet<bytes>& packet INFCT
     *static_cast<Packet<bytes>*>(address) = packet;
 }
 
-// Asks for the 128 bytes around an address of global memory to come to the L2 cache, where it takes a third of the time
-// to have them.
+// Prefetches the 128 bytes around an address of global memory into the L2 cache; loading them from there takes a third
+// of the time.
 INFCTX_DEVICE void prefetch(const void* address) {
 #ifndef INFCTX_EMULATOR
     asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(address)));
@@ -201,7 +201,7 @@ INFCTX_DEVICE void prefetch(const void* address) {
 }
 
 #ifndef INFCTX_EMULATOR
-// The address inside the shared window, which the instructions below want instead of a generic one.
+// The address inside the shared window, which the instructions below need instead of a generic one.
 INFCTX_DEVICE uint32 shared_address(const void* shared) {
     uint32 address;
     asm("{ .reg .u64 inside; cvta.to.shared.u64 inside, %1; cvt.u32.u64 %0, inside; }" : "=r"(address) : "l"(shared));
@@ -209,8 +209,8 @@ INFCTX_DEVICE uint32 shared_address(const void* shared) {
 }
 #endif
 
-// 16 bytes from global to shared memory, both aligned to 16, while the thread goes on.  Where `valid` is false zeros
-// arrive and `global` is not read.  They are there after cp_async_wait for this thread, after a barrier for others.
+// Copies 16 bytes from global to shared memory, both aligned to 16, while the thread continues.  If `valid` is false,
+// zeros arrive and `global` is not read.  Visible after cp_async_wait to this thread, after a barrier to others.
 INFCTX_DEVICE void cp_async_16(void* shared, const void* global, bool valid INFCTX_AND_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::copy_async_16(shared, global, valid, {file, line});
@@ -232,7 +232,7 @@ INFCTX_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most the `groups_left` youngest of this thread's groups are under way.
+// Waits until at most the newest `groups_left` of this thread's groups are in flight.
 template <int groups_left>
 INFCTX_DEVICE void cp_async_wait() {
 #ifdef INFCTX_EMULATOR
@@ -274,7 +274,7 @@ INFCTX_DEVICE uint32 shuffle_down(uint32 value, int32 distance INFCTX_AND_PLACE)
 #endif
 }
 
-// The value of lane `source`, which each lane names for itself.
+// The value of lane `source`, which each lane chooses.
 INFCTX_DEVICE uint32 shuffle_from(uint32 value, int32 source INFCTX_AND_PLACE) {
 #ifdef INFCTX_EMULATOR
     return emulator::shuffle_from(value, source, {file, line});

@@ -1,4 +1,4 @@
-// Products of small matrices on tensor cores, and what loads their operands.
+// Products of small matrices on tensor cores, and loads of their operands.
 //
 // Fragment layouts (PTX ISA, "Matrix multiply-accumulate operation using mma instruction"): g = lane / 4 is a lane's
 // group, t = lane % 4 its place in the group.
@@ -7,7 +7,7 @@
 
 #include "primitives.cuh"
 
-// The left operand, 16 rows: mma_bf16 has 16 columns, two neighbours a register (lower half first), mma_tf32 has 8.
+// The left operand, 16 rows: mma_bf16 has 16 columns, two neighbors per register (lower half first), mma_tf32 has 8.
 //              x[0]                    x[1]                    x[2]                    x[3]
 //   bf16   (g, 2t), (g, 2t+1)     row g + 8, same         row g, columns + 8      row g + 8, columns + 8
 //   tf32   (g, t)                 (g + 8, t)              (g, t + 4)              (g + 8, t + 4)
@@ -15,7 +15,7 @@ struct LeftFragment {
     uint32 x[4];
 };
 
-// The right operand, 8 columns: mma_bf16 has 16 rows, two neighbours of one column a register, mma_tf32 has 8.
+// The right operand, 8 columns: mma_bf16 has 16 rows, two neighbors of a column per register, mma_tf32 has 8.
 //              x[0]                    x[1]
 //   bf16   (2t, g), (2t+1, g)     rows + 8, same
 //   tf32   (t, g)                 (t + 4, g)
@@ -59,7 +59,7 @@ INFCTX_DEVICE void mma_tf32(SumFragment& sum, const LeftFragment& left, const Ri
 // becomes (g, 2t), (g, 2t + 1) of matrix m.  So a row-major 16 x 16 tile is a LeftFragment with lane l at row l % 16,
 // column l / 16 * 8; a 16 x 8 tile stored column by column is a RightFragment with lane l at column l % 8, row
 // l / 8 % 2 * 8.
-// Volatile without a memory clobber: barriers have one and volatile statements keep their order, which is all it takes.
+// Volatile without a memory clobber is enough: barriers have one, and volatile statements keep their order.
 INFCTX_DEVICE void ldmatrix(uint32 (&x)[1], const void* row INFCTX_AND_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::ldmatrix(x, 1, row, {file, line});

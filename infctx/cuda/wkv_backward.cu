@@ -1,4 +1,4 @@
-// All gradients of WKV, for one size of heads and one type of inputs: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
+// All gradients of WKV, for one head size and one input type: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
 // README.md has the derivation; wkv_cuda.py the shapes and the order of the launches.
 
 #include "wkv_gradients.cuh"
@@ -28,7 +28,7 @@ constexpr int32 state_floats = num_channels * num_channels;
 
 struct Shared {
     Input *v, *dy;  // of the tile
-    float* states;  // before every second chunk of the tile, as their lanes left them
+    float* states;  // before every second chunk of the tile, in the lanes' layout
     float *staged, *levels, *bonuses, *scores, *dscores;
 };
 
@@ -45,7 +45,7 @@ INFCTX_DEVICE Shared find_shared(unsigned char* start) {
     return shared;
 }
 
-// To where no other lane reads, and back.
+// Stores to and loads from places that no other lane reads.
 INFCTX_DEVICE float* own_state(const Shared& shared, int32 which, int32 slab) {
     return shared.states + which * state_floats + (slab * 32 * num_columns + lane_index()) * 4;
 }
@@ -80,7 +80,7 @@ INFCTX_DEVICE void add_to_matrix(float* matrix, int32 slab, const KeySlab& more)
 struct BackwardInput {
     const Input *r, *k, *v, *dy;
     const float *w, *u;
-    const float* gradients;  // of the state behind each span
+    const float* gradients;  // of the state after each span
     const uint8* starts;
     const float* initial;
     const float* kept;  // the state before each tile
@@ -92,7 +92,7 @@ struct BackwardOutput {
     float *dw, *du, *dstate, *dinitial;
 };
 
-// What both roles know of their span.
+// Shared by both roles: their span.
 struct Span {
     const Problem& problem;
     const BackwardInput& input;
@@ -100,7 +100,7 @@ struct Span {
     Shared shared;
     int32 num_chunks, slab;
 
-    // Found each time: to keep where the flags lie would take registers.
+    // Computed each time: keeping the address of the flags would need registers.
     INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place).at(chunk); }
 
     INFCTX_DEVICE int32 last_tile() const { return (num_chunks - 1) / tile_chunks * tile_chunks; }
@@ -126,7 +126,7 @@ INFCTX_DEVICE void prefetch_rows(const Rows<const Element>& rows, int32 first_to
     }
 }
 
-// What the tile that comes next will ask for.
+// Prefetches the next tile.
 INFCTX_DEVICE void prefetch_tile(const Span& span, int32 first) {
     const Problem& problem = span.problem;
     const BackwardInput& input = span.input;
@@ -145,7 +145,7 @@ INFCTX_DEVICE void prefetch_tile(const Span& span, int32 first) {
     }
 }
 
-// v and dy of a tile, by both roles together: the one before is done with, and then this one is there.
+// Both roles together wait until the previous tile is no longer in use, then load v and dy of this one.
 INFCTX_DEVICE void fetch_tile(const Span& span, int32 first) {
     const auto v_rows = find_rows(span.input.v, span.problem, span.place);
     const auto dy_rows = find_rows(span.input.dy, span.problem, span.place);
@@ -185,7 +185,7 @@ INFCTX_DEVICE void run_values(const Span& span, const BackwardOutput& output) {
     }
 }
 
-// The state within a tile, walked again from what was kept of it.
+// The state within a tile, recomputed from the state kept before the tile.
 struct StateWalk {
     const Span& span;
     Rows<const Input> k_rows;  // and of r, dr, dk
@@ -219,7 +219,7 @@ struct StateWalk {
     }
 };
 
-// By chunk, to be added up: one sum over all of them would lose digits to rounding.
+// One sum per chunk, added up later: a single sum over all of them would lose digits to rounding.
 INFCTX_DEVICE void store_du(float* du, const Span& span, int32 chunk, const Gradients& d) {
     const Problem& problem = span.problem;
     const Place& place = span.place;
@@ -235,14 +235,14 @@ INFCTX_DEVICE void store_du(float* du, const Span& span, int32 chunk, const Grad
     store_pair(to + own_channel(span.slab), sums[0], sums[1]);
 }
 
-// Stages chunks for the other role, walks the state again within a tile, and finds the gradients of r, k, w and u.
+// Stages chunks for the other role, recomputes the state within a tile, and finds the gradients of r, k, w and u.
 INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
     const Problem& problem = span.problem;
     const Place& place = span.place;
     const BackwardInput& input = span.input;
     const Shared& shared = span.shared;
     const int32 slab = span.slab;
-    // dr, dk and dw are of one shape.
+    // dr, dk and dw have the same shape.
     const auto dr_rows = find_rows(output.dr, problem, place);
     const float* u_pair = input.u + place.head * num_channels + own_channel(slab);
 
@@ -273,11 +273,11 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             Decays decays = find_decays(walk.load_w(token));
             const OwnPlaces places = own_places(walk.k_rows, slab, token, end);
             Own r = to_own(load_own(input.r, places)), k = to_own(load_own(input.k, places));
-            const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load rather than two registers
+            const float u[2] = {opaque(u_pair[0]), opaque(u_pair[1])};  // a load instead of two registers
             const Staged staged = find_staged(shared.staged + chunk % 2 * staged_floats);
             stage_chunk(staged, shared.levels, shared.bonuses, slab, until_end(k, decays), since_start(r, decays), r, k,
                         decays, u);
-            forget_products(r);  // computing them again takes less than keeping them
+            forget_products(r);  // recomputing them is cheaper than keeping them
             forget_products(k);
             forget_products(decays);
             sync_roles();
@@ -285,7 +285,7 @@ INFCTX_DEVICE void run_keys(const Span& span, const BackwardOutput& output) {
             sync_roles();
             find_inner_gradients(d, shared.dscores + chunk * chunk_scores, r, k, decays, u);
             store_du(output.du, span, first + chunk, d);
-            sync_warp();  // only so that the addresses are found here and not kept from above
+            sync_warp();  // only so that the addresses are computed here and not kept from above
             const OwnPlaces results = own_places(dr_rows, slab, token, end);
             store_own(output.dr, results, d.r);
             store_own(output.dk, results, d.k);

@@ -2,10 +2,10 @@
 
     y, state = wkv_cuda(r, k, v, w, u, state, starts, initial)
 
-Long inputs are cut into spans that run side by side: first each span finds what it leaves of itself, then one pass over
-the spans finds what each begins with, then all of them run.  README.md has the derivation.  torch.compile, CUDA graphs
-and opcheck see two ops, `infctx::wkv_forward` and `infctx::wkv_backward`, which also serve other machines than a GPU:
-the tests run them on the CPU with the emulator.
+Long inputs are cut into spans that run side by side.  First each span finds what it adds to the state, then one pass
+over the spans finds the state that each begins with, then all of them run.  README.md has the derivation.
+torch.compile, CUDA graphs and opcheck see two ops, `infctx::wkv_forward` and `infctx::wkv_backward`.  They also run off
+the GPU: the tests run them on the CPU with the emulator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Launcher(Protocol):
-    """The kernels of one source: of a GPU (`driver.Kernels`), or of the tests' emulator."""
+    """The kernels of one source, on a GPU (`driver.Kernels`) or in the tests' emulator."""
 
     def launch(
         self, name: str, grid: int, block: int, shared_bytes: int = 0, arguments: Sequence[Argument] = ()
@@ -45,8 +45,11 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where kernels run: `load(file_name, options)` gives those of a source; `processors` is how many blocks of
-    threads can run at a time."""
+    """Where kernels run.
+
+    load:       load(file_name, options) returns the kernels of a source
+    processors: how many blocks of threads can run at the same time
+    """
 
     load: Callable[[str, tuple[str, ...]], Launcher]
     processors: int
@@ -64,7 +67,7 @@ def wkv_cuda(
 ) -> tuple[Tensor, Tensor]:
     """See `infctx.wkv`; r, k and v in bf16 or fp32, computed in fp32; gradients of first order only.
 
-    Raises KernelsUnavailable where the kernels cannot be had.  The same input gives the same bits on the same device.
+    Raises KernelsUnavailable if the kernels are unavailable.  The same input gives the same bits on the same device.
     """
     if r.dtype not in DTYPES:
         raise InputError(f"wkv: backend 'cuda' takes bf16 and fp32, not {r.dtype}; choose chunked")
@@ -86,8 +89,8 @@ def _in_pieces(
     starts: Tensor | None,
     initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Heads above 64 channels, which no published model has: every 64 keys by 64 values are a head of their own, in
-    fp32, and y is the sum over the keys'."""
+    """Runs heads above 64 channels, which no published model has: every 64 keys by 64 values become one head in fp32,
+    and y is the sum over the keys."""
     B, T, H, N = r.shape
     size = HEAD_SIZES[-1]
     pieces = -(-N // size)
@@ -115,7 +118,7 @@ def _in_pieces(
 
 
 def compile_kernels(device: int, dtype: torch.dtype, channels: int) -> None:
-    """Has the kernels of both directions ready, so that no later call compiles; raises KernelsUnavailable."""
+    """Builds the kernels of both directions, so that no later call compiles; raises KernelsUnavailable."""
     if channels > HEAD_SIZES[-1]:
         dtype, channels = torch.float32, HEAD_SIZES[-1]
     machine, layout = _gpu(device), find_layout(1, 1, 1, channels, dtype, processors=1)
@@ -217,7 +220,7 @@ def forward(
     initial: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and with `keep`, for the backward, the states before each tile, padded."""
+    """Returns y, the final state and, with `keep`, the padded states before each tile for the backward pass."""
     layout = Layout.of(r, machine.processors)
     kernels = machine.load("wkv_forward.cu", layout.options)
     r, k, v = layout.inputs(r, k, v)
@@ -260,7 +263,7 @@ def backward(
     dfinal: Tensor,
     learns: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of r, k, v, w, u, the state and, with `learns`, the initial state."""
+    """Returns the gradients of r, k, v, w, u, the state and, with `learns`, the initial state."""
     layout = Layout.of(r, machine.processors)
     kernels = machine.load("wkv_backward.cu", layout.options)
     r, k, v, dy = layout.inputs(r, k, v, dy)
@@ -296,13 +299,13 @@ def backward(
 
 
 def _span_buffers(layout: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
-    """What all spans but one leave, and by how much they decay what was before."""
+    """Allocates, for all spans but one, the state that a span adds and its decay of the state before it."""
     size, rows = layout.head_size, layout.rows
     return state.new_empty((rows, layout.spans - 1, size, size)), state.new_empty((rows, layout.spans - 1, size))
 
 
 def _span_ends(layout: Layout, state: Tensor) -> Tensor:
-    """What each span begins with."""
+    """Allocates the state that each span begins with."""
     size = layout.head_size
     return state.new_empty((layout.rows, layout.spans, size, size))
 

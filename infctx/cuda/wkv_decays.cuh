@@ -1,4 +1,4 @@
-// What 16 tokens' decays say, and the levels at which the tokens of a chunk meet.
+// The decays of 16 tokens, and the levels at which the tokens of a chunk meet.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 // exp of a log decay or a sum of them: 2^(x log2 e).
 INFCTX_DEVICE float decay_of(float log_decay) { return exp2_approximate(log_decay * 1.4426950408889634f); }
 
-// All that 16 log decays of a channel say, for the tokens that a lane owns, by channel and group.  Each factor is the
-// exponential of a sum of log decays <= 0, so at most one, and nothing is divided or subtracted.
+// Factors from 16 log decays of a channel, for the tokens that a lane owns, by channel and group.  Each is the
+// exponential of a sum of log decays <= 0, so at most 1; nothing is divided or subtracted.
 struct Decays {
     float first[2][2], second[2][2];  // of the token itself
     float other_pair[2][2];  // of the other two tokens of the four
@@ -29,7 +29,7 @@ struct Decays {
         return lane_place() / 2 == 0 ? other_four[channel][group] : 1.0f;
     }
 
-    // From the beginning of the group to before a token, and from behind it to the end of the group.
+    // From the beginning of the group to just before a token, and from just after it to the end of the group.
     INFCTX_DEVICE float since_group(int32 channel, int32 group, int32 which) const {
         const float since = pair_before(channel, group) * four_before(channel, group);
         return which == 0 ? since : since * first[channel][group];
@@ -85,7 +85,7 @@ INFCTX_DEVICE void forget_products(Decays& decays) {
     }
 }
 
-// What the state reads with: r times the decay since the beginning of the chunk.
+// For reading from the state: r times the decay since the beginning of the chunk.
 INFCTX_DEVICE Own since_start(const Own& r, const Decays& decays) {
     Own own;
     FOR_EACH_OWN(channel, group, which) {
@@ -94,7 +94,7 @@ INFCTX_DEVICE Own since_start(const Own& r, const Decays& decays) {
     return own;
 }
 
-// What the state is left with: k times the decay until the end of the chunk.
+// For writing to the state: k times the decay until the end of the chunk.
 INFCTX_DEVICE Own until_end(const Own& k, const Decays& decays) {
     Own own;
     FOR_EACH_OWN(channel, group, which) {
@@ -105,8 +105,8 @@ INFCTX_DEVICE Own until_end(const Own& k, const Decays& decays) {
 
 // ---- levels: how tokens of a chunk read from each other ----
 
-// Two tokens whose numbers differ first in the bit of worth `half` meet at level `half` = 8, 4, 2, 1: at the border in
-// the middle of a block of 2 half tokens, the one on the *left* leaves k, the one on the *right* reads with r.
+// Two tokens whose numbers differ first in the bit of value `half` meet at level `half` = 8, 4, 2, 1.  At the border in
+// the middle of a block of 2 half tokens, the one on the *left* leaves k and the one on the *right* reads with r.
 constexpr int32 num_levels = 4;
 
 template <int32 half>
@@ -117,7 +117,7 @@ INFCTX_DEVICE bool is_left(int32 group, int32 which) {
     return which == 0;
 }
 
-// The decay between a token and the border of its block: what is left until there, or since there.
+// The decay between a token and the border of its block: until the border on the left, since the border on the right.
 template <int32 half>
 INFCTX_DEVICE float level_factor(const Decays& decays, int32 channel, int32 group, int32 which) {
     if (half == 8) {
@@ -142,11 +142,11 @@ INFCTX_DEVICE Own meet_at(const Own& r, const Own& k, const Decays& decays) {
     return own;
 }
 
-// The rows of a level that is staged are the 8 tokens on the left, then the 8 on the right, block by block.
+// The rows of a staged level are the 8 tokens on the left, then the 8 on the right, block by block.
 template <int32 half>
 INFCTX_DEVICE void stage_level(float* rows, int32 slab, const Own& met) {
-    // Of a token's four bits the one worth `half` is the side, which comes first; 8 is the lane's group of tokens, 4
-    // and 2 are its place, 1 says which of its two tokens.
+    // Of a token's four bits, the one of value `half` is the side and comes first.  8 is the lane's group of tokens, 4
+    // and 2 are its place, 1 is which of its two tokens.
     const int32 four = lane_place() / 2, two = lane_place() % 2;
     const int32 of_four = half == 8 ? 4 : half == 4 ? 8 : 2;
     const int32 of_two = half == 8 || half == 4 ? 2 : half == 2 ? 8 : 1;

@@ -1,4 +1,4 @@
-// y and the states of WKV, for one size of heads and one type of inputs: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
+// y and the states of WKV, for one head size and one input type: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
 // README.md has the derivation; wkv_cuda.py the shapes and the order of the launches.
 
 #include "wkv_products.cuh"
@@ -23,8 +23,8 @@ wkv_join_spans(const float* state, const float* sums, const float* decays, float
 constexpr int32 value_stages = 4;
 constexpr int32 staged_chunks = 3;
 
-// Spans begin with `states`, which stand where `kept` wants the first state of each, if there are several.  A chunk
-// passes through three steps, each in its turn of the loop: staged by all warps, scores found, read.
+// Spans begin with `states`; with several spans, these are already in their places in `kept`.  A chunk passes through
+// three steps in three turns of the loop: all warps stage it, scores are found, it is read.
 extern "C" __global__ void __launch_bounds__(span_threads)
 wkv_forward(const Input* r, const Input* k, const Input* v, const float* w, const float* u, const float* states,
             const uint8* starts, const float* initial, Input* y, float* final, float* kept, int64 num_batches,

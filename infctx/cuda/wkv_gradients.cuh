@@ -1,9 +1,8 @@
-// The gradients of r, k, w and u: what stays within a key channel.
+// The gradients of r, k, w and u, which stay within a key channel.
 //
-// The gradient of a log decay is the sum over all paths that cross it, from what wrote to what read.  Paths are told
-// apart by where they come from and go to, as in the forward: through the whole chunk, from the state, to the next
-// state, or across the border of one block at one level.  All are added up and none is taken off, so a small gradient
-// is as exact as a large one.
+// The gradient of a log decay is the sum over all paths that cross it, from a write to a read.  Paths differ in where
+// they begin and end, as in the forward pass: through the whole chunk, from the state, to the next state, or across the
+// border of one block at one level.  All are added and none subtracted, so a small gradient is as exact as a large one.
 
 #pragma once
 
@@ -42,12 +41,12 @@ INFCTX_DEVICE void find_dscores(float* dscores, const Input* dy, const Input* v)
 struct Gradients {
     Own r, k, w;
     float u[2];  // of the lane's own tokens
-    // Paths, by the token that reads and by the one that wrote, as far as they leave the tokens looked at.
+    // Paths that leave the tokens seen so far, by the token that reads and by the one that wrote.
     Own reads, writes;
 };
 
-// The gradient of the decays of one half of a block of 2 half tokens: what the other half wrote for later tokens, or
-// reads from earlier ones, passes over all of them.
+// The gradient of the decays of one half of a block of 2 half tokens: all paths from the other half's writes to later
+// tokens, or to its reads from earlier ones, cross all of this half.
 template <int32 half>
 INFCTX_DEVICE void cross_halves(Gradients& d) {
     float sums[2][2];
@@ -67,7 +66,7 @@ INFCTX_DEVICE void cross_halves(Gradients& d) {
     FOR_EACH_OWN(channel, group, which) d.w.x[channel][group][which] += sums[channel][half == 8 ? 1 - group : group];
 }
 
-// From outside of the chunk: `state` before it, `gradient` of the state behind it.  What this leaves is not scaled yet.
+// From outside the chunk: `state` before it, `gradient` of the state after it.  The results are not scaled yet.
 INFCTX_DEVICE void read_outside(Gradients& d, const KeySlab& state, const KeySlab& gradient, const Input* dy,
                                 const Input* v) {
     d.r = state.read(dy);
@@ -117,7 +116,7 @@ INFCTX_DEVICE Right<of_states> load_dscores(const float* dscores, int32 group) {
     return right;
 }
 
-// Adds what meets in the middle of blocks of 2 half tokens.
+// Adds the paths that meet in the middle of blocks of 2 half tokens.
 template <int32 half>
 INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r, const Own& k,
                                const Decays& decays) {
@@ -142,10 +141,10 @@ INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r,
     }
 }
 
-// From inside of the chunk, after which d is whole.
+// From inside the chunk; then d is complete.
 INFCTX_DEVICE void find_inner_gradients(Gradients& d, const float* dscores, const Own& r, const Own& k,
                                         const Decays& decays, const float (&u)[2]) {
-    // The warp meets only so that compilers take level by level, and fewer registers.
+    // The warp syncs only so that compilers do one level at a time, with fewer registers.
     meet_halves<8>(d, dscores, r, k, decays);
     cross_halves<4>(d);
     sync_warp();

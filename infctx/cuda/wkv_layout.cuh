@@ -1,11 +1,11 @@
-// What all WKV kernels agree on: how the work is cut, which numbers a lane owns, how they come from memory and go back.
+// Shared by all WKV kernels: how the work is cut, which numbers a lane owns, how they are loaded and stored.
 //
-// Time is cut three times: a *chunk* is 16 tokens, where documents may start; a *tile* is a few chunks, and the state at
-// its beginning is kept for the backward; a *span* is many tiles, and one block of threads walks through it.
+// Time is cut three times.  A *chunk* is 16 tokens, where documents may start.  A *tile* is a few chunks; the state at
+// its beginning is kept for the backward pass.  A *span* is many tiles; one block of threads walks through it.
 //
 // A warp's *slab* is 16 channels.  Lane 4g + t owns, of a slab and a chunk, the channels 2g and 2g + 1 of the tokens
-// 2t, 2t + 1, 8 + 2t, 8 + 2t + 1: `Own`.  As the left operand of an mma, channels by tokens, that is what the lane has
-// to bring, and what it gets when channels by tokens is the result; two neighbours are one access to memory.
+// 2t, 2t + 1, 8 + 2t, 8 + 2t + 1: `Own`.  These are its part of an mma's left operand, channels
+// by tokens, and of a result, channels by tokens; two neighbors are one access to memory.
 
 #pragma once
 
@@ -26,16 +26,16 @@ constexpr int32 num_slabs = num_channels / 16;
 constexpr int32 num_columns = num_channels / 8;  // fragments side by side
 static_assert(num_channels % 16 == 0 && num_channels <= 64, "wkv_cuda.py pads heads, and cuts those that are larger");
 
-// Rows of shared memory, in elements: each is what lets the lanes that read together meet no bank twice.
-constexpr int32 value_pitch = sizeof(Input) == 2 ? num_channels + 8 : num_channels + 4;  // of r k v dy as they came
+// Pitches of rows in shared memory, in elements, so that lanes that read together have no bank conflicts.
+constexpr int32 value_pitch = sizeof(Input) == 2 ? num_channels + 8 : num_channels + 4;  // of r k v dy as loaded
 constexpr int32 read_pitch = num_channels + 8;                                           // of operands read by rows
 constexpr int32 write_pitch = num_channels + 4;                                          // and by columns
 constexpr int32 score_pitch = 24;
 constexpr int32 chunk_values = chunk_tokens * value_pitch;
 constexpr int32 chunk_scores = chunk_tokens * score_pitch;
 
-// Compilers would keep every address of a loop's body in registers, of which there are better uses: so a lane's number
-// is new wherever it is asked for.
+// Compilers would keep every address of a loop's body in registers, which have better uses.  So a lane's number is
+// recomputed at every use.
 INFCTX_DEVICE int32 lane_group() { return opaque(lane_index()) / 4; }
 INFCTX_DEVICE int32 lane_place() { return opaque(lane_index()) % 4; }
 
@@ -49,7 +49,7 @@ struct Problem {
     INFCTX_DEVICE int64 num_tiles() const { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 };
 
-// What a block works on: blocks are numbered by batch, head, span.
+// The work of a block: blocks are numbered by batch, head, span.
 // Each number alone is below 2^31; offsets of elements are not.
 struct Place {
     int32 batch, head, row;  // row = batch * H + head
@@ -70,12 +70,12 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     place.head = place.row % heads;
     place.first_token = static_cast<int32>(place.span * problem.span_tokens);
     place.end_token = place.first_token + static_cast<int32>(problem.span_tokens);
-    // The last span takes what is left, which may be more.
+    // The last span gets the rest, which may be longer.
     if (place.span == problem.num_spans - 1) place.end_token = static_cast<int32>(problem.num_tokens);
     return place;
 }
 
-// The channels of one head, token by token.  The offset is apart from `start`, so that tensors of one shape
+// The channels of one head, token by token.  The offset is separate from `start`, so that tensors of the same shape
 // share its registers.
 template <typename Element>
 struct Rows {
@@ -110,7 +110,7 @@ INFCTX_DEVICE Element* find_matrix(Element* start, int64 index) {
     return start + index * num_channels * num_channels;
 }
 
-// ---- what a lane owns of 16 channels and a chunk ----
+// ---- a lane's part of 16 channels and a chunk ----
 
 struct Own {
     float x[2][2][2];  // channel, group of 8 tokens, first or second token
@@ -128,7 +128,7 @@ struct Own {
 INFCTX_DEVICE int32 own_token(int32 group, int32 which) { return 8 * group + 2 * lane_place() + which; }
 INFCTX_DEVICE int32 own_channel(int32 slab) { return 16 * slab + 2 * lane_group(); }
 
-// Where the lane's numbers of a chunk lie in tensors of one shape: elements from the start, the same for all of them.
+// The offsets of the lane's numbers of a chunk, the same in all tensors of one shape: elements from the start.
 struct OwnPlaces {
     int64 first, stride;
     int32 tokens_left;  // from the lane's first token to the end
@@ -143,13 +143,13 @@ INFCTX_DEVICE OwnPlaces own_places(const Rows<Element>& rows, int32 slab, int32 
     return {rows.offset + token * rows.stride + own_channel(slab), rows.stride, end - token};
 }
 
-// As it comes from memory: the conversion waits for the load, so it is done late.
+// Unconverted, as loaded: the conversion waits for the load, so it is done late.
 template <typename Element>
 struct Loaded {
     Packet<2 * sizeof(Element)> x[2][2];
 };
 
-// Tokens from the end on are zeros.
+// Tokens at or past the end are zeros.
 template <typename Element>
 INFCTX_DEVICE Loaded<Element> load_own(const Element* start, const OwnPlaces& places) {
     Loaded<Element> loaded;
@@ -190,7 +190,7 @@ INFCTX_DEVICE void store_own(Element* start, const OwnPlaces& places, const Own&
     }
 }
 
-// To shared memory, a row a token.
+// To shared memory, one row per token.
 template <int32 pitch>
 INFCTX_DEVICE void stage_own(float* rows, int32 slab, const Own& own) {
     FOR_EACH_TOKEN(group, which) {
@@ -199,7 +199,7 @@ INFCTX_DEVICE void stage_own(float* rows, int32 slab, const Own& own) {
     }
 }
 
-// What the lane staged, back.
+// Loads the lane's staged numbers back.
 template <int32 pitch>
 INFCTX_DEVICE Own staged_own(const float* rows, int32 slab) {
     Own own;
@@ -210,7 +210,7 @@ INFCTX_DEVICE Own staged_own(const float* rows, int32 slab) {
     return own;
 }
 
-// Starts copying rows of inputs, zeros from `end` on; `thread` of `threads` takes part.
+// Starts copying rows of inputs, zeros from `end`; this is `thread` of `threads`.
 template <int32 count, int32 threads>
 INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 first_token, int32 end, int32 thread) {
     constexpr int32 packet = 16 / sizeof(Input);

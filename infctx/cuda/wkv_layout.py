@@ -1,4 +1,4 @@
-"""How a call of the WKV kernels is laid out: time in spans, padding, shared memory, memory traffic."""
+"""Lays out a call of the WKV kernels: time in spans, padding, shared memory, memory traffic."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = 16
-"""Tokens that a warp takes at once; a document may start at each multiple of them."""
+"""Tokens that a warp processes together; a document may start at each multiple."""
 
 SPAN_TOKENS = 64
-"""Spans are multiples of this many tokens: of whole tiles, of every type of inputs."""
+"""Spans are multiples of this many tokens, which is whole tiles for every type of input."""
 
 TILE_TOKENS = {torch.bfloat16: 64, torch.float32: 32}
-"""Tokens from one state that is kept for the backward to the next."""
+"""Tokens between two states that are kept for the backward pass."""
 
 HEAD_SIZES = (16, 32, 64)
-"""Channels of a head that there are kernels for; others are padded with zeros."""
+"""Channels per head that kernels exist for; other heads are padded with zeros."""
 
 MAX_TRAFFIC = 1.36
-"""How many times the memory traffic of one span all of them may have, where the heads alone fill a fifth of the
-processors: each span but the last reads k, v and w once more.  Of bf16 with 64 channels that is 1,400 bytes by token
+"""Memory traffic of all spans, relative to one span's, may reach this if the heads alone fill a fifth of the
+processors: each span but the last reads k, v and w once more.  For bf16 with 64 channels that is 1,400 bytes per token
 and head."""
 
 
 def padded_size(channels: int) -> int:
-    """The channels of a head as the kernels want them, with zeros among them."""
+    """Returns the channels of a head as the kernels need them, including zeros."""
     return next(size for size in HEAD_SIZES if size >= channels)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What both directions know of a call."""
+    """The layout of a call, for both directions."""
 
     batch: int
     tokens: int
@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """For the compiler."""
+        """Options for the compiler."""
         return (f"-DHEAD_SIZE={self.head_size}", *(["-DINPUT_FLOAT"] if self.dtype == torch.float32 else []))
 
     @property
@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def tile_tokens(self) -> int:
-        """The state is kept once in so many tokens."""
+        """The state is kept every this many tokens."""
         return TILE_TOKENS[self.dtype]
 
     @property
@@ -81,19 +81,19 @@ class Layout:
         return kept_shape(self.batch, self.tokens, self.heads, self.channels, self.dtype)
 
     def forward_bytes(self, keep: bool = True) -> float:
-        """Read and written in device memory for a token and head, if nothing stays in a cache."""
+        """Returns bytes read and written in device memory per token and head, without any cache hits."""
         size, row = self.head_size, self.head_size * self.dtype.itemsize
         state, w = 4 * size**2, 4 * size
         again = (self.spans - 1) * self.span_tokens / self.tokens  # the last one is not summed
         by_token = 4 * row + w + again * (2 * row + w)
         states = (self.tiles if keep else 0) + 2  # the first is read, the final one is written
         if self.spans > 1:
-            # Sums are written and read, ends read, and written unless they are kept anyway.
+            # Sums are written and read; ends are read, and written unless they are kept anyway.
             states += 2 * (self.spans - 1) + self.spans * (1 if keep else 2)
         return by_token + states * state / self.tokens
 
     def backward_bytes(self) -> float:
-        """The same for the backward."""
+        """Returns the same for the backward pass."""
         size, row = self.head_size, self.head_size * self.dtype.itemsize
         state, w = 4 * size**2, 4 * size
         again = 1 - self.span_tokens / self.tokens if self.spans > 1 else 0.0  # the first one is not
@@ -104,11 +104,11 @@ class Layout:
         return by_token + states * state / self.tokens
 
     def tokens_like(self, r: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for results by token, padded."""
+        """Allocates padded results by token."""
         return r.new_empty((self.batch, self.tokens, self.heads, self.head_size), dtype=dtype or self.dtype)
 
     def whole(self, x: Tensor) -> Tensor:
-        """Results by token without padding."""
+        """Returns results by token without padding."""
         return x[..., : self.channels].contiguous()
 
     @property
@@ -116,12 +116,12 @@ class Layout:
         return self.head_size != self.channels
 
     def inputs(self, *tensors: Tensor) -> list[Tensor]:
-        """By token, each in one piece of memory, padded with zeros."""
+        """Returns inputs by token, contiguous and padded with zeros."""
         missing = self.head_size - self.channels
         return [_aligned(F.pad(x, (0, missing)) if missing else x.contiguous()) for x in tensors]
 
     def decays(self, w: Tensor) -> Tensor:
-        """Any strides but over channels, which lie side by side."""
+        """Returns decays with any strides, except that channels are contiguous."""
         missing = self.head_size - self.channels
         if missing:
             return F.pad(w, (0, missing))
@@ -133,7 +133,7 @@ class Layout:
         return _aligned(F.pad(x, (0, missing, 0, missing)) if missing else x.contiguous())
 
     def initial(self, initial: Tensor | None) -> tuple[Tensor | None, int]:
-        """The matrices, and the heads from one lane's to the next."""
+        """Returns the matrices, and the number of heads from one lane to the next."""
         if initial is None:
             return None, 0
         if initial.stride(0) == 0 or self.batch == 1:
@@ -149,14 +149,14 @@ class Layout:
 
 
 def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Of the states that the backward wants, (B, H, tiles, N, N) with padding; also of symbolic sizes."""
+    """Returns the padded shape of the states kept for the backward, (B, H, tiles, N, N); sizes may be symbolic."""
     size = padded_size(channels)
     return batch, heads, -(-tokens // TILE_TOKENS[dtype]), size, size
 
 
 @functools.lru_cache(maxsize=1024)
 def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
-    """Cuts time into as many spans as give every processor a block of threads, and memory traffic allows."""
+    """Cuts time into as many spans as give every processor a block of threads, within the limit of memory traffic."""
     units = -(-tokens // SPAN_TOKENS)
     blocks = batch * heads
 
@@ -180,7 +180,7 @@ def _value_pitch(layout: Layout) -> int:
 
 
 def _staged_bytes(layout: Layout, staged: int, levels: int, scores: int) -> int:
-    """Of shared memory, as wkv_reader.cuh lays it out; levels come with as many bonuses."""
+    """Returns bytes of shared memory as in wkv_reader.cuh; every level also has bonuses."""
     size = layout.head_size
     one_staged = 16 * (size + 8 + size + 4) + size
     one_level = 4 * 16 * (size + 8) + 16 * layout.warps

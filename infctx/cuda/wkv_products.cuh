@@ -1,7 +1,8 @@
-// Products of small matrices on tensor cores, to the precision that each deserves.
+// Products of small matrices on tensor cores, each in the precision that it needs.
 //
-// A tf32 has 11 bits.  What came as bf16 is one exactly.  A float is the sum of two, `large` and `small`, to 22 bits:
-// products of these, without small times small, are as exact as fp32.  What is rounded to bf16 in the end needs but one.
+// A tf32 has 11 bits.  A bf16 is exactly one tf32.  A float is the sum of two, `large` and `small`, to 22 bits:
+// products of these, without small times small, are as exact as fp32.  Results that are rounded to bf16 in the end need
+// only one.
 
 #pragma once
 
@@ -9,9 +10,9 @@
 
 enum Precision { exact, rounded, full };
 
-constexpr Precision of_inputs = sizeof(Input) == 2 ? exact : full;     // v and dy as they came
-constexpr Precision of_outputs = sizeof(Input) == 2 ? rounded : full;  // for what leaves as Input
-constexpr Precision of_states = full;                                  // for states and what leaves as fp32
+constexpr Precision of_inputs = sizeof(Input) == 2 ? exact : full;     // v and dy as loaded
+constexpr Precision of_outputs = sizeof(Input) == 2 ? rounded : full;  // for results stored as Input
+constexpr Precision of_states = full;                                  // for states and results stored as fp32
 
 struct Split {
     uint32 large, small;
@@ -20,10 +21,11 @@ struct Split {
 template <Precision precision>
 INFCTX_DEVICE Split split(float x) {
     if (precision == exact) return {float_bits(x), 0};
-    // Tensor cores cut off what is behind 11 bits, 2^-11 / (2 ln 2) of a number on average, which is made good before.
+    // Tensor cores cut off all bits after the 11th, 2^-11 / (2 ln 2) of a number on average; this compensates
+    // beforehand.
     if (precision == rounded) return {float_bits(x * 1.00035222f), 0};
-    // Tensor cores do not look at the 13 lowest bits: half of the last bit that they look at is added, and what that
-    // leaves is small, of either sign, and exact.  A NaN that turns into another number there is one in the small part.
+    // Tensor cores ignore the 13 lowest bits.  Adding half of the last bit that they use rounds x; the rest is small,
+    // of either sign, and exact.  If a NaN turns into a number here, the small part is still NaN.
     const uint32 large = float_bits(x) + 0x1000u;
     return {large, float_bits(x - tf32_value(large))};
 }
@@ -68,8 +70,8 @@ INFCTX_DEVICE void multiply(SumFragment& sum, const Left<left_precision>& left, 
 
 // ---- operands ----
 //
-// A product over 8 tokens or channels takes them in the order 0 2 4 6 1 3 5 7, on both sides: so the two that a lane
-// brings are neighbours, as they lie in memory and in results.
+// A product over 8 tokens or channels uses them in the order 0 2 4 6 1 3 5 7, on both sides, so that a lane's two are
+// neighbors, as they are in memory and in results.
 
 // 16 channels by 8 tokens.
 template <Precision precision>
@@ -83,9 +85,9 @@ INFCTX_DEVICE Left<precision> left_of(const SumFragment& columns) {
     return make_left<precision>(columns.x[0], columns.x[2], columns.x[1], columns.x[3]);
 }
 
-// Operands that are inputs in shared memory, rows of tokens: all that a chunk and 16 channels give.
+// Operands from inputs in shared memory, rows of tokens: all operands of a chunk and 16 channels.
 struct InputBlock {
-    float x[2][2][2];  // group of 8 tokens, of 8 channels, and the two that are neighbours
+    float x[2][2][2];  // group of 8 tokens, of 8 channels, and the two neighbors
 };
 
 // Tokens 2t and 2t + 1 of channel g: a product over tokens.
@@ -133,7 +135,7 @@ INFCTX_DEVICE InputBlock load_by_channels(const Input* rows, int32 first_channel
     return block;
 }
 
-// Two neighbours of fp32 in shared memory.
+// Two neighboring fp32 in shared memory.
 template <Precision precision>
 INFCTX_DEVICE Right<precision> load_right(const float* two) {
     const Packet<8> packet = load_packet<8>(two);
@@ -169,8 +171,8 @@ struct KeySlab {
         }
     }
 
-    // this = decays this + keys values, summed over the tokens of a chunk.  The sum is made apart: tensor cores cut off
-    // what they add to a large number, in the same direction each time, and here it is rounded once.
+    // this = decays this + keys values, summed over the tokens of a chunk.  The sum is computed separately: tensor
+    // cores truncate addends to a large number, always in the same direction; here it is rounded once.
     INFCTX_DEVICE void advance(const float (&decays)[2], const Own& keys, const Input* values) {
         const Left<of_states> left[2] = {left_of<of_states>(keys, 0), left_of<of_states>(keys, 1)};
 #pragma unroll

@@ -1,10 +1,10 @@
-// What looks across key channels: the scores between the tokens of a chunk, and reading from the state.
+// Everything that sums over key channels: the scores between the tokens of a chunk, and reading from the state.
 //
-// Forward, y of a token is r times the state, and scores times the v of the tokens before.  Backward, dv is the same
-// walking back: k for r, dy for v, the scores the other way round, the gradient of the state for the state.  So both
-// are `Reader`, whose words are those of the forward.
+// Forward, y of a token is r times the state, plus scores times v of the tokens before it.  Backward, dv is the same in
+// reverse: k for r, dy for v, transposed scores, the gradient of the state for the state.  So both are `Reader`, in the
+// terms of the forward pass.
 //
-// A warp reads for 16 value channels: the state stands transposed, 16 values by all keys, and never leaves registers.
+// A warp reads for 16 value channels: the state is transposed, 16 values by all keys, and never leaves registers.
 
 #pragma once
 
@@ -24,7 +24,7 @@ INFCTX_DEVICE Staged find_staged(float* start) {
     return {start, start + chunk_tokens * read_pitch, start + chunk_tokens * (read_pitch + write_pitch)};
 }
 
-// levels (num_levels, chunk_tokens, read_pitch), bonuses (num_slabs, chunk_tokens): what find_scores wants.
+// levels (num_levels, chunk_tokens, read_pitch), bonuses (num_slabs, chunk_tokens): for find_scores.
 INFCTX_DEVICE void stage_chunk(const Staged& staged, float* levels, float* bonuses, int32 slab, const Own& readers,
                                const Own& writers, const Own& r, const Own& k, const Decays& decays,
                                const float (&u)[2]) {
@@ -46,14 +46,15 @@ INFCTX_DEVICE void stage_chunk(const Staged& staged, float* levels, float* bonus
     }
 }
 
-// What a token on the right reads of one on the left, one level a warp at a time; the bonus is on the diagonal, and what
-// lies above it was zero before.  Forward scores are (right, left), backward (left, right).
+// The weight with which a token on the right reads one on the left; each warp does one level at a time.  The bonus is
+// on the diagonal, and the entries above it are already zero.  Forward scores are (right, left), backward (left,
+// right).
 template <bool backward>
 INFCTX_DEVICE void find_scores(float* scores, const float* levels, const float* bonuses, int32 warp) {
     const int32 group = lane_group(), place = lane_place();
     for (int32 level = warp; level < num_levels; level += num_slabs) {
         const float* rows = levels + level * chunk_tokens * read_pitch + group * read_pitch + 2 * place;
-        // Rows 8 to 15 of the product are free: they take the small parts of what rows 0 to 7 take the large parts of.
+        // Rows 8 to 15 of the product are free: they get the small parts, rows 0 to 7 the large ones.
         SumFragment sum = {};
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
@@ -111,7 +112,7 @@ struct Reader {
         }
     }
 
-    // results[group]: what the tokens of the chunk read, value channels by tokens; then the state goes on.
+    // results[group]: the reads of the chunk's tokens, value channels by tokens; then the state advances.
     INFCTX_DEVICE void advance(SumFragment (&results)[2], const Staged& staged, const float* scores,
                                const Input* values, int32 slab) {
         const int32 group = lane_group(), place = lane_place();
@@ -156,7 +157,7 @@ struct Reader {
     }
 };
 
-// Results of a warp, value channels by tokens.  Neighbouring lanes exchange halves, so that each has two neighbouring
+// Results of a warp, value channels by tokens.  Neighboring lanes exchange halves, so that each has two neighboring
 // channels of one token: one access.
 template <typename Element>
 INFCTX_DEVICE void store_tokens(const Rows<Element>& rows, int32 slab, int32 first_token, int32 end,

@@ -1,14 +1,14 @@
-// Spans side by side: what each leaves of itself, then one pass over all of them, which says what each begins with.
+// Spans side by side: the sum that each leaves, then one pass over all of them for the state that each begins with.
 //
-// Forward a span takes the state S before it to  decays * S + sum, key by key; backward it takes the gradient G of the
-// state behind it to  decays * G + sum  in the same way.  One kernel serves both: k and v walking forward, r and dy
+// Forward, a span turns the state S before it into  decays * S + sum, key by key; backward, it turns the gradient G of
+// the state after it into  decays * G + sum  in the same way.  One kernel does both: k and v walking forward, r and dy
 // walking back.
 
 #pragma once
 
 #include "wkv_products.cuh"
 
-constexpr int32 span_stages = 4;  // chunks of values under way or in use
+constexpr int32 span_stages = 4;  // chunks of values in flight or in use
 constexpr int32 span_threads = 32 * num_slabs;
 
 struct SpanInput {
@@ -20,7 +20,7 @@ struct SpanInput {
     int64 initial_batch;
 };
 
-// The chunk in whose turn `step` is.
+// The chunk that step `step` works on.
 template <bool backward>
 INFCTX_DEVICE int32 chunk_at(int32 step, int32 num_chunks) {
     return backward ? num_chunks - 1 - step : step;
@@ -31,7 +31,7 @@ INFCTX_DEVICE Rows<const float> find_decay_rows(const float* w, int64 batch_stri
     return {w, place.batch * batch_stride + place.head * head_stride, token_stride};
 }
 
-// sums (B, H, spans, N, N) and decays (B, H, spans, N) of `spans` spans from `first_span` on, walking from zeros.
+// sums (B, H, spans, N, N) and decays (B, H, spans, N) of `spans` spans starting at `first_span`, walking from zeros.
 template <bool backward>
 INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, float* sums, float* decays,
                             int32 first_span, int32 spans) {
@@ -98,9 +98,9 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
     }
 }
 
-// One thread an element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside; or,
-// from the other end, backward.  outside (B, H, N, N); the ends of a head, spans + 1 of them, are every `end_step`-th of the
-// `row_ends` matrices that it has there.
+// One thread per element of a head's (N, N): ends[s + 1] = decays[s] * ends[s] + sums[s], from ends[0] = outside, or
+// backward from the other end.  outside: (B, H, N, N); a head's spans + 1 ends are every `end_step`-th of its
+// `row_ends` matrices.
 template <bool backward>
 INFCTX_DEVICE void join_spans(const float* outside, const float* sums, const float* decays, float* ends,
                               int64 rows, int64 spans, int64 row_ends, int64 end_step) {

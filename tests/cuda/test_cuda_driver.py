@@ -225,7 +225,7 @@ def test_code_that_the_driver_cannot_load(stand_in):
         stand_in.load()
     assert str(caught.value) == (
         "cuLibraryLoadData (add.cu): CUDA_ERROR_PLANTED (209): this was planted; the driver is of CUDA 12.4, and the "
-        "code was made for sm_90 by NVRTC 13.0: update the driver, or install an NVRTC that is no newer"
+        "code was made for sm_90 by NVRTC 13.0; update the driver, or install an NVRTC that is no newer"
     )
 
 
