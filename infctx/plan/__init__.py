@@ -1,1 +1,1 @@
-"""A run before it runs: sizes, device, strategy, memory, and the report about them."""
+"""The plan of a run before it starts: sizes, device, strategy, memory, and the report about them."""

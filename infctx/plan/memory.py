@@ -1,4 +1,4 @@
-"""Arithmetic of a run: what a rank holds in the memory of its device and of its host, and what crosses the wire.
+"""Computes the memory and traffic of a run: bytes on each rank's device and host, and bytes over the wire.
 
 In: a configuration, the sizes of the model and the kind of device; out: bytes.  Nothing is loaded or allocated.
 """
@@ -14,16 +14,16 @@ from infctx.model.sizes import Sizes
 GB = 1e9
 
 WEIGHT_BYTES = 16
-"""A parameter in fp32: the weight, its gradient and two moments of Adam."""
+"""Bytes per parameter in fp32: the weight, its gradient and Adam's two moments."""
 
 BUCKET_PARAMETERS = 50_000_000
-"""Gradients that DeepSpeed reduces at once, and weights that it gathers at once or ahead."""
+"""Gradients that DeepSpeed reduces together, and weights that it gathers together or ahead of time."""
 
 LIVE_PARAMETERS = 250_000_000
-"""Weights that ZeRO-3 keeps gathered: a block of the largest published model."""
+"""Weights that ZeRO-3 keeps gathered: one block of the largest published model."""
 
 REDUCING_EACH_SEGMENT = ("zero2", "zero3")
-"""Strategies that can; the others reduce gradients once a step whatever distributed.gradient_reduction says."""
+"""Strategies that can; the others reduce gradients once per step whatever distributed.gradient_reduction is."""
 
 ZERO_BUFFERS = {
     "reduce_bucket_size": BUCKET_PARAMETERS,
@@ -32,11 +32,11 @@ ZERO_BUFFERS = {
     "stage3_max_live_parameters": LIVE_PARAMETERS,
     "stage3_max_reuse_distance": LIVE_PARAMETERS,
 }
-"""DeepSpeed's settings (zero_optimization) that the plan counts with; its defaults take up to 10 GB more."""
+"""DeepSpeed's settings (zero_optimization) that the plan assumes; its defaults need up to 10 GB more."""
 
 
 class Strategy(NamedTuple):
-    """How a run is laid out over its ranks: ddp, zero1, zero2, zero3 or auto, and what is kept in host memory."""
+    """How a run is laid out over its ranks: ddp, zero1, zero2, zero3 or auto, and the parts kept in host memory."""
 
     name: str
     offload_optimizer: bool = False
@@ -44,7 +44,7 @@ class Strategy(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Bytes a parameter that learns: `every` on each device; `device` and `host` are shared out over the ranks."""
+    """Bytes per parameter that learns: `every` on each device; `device` and `host` are divided among the ranks."""
 
     every: int
     device: int
@@ -52,12 +52,12 @@ class Share(NamedTuple):
 
 
 PARAMETER_BYTES = {
-    # Gradients reduced after every segment where that can be; with fp32 weights and many backward calls a step, counted
+    # With gradients reduced after every segment where possible, fp32 weights and many backward calls per step.  Counted
     # in DeepSpeed 0.19.8 (tests/plan/test_report.py), whose stages all step a second copy of a rank's share of the
     # weights.
     Strategy("ddp"): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
     Strategy("zero1"): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
-    Strategy("zero2"): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the segment at work
+    Strategy("zero2"): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the current segment
     Strategy("zero3"): Share(0, 20, 0),  # weight, copy, moments, gradient
     # on the host: copy, moments, gradient, a buffer of the new weights
     Strategy("zero1", offload_optimizer=True): Share(8, 0, 20),
@@ -68,7 +68,7 @@ PARAMETER_BYTES = {
 }
 
 STEP_PARAMETER_BYTES = PARAMETER_BYTES | {
-    # the same with one reduction a step, from gradients that every rank holds whole until then
+    # the same with one reduction per step; every rank holds whole gradients until then
     Strategy("zero2"): PARAMETER_BYTES[Strategy("zero1")],
     Strategy("zero2", offload_optimizer=True): PARAMETER_BYTES[Strategy("zero1", offload_optimizer=True)],
     Strategy("zero3"): Share(4, 20, 0),
@@ -78,9 +78,9 @@ STEP_PARAMETER_BYTES = PARAMETER_BYTES | {
 }
 
 ACTIVATION_BYTES = {
-    # (version, bf16, WKV by kernels rather than plain torch): tensors that autograd saves in a block, in bytes a token
-    # and channel of the width, when the weights learn and when they are frozen; counted with
-    # torch.autograd.graph.saved_tensors_hooks, the weights' bf16 copies taken off (tests/plan/test_plan.py)
+    # (version, bf16, WKV by kernels rather than plain torch): tensors that autograd saves in a block, in bytes per
+    # token and channel of the width, when the weights learn and when they are frozen.  Counted with
+    # torch.autograd.graph.saved_tensors_hooks, without the weights' bf16 copies (tests/plan/test_plan.py).
     (5, False, True): (113, 62),
     (5, True, True): (58, 33),
     (6, False, True): (153, 97),
@@ -93,7 +93,7 @@ ACTIVATION_BYTES = {
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank: on its device, and in host memory beside that (on a CPU both are host memory)."""
+    """Bytes of one rank: on its device, and in host memory on top of that (on a CPU both are host memory)."""
 
     device: int
     host: int
@@ -105,23 +105,23 @@ class Wire(NamedTuple):
     gradients: int
     """Gradients of other ranks."""
     weights: int
-    """Weights that other ranks keep, or have stepped."""
+    """Weights that other ranks keep or have stepped."""
     time: int
     """States and vectors of the slices of the other time ranks."""
 
 
 def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
-    """What one rank takes with config.distributed, whose strategy is a name and not "auto".
+    """Returns the bytes that one rank needs; config.distributed.strategy must be a name, not "auto".
 
-    gradient_reduction "auto" is counted as "segment", the least; `resolve_strategy` (plan/strategy) tells what it is.
-    device_type: "cpu" or "cuda".
+    gradient_reduction "auto" counts as "segment", which needs the least; `resolve_strategy` (plan/strategy) decides it.
+    device_type: "cpu" or "cuda"
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * config.slice_tokens * activation_bytes(config, sizes, device_type)
     work += 3 * 4 * SLICE_LOGITS  # slices of the logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
-        if config.run.precision == "bf16":  # copies of the weights, of the block at work or of all blocks
+        if config.run.precision == "bf16":  # copies of the weights, of the current block or of all blocks
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
     work += _buffers(config, sizes)
     seams = lanes * segments * (state_bytes(sizes) + received_bytes(config, sizes))
@@ -132,7 +132,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
         on_device += seams
     else:
         on_host += seams
-    if config.distributed.strategy == "zero3" and device_type != "cpu":  # at the start each rank has a whole model
+    if config.distributed.strategy == "zero3" and device_type != "cpu":  # at the start each rank holds a whole model
         whole = _weight_itemsize(config) * sizes.num_parameters
         frozen = config.model.freezes_weights
         on_device, on_host = max(on_device, whole * frozen), max(on_host, whole * (not frozen))
@@ -140,29 +140,29 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
 
 
 def strategy_of(config: Config) -> Strategy:
-    """The strategy that the configuration names."""
+    """Returns the strategy that the configuration names."""
     settings = config.distributed
     return Strategy(settings.strategy, settings.offload_optimizer, settings.offload_parameters)
 
 
 def with_strategy(config: Config, strategy: Strategy) -> Config:
-    """The same run with another strategy."""
+    """Returns the same run with another strategy."""
     name, *offload = strategy
     return with_distributed(config, strategy=name, offload_optimizer=offload[0], offload_parameters=offload[1])
 
 
 def with_distributed(config: Config, **changed: object) -> Config:
-    """The same run with other settings of `distributed`."""
+    """Returns the same run with other settings of `distributed`."""
     return config.model_copy(update={"distributed": config.distributed.model_copy(update=changed)})
 
 
 def reduces_each_segment(config: Config) -> bool:
-    """Whether gradients are reduced after every segment, for a strategy that is not "auto"; as in `rank_memory`."""
+    """Returns whether gradients are reduced after every segment; the strategy must not be "auto"."""
     return config.distributed.strategy in REDUCING_EACH_SEGMENT and config.distributed.gradient_reduction != "step"
 
 
 def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
-    """What the backward pass holds of one token, in bytes: measured, see ACTIVATION_BYTES."""
+    """Returns the bytes that the backward pass holds for one token: measured, see ACTIVATION_BYTES."""
     low = config.run.precision == "bf16"
     backend = config.model.backend
     kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in ("cpu", "cuda"))
@@ -174,13 +174,13 @@ def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
 
 
 def state_bytes(sizes: Sizes) -> int:
-    """One lane's state in fp32: what a seam takes."""
+    """Returns the bytes of one lane's state in fp32, which is the size of a seam."""
     return 4 * sizes.state_elements
 
 
 def received_bytes(config: Config, sizes: Sizes) -> int:
-    """What a rank keeps of one lane and segment of what the other time ranks sent (recurrence/time_parallel): the state
-    and the two vectors before its slice, and what each slice leaves of a state."""
+    """Returns the bytes that a rank keeps, per lane and segment, of values received from the other time ranks: the
+    state and the two vectors before its slice, and each slice's `kept` (recurrence/time_parallel)."""
     ranks = config.distributed.time_ranks
     if ranks == 1:
         return 0
@@ -189,10 +189,10 @@ def received_bytes(config: Config, sizes: Sizes) -> int:
 
 
 def step_wire(config: Config, sizes: Sizes) -> Wire:
-    """What one rank receives in an optimizer step, with collectives that go round a ring.
+    """Returns the bytes that one rank receives in an optimizer step, with ring collectives.
 
-    Gradients: all-reduced by ddp, zero1 and zero2, reduce-scattered by zero3; once a step, or at each backward call
-    (reduces_each_segment).  Weights: all-gathered when they were stepped (zero1, zero2) or for each pass (zero3).
+    Gradients: all-reduced by ddp, zero1 and zero2, reduce-scattered by zero3; once per step, or at each backward call
+    (reduces_each_segment).  Weights: all-gathered after the step (zero1, zero2) or for each pass (zero3).
     """
     strategy, ranks = config.distributed.strategy, config.distributed.world_size
     share = (ranks - 1) / ranks
@@ -208,9 +208,9 @@ def step_wire(config: Config, sizes: Sizes) -> Wire:
 
 
 def time_wire(config: Config, sizes: Sizes) -> tuple[int, int]:
-    """Bytes that one rank receives for one layer of one segment from the other time ranks: forward and backward.
+    """Returns the bytes that one rank receives from the other time ranks per layer and segment: forward and backward.
 
-    (P - 1) B (4 H N (N + 1) + 2 D s) and (P - 1) B (4 H N N + 2 D s), with P time ranks, B lanes at once, H N = D.
+    (P - 1) B (4 H N (N + 1) + 2 D s) and (P - 1) B (4 H N N + 2 D s), with P time ranks, B lanes per pass, H N = D.
     """
     others, width = config.distributed.time_ranks - 1, sizes.width
     vectors = 2 * width * _activation_itemsize(config)
@@ -220,9 +220,9 @@ def time_wire(config: Config, sizes: Sizes) -> tuple[int, int]:
 
 
 def _held(config: Config, sizes: Sizes) -> Memory:
-    """Weights, gradients and what the optimizer keeps: from the first step to the last."""
+    """Returns the bytes held from the first step to the last: weights, gradients and the optimizer's state."""
     distributed, ranks = config.distributed, config.distributed.world_size
-    if config.model.freezes_weights:  # what learns is small, so every rank holds it
+    if config.model.freezes_weights:  # the learned state is small, so every rank holds it
         held = _weight_itemsize(config) * sizes.num_parameters // (ranks if distributed.strategy == "zero3" else 1)
         learned = WEIGHT_BYTES * sizes.state_elements
         return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
@@ -235,14 +235,14 @@ def _held(config: Config, sizes: Sizes) -> Memory:
 
 
 def _buffers(config: Config, sizes: Sizes) -> int:
-    """What DeepSpeed takes on the device while it computes, beside what it holds."""
+    """Returns the bytes that DeepSpeed needs on the device while it computes, on top of those it holds."""
     strategy = config.distributed.strategy
     if strategy == "ddp":
         return 0
-    embedding = sizes.vocab_size * sizes.width  # the largest parameter, and the head is as large
+    embedding = sizes.vocab_size * sizes.width  # the largest parameter; the head is just as large
     total = 0
     if not config.model.freezes_weights:
-        total += 4 * 3 * min(BUCKET_PARAMETERS, sizes.num_parameters)  # two in turn, and one laid out to be sent
+        total += 4 * 3 * min(BUCKET_PARAMETERS, sizes.num_parameters)  # two in turn, and one laid out to send
         if strategy == "zero3" or reduces_each_segment(config):
             total += 4 * embedding  # its gradient, on its way to the rank that keeps it
         total += 4 * embedding if config.distributed.offload_optimizer else 0  # on its way to the host
@@ -253,14 +253,14 @@ def _buffers(config: Config, sizes: Sizes) -> int:
 
 
 def _step_bytes(config: Config, sizes: Sizes) -> int:
-    """What the optimizer's step takes beside what is held; activations are gone by then."""
+    """Returns the bytes that the optimizer's step needs on top of those held; activations are gone by then."""
     if config.distributed.strategy != "zero3" or config.model.freezes_weights or config.distributed.offload_optimizer:
         return 0
     return 4 * sizes.num_parameters // config.distributed.world_size  # the gradient, laid out for the optimizer
 
 
 def _run_segments(config: Config) -> int:
-    """Segments over which a gradient flows, whose seams are kept at once."""
+    """Returns how many segments a gradient flows over; their seams are kept at the same time."""
     return config.window.gradient_segments or config.window.window_segments
 
 

@@ -1,6 +1,6 @@
-"""The plan of a run: a configuration in; what it is going to be on this machine out, or all that it lacks.
+"""The plan of a run: a configuration in; a `Plan` for this machine out, or one error with everything missing.
 
-It is made once, before anything is opened, and is an argument from then on.
+The plan is made once, before anything is opened, and passed as an argument from then on.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from infctx.formats.model_files import ModelFiles, find_model
 from infctx.formats.weights import read_sizes
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
-from infctx.plan.lacking import lacking_device, lacking_files
+from infctx.plan.missing import missing_devices, missing_files
 from infctx.plan.strategy import resolve_strategy
 
-REHEARSE = "or add --rehearse, to try the same settings here on a small model"
+REHEARSE = "or add --rehearse to try the same settings here on a small model"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to be.
+    """Everything decided about a run before it starts.
 
-    config:    as it was asked for
+    config:    the configuration, unchanged
     device:    kind of device, "cuda" or "cpu"
-    weights:   the files that model.weights stands for; None where it names none, or none that are there
-    sizes:     of the model, None where nothing tells them: then a checkpoint holds it
+    weights:   the files of model.weights; None if it is not set or they do not exist
+    sizes:     of the model; None if only a checkpoint knows them
     strategy:  ddp, zero1, zero2 or zero3
     reduction: when gradients are reduced, "step" or "segment"
     """
@@ -43,17 +43,17 @@ class Plan:
 
 
 def make_plan(config: Config, refuse: bool = True) -> Plan:
-    """Raises InputError with everything that this machine lacks for the run, a line each.
+    """Makes the plan of a run; raises InputError with a line for everything that this machine does not have.
 
-    Files are found and not read: whether a checkpoint that model.weights names is whole is for `whole_weights` to see.
-    refuse: False where that has been done, by the process that started this one
+    Files are found but not read: `whole_weights` checks a checkpoint that model.weights names.
+    refuse: False if the process that started this one has already checked the machine
     """
-    lacking = lacking_files(config) if refuse else []
+    missing = missing_files(config) if refuse else []
     weights, sizes = find_weights(config)
     if refuse:
-        lacking += lacking_device(config, sizes)
-        if lacking:
-            raise InputError("this machine lacks what the run needs", *lacking, REHEARSE)
+        missing += missing_devices(config, sizes)
+        if missing:
+            raise InputError("this machine does not have everything the run needs", *missing, REHEARSE)
     device = pick_device(config.run.device)
     resolved = resolve_strategy(config, sizes, device.type, device_memory(device.type, config.distributed.devices))
     reduction = resolved.distributed.gradient_reduction
@@ -68,9 +68,9 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
 
 
 def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
-    """The files that model.weights names, if they are there, and the sizes of the model, if anything tells them.
+    """Returns the files that model.weights names, if they exist, and the sizes of the model, if they are known.
 
-    Raises InputError where these contradict the configuration.
+    Raises InputError if these contradict the configuration.
     """
     settings = config.model
     named = published_sizes(settings.size) if settings.size else None
@@ -87,12 +87,12 @@ def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
 
 
 def whole_weights(plan: Plan) -> ModelFiles | None:
-    """The weights of a plan; of a run's folder those of its newest checkpoint that is whole, which is read for it.
+    """Returns the weights of a plan; for a run's folder, those of its newest complete checkpoint.
 
-    One rank does so for all, once a start.  Raises InputError where no checkpoint is whole.
+    This reads the checkpoint, so one rank does it for all, once per start.  Raises InputError if none is complete.
     """
     settings = plan.config.model
-    # A run that goes on has its weights in its own checkpoint, unless it tunes a state.
+    # A resumed run has its weights in its own checkpoint, unless it tunes a state.
     are_read = settings.freezes_weights or not checkpoints(plan.config.run.checkpoints)
     if plan.weights is None or settings.weights is None or not are_read:
         return plan.weights

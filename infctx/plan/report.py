@@ -1,4 +1,4 @@
-"""`infctx plan`: what a run needs, for people to read; neither the model nor the data is loaded."""
+"""`infctx plan`: a readable report of the memory and traffic of a run; neither the model nor the data is loaded."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
 
 
 class Report(NamedTuple):
-    """The report, and whether the run fits; None where that takes a GPU to tell."""
+    """The report, and whether the run fits; None if only a GPU could show that."""
 
     text: str
     fits: bool | None
 
 
 def plan_report(config: Config, device_gb: float | None = None) -> Report:
-    """The model, the window, the ranks, what every strategy takes, and what crosses the wire in a step.
+    """Reports the model, the window, the ranks, the memory of every strategy, and bytes over the wire in a step.
 
-    device_gb: memory of each GPU in GB (1e9 bytes); None: of the GPUs here, if there are any.
-    Raises InputError where nothing tells the sizes of the model, or device_gb makes no sense.
+    device_gb: memory of each GPU in GB (1e9 bytes); None: that of the GPUs here, if there are any
+    Raises InputError if the sizes of the model are unknown or device_gb makes no sense.
     """
     _, sizes = find_weights(config)
     if sizes is None:
         raise InputError(
-            f"model.weights: there is no {config.model.weights}, which would show the sizes of the model; "
+            f"model.weights: there is no {config.model.weights}, so the sizes of the model are unknown; "
             "name another file, or a published size with model.size"
         )
     device_type = _device_type(config, device_gb)
@@ -54,7 +54,7 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
     lines = [*_describe_run(config, sizes), "", *_strategy_lines(config, sizes, device_type, memory)]
     if config.distributed.time_ranks > 1:
         lines += ["", *_time_lines(own, sizes)]
-    lines += ["", "All of this is worked out from sizes, not measured.  1 GB is 1e9 bytes."]
+    lines += ["", "All of this is computed from sizes, not measured.  1 GB is 1e9 bytes."]
     if fits is False:
         assert memory is not None
         lines += ["", *_remedy(own, sizes, device_type, memory)]
@@ -63,7 +63,7 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
 
 def _device_type(config: Config, device_gb: float | None) -> str:
     if device_gb is not None and not 0 < device_gb < math.inf:
-        raise InputError(f"--device-gb: {device_gb} is no memory of a GPU; give it in GB, such as 80")
+        raise InputError(f"--device-gb: {device_gb} is not a GPU's memory; give it in GB, such as 80")
     if device_gb is not None and config.run.device == "cpu":
         raise InputError("--device-gb: the run is on the CPU (run.device: cpu); leave it out, or add run.device=cuda")
     on_cpu = config.run.device == "auto" and device_gb is None and not torch.cuda.is_available()
@@ -71,7 +71,7 @@ def _device_type(config: Config, device_gb: float | None) -> str:
 
 
 def _memory(config: Config, device_type: str, device_gb: float | None) -> int | None:
-    """Bytes that there are: of each GPU, or on a CPU of the machine; None where that is not known."""
+    """Returns the bytes of each GPU, or of the machine for a CPU; None if unknown."""
     if device_type == "cpu":
         return host_memory()
     return device_memory("cuda", config.distributed.devices) if device_gb is None else round(device_gb * GB)
@@ -81,10 +81,10 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
     window, distributed = config.window, config.distributed
     learns = {
         "weights": "the weights learn",
-        "initial_state": "the initial state learns, the weights stay",
-        "initial_state_and_shifts": "the initial state and its shift vectors learn, the weights stay",
+        "initial_state": "the initial state learns, the weights are frozen",
+        "initial_state_and_shifts": "the initial state and its shift vectors learn, the weights are frozen",
     }[config.model.learn]
-    again = "blocks computed again for the backward pass" if config.model.recompute_blocks else "blocks computed once"
+    again = "blocks recomputed in the backward pass" if config.model.recompute_blocks else "blocks computed once"
     reach = "over all of them"
     if window.gradient_segments not in (None, window.window_segments):
         reach = f"over {window.gradient_segments}"
@@ -96,14 +96,14 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         f"model     {describe(sizes)}; {learns}",
         f"compute   {config.run.precision} for activations, {again}",
         f"window    {window.window_tokens:,} tokens: {segments}, the gradient {reach}",
-        f"lanes     {window.lanes} in all, {config.rank_lanes} for a rank, {config.pass_lanes} at once; "
-        f"{config.step_tokens:,} tokens a step",
+        f"lanes     {window.lanes} in all, {config.rank_lanes} per rank, {config.pass_lanes} per pass; "
+        f"{config.step_tokens:,} tokens per step",
         f"ranks     {ranks}",
     ]
 
 
 def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int | None) -> list[str]:
-    """The table of strategies, and what its columns mean."""
+    """Returns the table of strategies and its legend."""
     known = memory is not None or config.distributed.world_size == 1
     own = resolve_strategy(config, sizes, device_type, memory)
     auto = resolve_strategy(with_strategy(config, Strategy("auto")), sizes, device_type, memory) if known else None
@@ -130,14 +130,14 @@ def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int 
 
 
 def _choices(config: Config, own: Config) -> Iterator[Config]:
-    """The run with every strategy, its own among them, and each time at which that can reduce gradients."""
+    """Yields the run with every strategy, including its own, and every gradient_reduction that the strategy has."""
     for strategy in [*STRATEGIES, *([] if strategy_of(own) in STRATEGIES else [strategy_of(own)])]:
         for reduction in ("step", "segment") if strategy.name in REDUCING_EACH_SEGMENT else ("step",):
             yield with_distributed(with_strategy(config, strategy), gradient_reduction=reduction)
 
 
 def _needed(config: Config, sizes: Sizes, device_type: str) -> Memory:
-    """Bytes of a rank's device, and of a node's host; on a CPU the second holds all of the first."""
+    """Returns bytes on a rank's device and on a node's host; on a CPU the host's include the devices'."""
     rank = rank_memory(config, sizes, device_type)
     on_host = rank.host + (rank.device if device_type == "cpu" else 0)
     return Memory(rank.device, config.distributed.devices * on_host)
@@ -151,11 +151,11 @@ def _fits(config: Config, sizes: Sizes, device_type: str, memory: int | None) ->
 
 
 def _remedy(own: Config, sizes: Sizes, device_type: str, memory: int) -> list[str]:
-    """For a run that does not fit: how far it is from that, and the settings that would do."""
+    """Returns lines for a run that does not fit: the memory it needs, and settings that would fit."""
     needed = _needed(own, sizes, device_type)
     much, place = (needed.host, "this machine") if device_type == "cpu" else (needed.device, "each GPU")
     lines = [
-        f"This run does not fit: {_name(strategy_of(own))} takes {much / GB:.1f} GB of {place}, and "
+        f"This run does not fit: {_name(strategy_of(own))} needs {much / GB:.1f} GB of {place}, and "
         f"{FILLED:.0%} of {memory / GB:.1f} GB is {FILLED * memory / GB:.1f}."
     ]
     for other in _choices(own, own):
@@ -164,12 +164,12 @@ def _remedy(own: Config, sizes: Sizes, device_type: str, memory: int) -> list[st
             changed = other.distributed.model_dump().items() - own.distributed.model_dump().items()
             settings = [f"  distributed.{name}={str(value).lower()}" for name, value in sorted(changed)]
             taken = f"{needed.device / GB:.1f} GB per GPU and {needed.host / GB:.1f} GB per host"
-            return [*lines, f"It would, in {taken}, with", *settings]
-    return [*lines, "Take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks=true."]
+            return [*lines, f"It would fit, in {taken}, with", *settings]
+    return [*lines, "Use fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks=true."]
 
 
 def _is_row(config: Config | None, row: Config) -> bool:
-    """Whether a row is about a run; both rows of a strategy are, where it takes the device's memory to decide."""
+    """Returns whether a row shows this run; both rows of a strategy do if only the device's memory would decide."""
     if config is None or strategy_of(config) != strategy_of(row):
         return False
     reductions = config.distributed.gradient_reduction, row.distributed.gradient_reduction
@@ -180,22 +180,22 @@ def _legend(device_type: str, memory: int | None) -> list[str]:
     what = "this machine" if device_type == "cpu" else "a GPU"
     known = f"fits       within {FILLED:.0%} of the {(memory or 0) / GB:.1f} GB of {what}"
     if memory is None:
-        known = "fits       needs a GPU here, or its memory: --device-gb 80; so does what auto takes"
+        known = "fits       needs a GPU here, or its memory: --device-gb 80; so does auto's choice"
     return [
         known,
         "gradients  how often ranks add theirs up (distributed.gradient_reduction: step or segment)",
         "received   by each rank in a step: gradients and weights of other ranks",
         "on host    distributed.offload_optimizer=true; the weights too with offload_parameters=true",
-        "auto       what distributed.strategy: auto takes",
+        "auto       the choice of distributed.strategy: auto",
     ]
 
 
 def _time_lines(config: Config, sizes: Sizes) -> list[str]:
     forward, backward = time_wire(config, sizes)
     segments, segment = config.window.window_segments, sizes.num_layers * (forward + backward)
-    layer = f"a layer of a segment, {_count(config.pass_lanes, 'lane')} at once"
+    layer = f"a layer of a segment, {_count(config.pass_lanes, 'lane')} per pass"
     rows = [
-        ("time_ranks: each rank receives, of the states of other slices", "forward", "backward", "both"),
+        ("time_ranks: each rank receives states of other slices", "forward", "backward", "both"),
         (layer, _amount(forward), _amount(backward), _amount(forward + backward)),
         (f"a segment, {_count(sizes.num_layers, 'layer')}", "", "", _amount(segment)),
         (f"a window, {_count(segments, 'segment')}", "", "", _amount(segment * segments)),
@@ -210,7 +210,7 @@ def _name(strategy: Strategy) -> str:
 
 
 def _amount(count: float) -> str:
-    """Bytes with a unit that suits: 4.7 MB, 12.4 GB."""
+    """Formats bytes with a suitable unit: 4.7 MB, 12.4 GB."""
     for unit, size in (("TB", 1e12), ("GB", GB), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

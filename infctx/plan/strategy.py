@@ -1,4 +1,4 @@
-"""The strategy of a run, and when its gradients are reduced: what "auto" stands for, given the memory of a device."""
+"""Resolves "auto" for the memory of a device: the strategy of a run, and when its gradients are reduced."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STRATEGIES = (
     Strategy("zero2", offload_optimizer=True),
     Strategy("zero3", offload_optimizer=True, offload_parameters=True),
 )
-"""What is tried, from the fastest to the smallest; `auto` tries those that keep everything on the device."""
+"""The strategies to try, from fastest to smallest; `auto` tries those that keep everything on the device."""
 
 
 def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, device_memory_bytes: int | None) -> str:
-    """The strategy of a run: the one that config.distributed names, or for "auto" the first that fits.
+    """Returns the strategy of a run: the one that config.distributed names, or for "auto" the first that fits.
 
-    Gradients are reduced after every segment where the strategy can, unless gradient_reduction says "step".
-    sizes, device_memory_bytes: None where they are not known; then several GPUs take zero2.
+    Counts gradients as reduced after every segment if the strategy can, unless gradient_reduction is "step".
+    sizes, device_memory_bytes: None if unknown; several GPUs then use zero2
     """
     distributed = config.distributed
     if distributed.strategy != "auto":
@@ -41,10 +41,10 @@ def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, devic
 
 
 def choose_reduction(config: Config, sizes: Sizes | None, device_type: str, device_memory_bytes: int | None) -> str:
-    """When gradients are reduced, "step" or "segment", in a run whose strategy is not "auto": as gradient_reduction
-    says, or for "auto" once a step where whole gradients fit on the device.
+    """Returns when gradients are reduced, "step" or "segment": gradient_reduction, or for "auto" once per step if
+    whole gradients fit on the device.  The strategy must not be "auto".
 
-    sizes, device_memory_bytes: None where they are not known; then "step".
+    sizes, device_memory_bytes: None if unknown; then "step"
     """
     distributed = config.distributed
     if distributed.gradient_reduction != "auto":
@@ -58,9 +58,9 @@ def choose_reduction(config: Config, sizes: Sizes | None, device_type: str, devi
 def resolve_strategy(
     config: Config, sizes: Sizes | None, device_type: str, device_memory_bytes: int | None = None
 ) -> Config:
-    """The same run with "auto" replaced by what it stands for, in strategy and gradient_reduction.
+    """Returns the same run with "auto" resolved in strategy and gradient_reduction.
 
-    On a GPU of unknown memory gradient_reduction stays "auto", which counts as the least: after every segment.
+    On a GPU of unknown memory gradient_reduction stays "auto", which counts as "segment", the least memory.
     """
     if config.distributed.strategy == "auto":
         config = with_strategy(config, Strategy(choose_strategy(config, sizes, device_type, device_memory_bytes)))

@@ -27,7 +27,7 @@ from infctx.formats.weights import save_weights
 from infctx.machine import device_memory
 from infctx.model.build import new_model
 from infctx.model.sizes import Sizes, describe, make_sizes
-from infctx.plan.lacking import lacking_files
+from infctx.plan.missing import missing_files
 from infctx.plan.plan import find_weights
 from infctx.plan.report import plan_report
 from infctx.plan.strategy import resolve_strategy
@@ -77,10 +77,10 @@ def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
 
 def describe_real_run(config: Config, command: str) -> list[str]:
     """What would run on the real machine, what is still missing here, and the plan."""
-    lacking = lacking_files(config)
+    missing = missing_files(config)
     lines = ["What would run on the real machine:", f"  {command}"]
-    if lacking:
-        lines += ["Not here yet:", *(f"  {line}" for problem in lacking for line in problem.splitlines())]
+    if missing:
+        lines += ["Not here yet:", *(f"  {line}" for problem in missing for line in problem.splitlines())]
     _, sizes = find_weights(config)
     if sizes is None:
         return [*lines, "Its plan needs the sizes of the model: get the weights, or set model.size"]
@@ -184,7 +184,7 @@ def _data(config: Config, folder: Path, window_tokens: int) -> tuple[dict[str, A
     if asked.document_tokens is not None:
         share = asked.document_tokens * window_tokens / config.window.window_tokens
         data["document_tokens"] = max(16, round(share / 16) * 16)
-    if any(line.startswith("data.") for line in lacking_files(config)):
+    if any(line.startswith("data.") for line in missing_files(config)):
         documents = [text for _, text in islice(python_documents(), NUM_DOCUMENTS)]
         _write_store(folder / "train", documents[:-2])
         _write_store(folder / "held_out", documents[-2:])

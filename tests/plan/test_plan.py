@@ -35,11 +35,11 @@ from tiny_models import random_model
 from wkv_emulated import emulated
 
 
-def lacking(config):
+def missing(config):
     with pytest.raises(InputError) as refused:
         make_plan(config)
     heading, *lines, last = refused.value.args
-    assert heading == "this machine lacks what the run needs" and "--rehearse" in last
+    assert heading == "this machine does not have everything the run needs" and "--rehearse" in last
     return "\n".join(lines)
 
 
@@ -56,7 +56,7 @@ def given_bytes(monkeypatch, available):
 
 def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = lacking(load_config(CONFIGS / "finch-3b-64k.yaml"))
+    message = missing(load_config(CONFIGS / "finch-3b-64k.yaml"))
     name = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
     assert (
         f"model.weights: there is no models/{name} (6.2 GB); get it with\n  hf download BlinkDL/rwkv-6-world {name} "
@@ -75,7 +75,7 @@ def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
 def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     config = load_config(path)
-    message = lacking(config)
+    message = missing(config)
     assert f"data.store: there is no {config.data.store}.idx" in message
     sizes = model_sizes(config)
     if sizes is None:  # they are in a file that another run makes
@@ -96,7 +96,7 @@ def test_nothing_lacks(tmp_path):
 def test_half_a_store_is_none(tmp_path, name, suffix):
     config = load_config(write_config(tmp_path))
     (tmp_path / f"{name}{suffix}").unlink()
-    assert {"train": "data.store", "held_out": "data.held_out"}[name] in lacking(config)
+    assert {"train": "data.store", "held_out": "data.held_out"}[name] in missing(config)
 
 
 def test_memory_is_said_with_its_number(tmp_path, monkeypatch):
@@ -106,8 +106,8 @@ def test_memory_is_said_with_its_number(tmp_path, monkeypatch):
     make_plan(config)
     given_bytes(monkeypatch, needed - 1)
     gigabytes = f"{needed / 1e9:.1f} GB"
-    message = lacking(config)
-    assert f"memory: the run needs {gigabytes} on cpu, {gigabytes} are free" in message
+    message = missing(config)
+    assert f"memory: the run needs {gigabytes} on cpu, and {gigabytes} is free" in message
     assert "window.segment_tokens" in message
     assert "model.recompute_blocks" in message
 
@@ -119,7 +119,7 @@ def test_memory_is_said_for_a_published_model(tmp_path, monkeypatch):
         CONFIGS / "finch-3b-64k.yaml",
         [f"data.store={tmp_path}/train", "data.held_out=null", "model.weights=null", "run.device=cpu"],
     )
-    message = lacking(config)
+    message = missing(config)
     assert message.startswith("memory: the run needs ")
     assert message.count(";") == 1
 
@@ -128,15 +128,15 @@ def test_memory_is_said_though_data_lack(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path))
     (tmp_path / "train.idx").unlink()
     given_bytes(monkeypatch, 1e6)
-    assert "data.store: there is no" in lacking(config)
-    assert "memory: the run needs" in lacking(config)
+    assert "data.store: there is no" in missing(config)
+    assert "memory: the run needs" in missing(config)
 
 
 @pytest.mark.parametrize("size", [{}, {"size": "eagle-0.4b"}])
 def test_weights_are_not_needed_behind_a_checkpoint(tmp_path, size):
     config = load_config(write_config(tmp_path))
     config = type(config)(**config.model_dump() | {"model": {"weights": tmp_path / "none.pth"} | size})
-    assert "model.weights: there is no" in lacking(config)
+    assert "model.weights: there is no" in missing(config)
     (tmp_path / "run" / "checkpoints" / "step-000003").mkdir(parents=True)
     make_plan(config)
 
@@ -269,7 +269,7 @@ def test_processes_on_a_cpu_share_its_memory(tmp_path, monkeypatch):
     given_bytes(monkeypatch, needed)
     make_plan(config)
     given_bytes(monkeypatch, needed - 1)
-    message = lacking(config)
+    message = missing(config)
     assert f"memory: the run needs {needed / 1e9:.1f} GB on cpu for 2 ranks with distributed.strategy: ddp" in message
 
 
@@ -280,23 +280,23 @@ def test_what_would_fit_is_said(tmp_path, monkeypatch):
     ddp = many(8, **data)
     needed = {option: bytes_of(ddp, *option).device for option in STRATEGIES}
     given_gpus(monkeypatch, 8, free=needed["zero2", False, False])
-    message = lacking(ddp)
+    message = missing(ddp)
     assert f"the run needs {needed['ddp', False, False] / 1e9:.1f} GB on cuda for each rank" in message
     assert "with distributed.strategy: ddp" in message
     words = "distributed.strategy: zero2 and gradient_reduction: segment"
-    assert f"; {words} would fit, or take fewer window.segment_tokens" in message
+    assert f"; {words} would fit, or use fewer window.segment_tokens" in message
     given_gpus(monkeypatch, 8, free=needed["zero2", False, False], total=35 * 10**9)  # too small for whole gradients
-    assert "; distributed.strategy: zero2 would fit, or take fewer" in lacking(ddp)
+    assert "; distributed.strategy: zero2 would fit, or use fewer" in missing(ddp)
     given_gpus(monkeypatch, 8, free=needed["zero3", True, True])
     words = "distributed.strategy: zero3 and offload_optimizer: true and offload_parameters: true"
-    assert f"; {words} and gradient_reduction: segment would fit" in lacking(ddp)
+    assert f"; {words} and gradient_reduction: segment would fit" in missing(ddp)
     given_gpus(monkeypatch, 8, free=needed["zero3", True, True] - 1)
-    assert "would fit" not in lacking(ddp)
+    assert "would fit" not in missing(ddp)
     long = other_run(
         many(8, **data, window__segment_tokens=65536, window__lanes_per_pass=1), "zero3", True, True, reduction="auto"
     )
     given_gpus(monkeypatch, 8, free=rank_memory(long, FINCH, "cuda").device - 1)
-    assert "; distributed.time_ranks: 2 would fit, or take fewer" in lacking(long)
+    assert "; distributed.time_ranks: 2 would fit, or use fewer" in missing(long)
 
 
 def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
@@ -311,9 +311,9 @@ def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
     make_plan(zero2)
     given_gpus(monkeypatch, 8, free=least)  # of 80 GB: something else has the rest
     for config in (zero2, with_distributed(zero2, gradient_reduction="step")):
-        message = lacking(config)
+        message = missing(config)
         assert f"the run needs {whole / 1e9:.1f} GB on cuda for each rank" in message
-        assert "; distributed.gradient_reduction: segment would fit, or take fewer" in message
+        assert "; distributed.gradient_reduction: segment would fit, or use fewer" in message
     given_gpus(monkeypatch, 8, free=least, total=int(whole))  # too small for whole gradients
     make_plan(zero2)
     make_plan(with_distributed(zero2, gradient_reduction="segment"))
@@ -386,7 +386,7 @@ def test_the_host_of_several_gpus(tmp_path, monkeypatch):
     given_bytes(monkeypatch, needed)
     make_plan(config)
     given_bytes(monkeypatch, needed - 1)
-    message = lacking(config)
+    message = missing(config)
     assert f"the run needs {needed / 1e9:.1f} GB on the host for 8 ranks with distributed.strategy: zero3" in message
     assert "window.seam_store" in message
 
@@ -395,6 +395,6 @@ def test_gpus_that_are_not_there(tmp_path, monkeypatch):
     write_config(tmp_path)
     config = many(8, data__store=tmp_path / "train")
     needed = bytes_of(config, "ddp").device
-    assert f"the run needs 8 of them with {needed / 1e9:.1f} GB" in lacking(config)
+    assert f"the run needs 8 of them with {needed / 1e9:.1f} GB" in missing(config)
     given_gpus(monkeypatch, 4, free=80 * 10**9)
-    assert "distributed.devices: 8, and torch finds 4 here; take 4, or more nodes" in lacking(config)
+    assert "distributed.devices: 8, and torch finds 4 here; use 4, or more nodes" in missing(config)

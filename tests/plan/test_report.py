@@ -296,7 +296,7 @@ def test_the_report_says_what_the_functions_say(strategy, gigabytes):
     report = plan_report(config, gigabytes).text
     assert "Finch, 3,099,863,040 parameters, 32 layers of width 2560; the weights learn" in report
     assert "65,536 tokens: 16 segments of 4,096, the gradient over all of them" in report
-    assert "8 in all, 1 for a rank, 1 at once; 524,288 tokens a step" in report
+    assert "8 in all, 1 per rank, 1 per pass; 524,288 tokens per step" in report
     rows = rows_of(report)
     assert list(rows) == [(NAMES[option], reduction) for option, reduction in ROWS]
     memory = None if gigabytes is None else gigabytes * 1e9
@@ -339,7 +339,7 @@ def test_the_report_of_time_ranks_and_offload():
     assert rows_of(report)[NAMES["zero3", True, False], "step"][-1] == "<- this run"
     forward, backward = time_wire(config, FINCH)
     layer = " MB +".join(f"{part / 1e6:.1f}" for part in (forward, backward, forward + backward))
-    assert re.search(rf"2 lanes at once +{layer} MB", report)
+    assert re.search(rf"2 lanes per pass +{layer} MB", report)
     assert re.search(rf"a segment, 32 layers +{32 * (forward + backward) / 1e6:.1f} MB", report)
     assert re.search(rf"a window, 16 segments +{16 * 32 * (forward + backward) / GB:.1f} GB", report)
     assert re.search(rf"a step, 2 lanes +{step_wire(config, FINCH).time / GB:.1f} GB", report)
@@ -378,8 +378,8 @@ def test_what_cannot_be_reported(tmp_path):
     with pytest.raises(InputError, match="--device-gb: the run is on the CPU"):
         plan_report(config, 80)
     for gigabytes in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="--device-gb: .* is no memory of a GPU; give it in GB, such as 80"):
+        with pytest.raises(InputError, match="--device-gb: .* is not a GPU's memory; give it in GB, such as 80"):
             plan_report(many(8), gigabytes)
     unknown = many(8, model__size=None, model__weights=tmp_path / "none.pth")
-    with pytest.raises(InputError, match="there is no .*none.pth, which would show the sizes of the model"):
+    with pytest.raises(InputError, match="there is no .*none.pth, so the sizes of the model are unknown"):
         plan_report(unknown, 80)

@@ -1,4 +1,4 @@
-"""What this machine lacks for a run: files, devices, memory; and with what else the run would fit."""
+"""Finds what a run needs and this machine does not have: files, devices, memory; and settings that would fit."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_s
 from infctx.plan.strategy import STRATEGIES, resolve_strategy
 
 
-def lacking_files(config: Config) -> list[str]:
-    """What the run reads and is not there, a line each.
+def missing_files(config: Config) -> list[str]:
+    """Returns a line for each file that the run reads and that does not exist.
 
-    Raises InputError for a published weights file of another size than it was published with: a download that stopped
-    short, of which a reader could only say that it is damaged.
+    Raises InputError for published weights whose file does not have the published size: the download stopped short,
+    and a reader could report only damage.
     """
-    lacking: list[str] = []
+    missing: list[str] = []
     weights = config.model.weights
-    goes_on = checkpoints(config.run.checkpoints)
-    if weights is not None and (config.model.freezes_weights or not goes_on):
+    resumes = checkpoints(config.run.checkpoints)
+    if weights is not None and (config.model.freezes_weights or not resumes):
         problem = stopped_download(weights)
         if problem:
             raise InputError(f"model.weights: {problem}")
         if not weights.exists():
-            lacking.append(f"model.weights: {missing_weights(weights)}")
+            missing.append(f"model.weights: {missing_weights(weights)}")
     state = config.model.initial_state
-    if state is not None and not state.exists() and not goes_on:
-        lacking.append(f"model.initial_state: there is no {state}; name another file, or leave it out for zeros")
+    if state is not None and not state.exists() and not resumes:
+        missing.append(f"model.initial_state: there is no {state}; name another file, or remove the setting for zeros")
     for name in ("store", "held_out"):
         store = getattr(config.data, name)
         prefix = None if store is None else store_prefix(store)
         if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
-            lacking.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
-    return lacking
+            missing.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
+    return missing
 
 
-def lacking_device(config: Config, sizes: Sizes | None) -> list[str]:
-    """The devices or the memory that the run needs and does not find, a line each."""
+def missing_devices(config: Config, sizes: Sizes | None) -> list[str]:
+    """Returns a line for each device or amount of memory that the run needs and this machine does not have."""
     count = config.distributed.devices
     if config.run.device == "cuda" and not torch.cuda.is_available():
         needs = f"{count} of them" if count > 1 else "one"
@@ -53,16 +53,16 @@ def lacking_device(config: Config, sizes: Sizes | None) -> list[str]:
     device = own_device(config.run.device, config.distributed.devices)
     if device.type == "cuda" and torch.cuda.device_count() < count:
         present = torch.cuda.device_count()
-        return [f"distributed.devices: {count}, and torch finds {present} here; take {present}, or more nodes"]
+        return [f"distributed.devices: {count}, and torch finds {present} here; use {present}, or more nodes"]
     if sizes is None:
         return []
-    return _lacking_memory(config, sizes, device, device_memory(device.type, count))
+    return _missing_memory(config, sizes, device, device_memory(device.type, count))
 
 
-def _lacking_memory(config: Config, sizes: Sizes, device: torch.device, total: int | None) -> list[str]:
-    """What does not fit, with what would; memory of the host is shared by the ranks of a node.
+def _missing_memory(config: Config, sizes: Sizes, device: torch.device, total: int | None) -> list[str]:
+    """Returns a line if the run does not fit, with settings that would; ranks of a node share the host's memory.
 
-    total: memory of a GPU, in bytes.
+    total: memory of a GPU in bytes
     """
     asked, config = config, resolve_strategy(config, sizes, device.type, total)
     count = config.distributed.devices
@@ -70,7 +70,7 @@ def _lacking_memory(config: Config, sizes: Sizes, device: torch.device, total: i
     needed = _on_node(rank_memory(config, sizes, device.type), device.type, count)
     if needed.device <= free.device and needed.host <= free.host:
         return []
-    remedy = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+    remedy = "use fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
     other = _what_fits(asked, config, sizes, device.type, total, free)
     if other:
         remedy = f"{other} would fit, or {remedy}"
@@ -83,11 +83,12 @@ def _lacking_memory(config: Config, sizes: Sizes, device: torch.device, total: i
         remedy += ", or keep less there (window.seam_store, distributed.offload_optimizer)"
     else:
         much, place, there = needed.host, f"{device}{ranks}", free.host
-    return [f"memory: the run needs {much / GB:.1f} GB on {place}{strategy}, {there / GB:.1f} GB are free; {remedy}"]
+    needs = f"the run needs {much / GB:.1f} GB on {place}{strategy}"
+    return [f"memory: {needs}, and {there / GB:.1f} GB is free; {remedy}"]
 
 
 def _on_node(rank: Memory, device_type: str, count: int) -> Memory:
-    """What `count` ranks of a node take: on each device, and of the host; a CPU's device memory is the host's."""
+    """Returns the bytes that `count` ranks of a node need on each device and on the host; on a CPU, only the host."""
     if device_type == "cpu":
         return Memory(0, count * (rank.device + rank.host))
     return Memory(rank.device, count * rank.host)
@@ -96,9 +97,9 @@ def _on_node(rank: Memory, device_type: str, count: int) -> Memory:
 def _what_fits(
     asked: Config, config: Config, sizes: Sizes, device_type: str, total: int | None, free: Memory
 ) -> str | None:
-    """The first other strategy, time of reduction or number of time_ranks, with which the run fits.
+    """Returns the first other strategy, gradient_reduction or number of time_ranks that makes the run fit.
 
-    asked, config: the run as its settings say, and with each "auto" replaced by what it takes.
+    asked, config: the run as configured, and with each "auto" resolved
     """
     others = {}
     for strategy in STRATEGIES:
@@ -122,6 +123,6 @@ def _what_fits(
 
 
 def _describe_strategy(strategy: Strategy) -> str:
-    """As settings: distributed.strategy: zero2 and offload_optimizer: true."""
+    """Returns the strategy as settings: distributed.strategy: zero2 and offload_optimizer: true."""
     chosen = [name for name in ("offload_optimizer", "offload_parameters") if getattr(strategy, name)]
     return " and ".join([f"distributed.strategy: {strategy.name}", *(f"{name}: true" for name in chosen)])

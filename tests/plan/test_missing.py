@@ -5,7 +5,7 @@ import pytest
 from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.model.sizes import published_sizes
-from infctx.plan.lacking import lacking_files
+from infctx.plan.missing import missing_files
 
 from places import CONFIGS
 from plans import planned_bytes
@@ -15,20 +15,20 @@ def test_a_download_that_stopped_is_said_before_it_is_read(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "finch-3b-64k.yaml")
     weights = config.model.weights
-    assert any(line.startswith(f"model.weights: there is no {weights}; get it") for line in lacking_files(config))
+    assert any(line.startswith(f"model.weights: there is no {weights}; get it") for line in missing_files(config))
     weights.parent.mkdir()
     weights.write_bytes(b"PK and no more")
     with pytest.raises(InputError, match=f"^model.weights: {weights} has 14 bytes, the published file 6,199,859,158; "):
-        lacking_files(config)
+        missing_files(config)
     (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes, and reads no weights
-    assert not any("model.weights" in line for line in lacking_files(config))
+    assert not any("model.weights" in line for line in missing_files(config))
 
 
 def test_a_frozen_model_is_read_by_a_resumed_run_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "eagle-1b5-tune-state.yaml")
     (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)
-    assert any(line.startswith("model.weights: there is no ") for line in lacking_files(config))
+    assert any(line.startswith("model.weights: there is no ") for line in missing_files(config))
 
 
 @pytest.mark.parametrize("name", ["eagle-1b5-tune-state", "finch-3b-tune-state"])
