@@ -1,1 +1,2 @@
-"""What carries memory from token to token: the WKV op in all its forms, the token shift, both shared over ranks."""
+"""Everything that carries memory from token to token: the WKV op in all its forms and the token shift, alone or
+shared over ranks."""

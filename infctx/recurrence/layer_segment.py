@@ -1,7 +1,7 @@
-"""A segment as one layer sees it, besides its input: where documents start in it, and what they start from.
+"""A segment as one layer sees it: where documents start in it, and the state they start from.
 
 In: the layer's tensors and its memory before the segment; out: results, and the memory after the segment.
-`LayerSegment` is for a rank that has the whole segment; where its time is shared over ranks,
+`LayerSegment` is for a rank that has the whole segment; when ranks share its time,
 `infctx.recurrence.time_parallel.SharedLayerSegment` takes its place.
 """
 
@@ -31,10 +31,10 @@ class LayerState(NamedTuple):
 
 
 class LayerSegment:
-    """The whole of a segment.
+    """A whole segment on one rank.
 
-    starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary; None where none does
-    initial: what documents start from, None for zeros
+    starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary; None if none does
+    initial: the state that documents start from, None for zeros
     """
 
     def __init__(self, starts: Tensor | None = None, initial: LayerState | None = None) -> None:
@@ -42,15 +42,18 @@ class LayerSegment:
         self.initial: LayerState | tuple[None, None, None] = initial or (None, None, None)
 
     def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) one token earlier, and the vector to hand on; last: (B, D) the vector before the segment."""
+        """Returns x (B, T, D) one token earlier, and the last vector to pass on.
+
+        last: (B, D) the vector before the segment
+        """
         return token_shift(x, last, self.starts, self.initial_shift(shift))
 
     def wkv(
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """`infctx.wkv` of the segment: y (B, T, H, N) and the state after it (B, H, N, N)."""
+        """Returns `infctx.wkv` of the segment: y (B, T, H, N) and the state after it (B, H, N, N)."""
         return wkv(r, k, v, w, u, state, self.starts, self.initial[0], backend)
 
     def initial_shift(self, shift: Shift) -> Tensor | None:
-        """The vector that documents see before their first token, (B, D); None for zeros."""
+        """Returns the vector (B, D) that documents see before their first token; None for zeros."""
         return self.initial[LayerState._fields.index(shift)]

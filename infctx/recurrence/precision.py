@@ -6,5 +6,5 @@ import torch
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for an fp64 model, fp32 for every other."""
+    """Returns fp64 for an fp64 model, fp32 for every other."""
     return torch.float64 if dtype == torch.float64 else torch.float32

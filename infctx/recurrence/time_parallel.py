@@ -1,25 +1,25 @@
-"""Time over ranks: each rank has a slice of every segment, and the recurrence goes on across them, gradient included.
+"""Time over ranks: each rank has a slice of every segment, and the recurrence continues across them, gradient included.
 
-A slice turns the state that comes in, S, into kept * S + added: `kept` is exp of its sum of log decays for each key
-channel (zero where a document starts in it), `added` the state that it reaches from zeros.  Every rank gets both of
-every slice, by one all-gather, and works out the states before its own slice and after the last one:
+A slice turns the incoming state S into kept * S + added.  `kept` is exp of its sum of log decays for each key channel
+(zero if a document starts in it); `added` is the state that it reaches from zeros.  One all-gather gives every rank
+both for every slice, and each rank computes the states before its own slice and after the last one:
 
     S_0 = state of the segment before;    S_(p+1) = kept_p * S_p + added_p                (p = 0 .. P - 1)
 
-Backward, with g_p what slice p asks of the state that came into it (one all-gather), and G_P what is asked of the state
-after the segment:
+Backward, g_p is the gradient that slice p alone gives its incoming state (one all-gather), and G_P is the gradient of
+the state after the segment:
 
     G_p = g_p + kept_p * G_(p+1);         d added_p = G_(p+1);         d kept_p = S_p . G_(p+1), over value channels
 
-The token shift takes the last vector of the slice before, and gives its gradient back.
+The token shift gets the last vector of the previous slice and returns its gradient.
 
-What every rank knows of the segment, the state before it and the one after it, is the same on every rank, bit for
-bit; so is its gradient, which every rank holds whole: it is no sum over ranks.  Only what depends on a rank's own
-tokens, such as the gradients of weights, is.  So a window, a carry and a checkpoint need to know nothing of this.
+The states before and after the segment are the same on every rank, bit for bit.  So are their gradients: every rank
+holds them whole, and they are not summed over ranks.  Only gradients that depend on a rank's own tokens, such as those
+of weights, are.  So windows, carries and checkpoints need not know about any of this.
 
-On the wire, received by each rank for a layer, with activations of s bytes:
+Received over the wire by each rank for a layer, with activations of s bytes:
     forward   (P - 1) B (4 H N (N + 1) + 2 D s) bytes;        backward   (P - 1) B (4 H N N + 2 D s) bytes
-and nothing for a forward pass that is a repetition: what came in is kept (`Received`).
+and nothing when a forward pass is recomputed: `Received` keeps the values that came in.
 """
 
 from __future__ import annotations
@@ -45,46 +45,46 @@ class TimeRanks:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x: Tensor) -> Tensor:
-        """x of every rank: (P, *x.shape)."""
+        """Returns the x of every rank: (P, *x.shape)."""
         everyone = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         _all_gather(everyone, x.contiguous(), group=self.group)
         return everyone.unflatten(0, (self.size, -1))
 
 
 class Received:
-    """What the other ranks sent in a segment, by layer: empty at first, filled when the segment is run, and kept for
-    when it or one of its blocks is run again, which then asks nobody.
+    """Values received from the other ranks in a segment, by layer: empty at first, and filled by the first forward
+    pass.  When the segment or one of its blocks is computed again, nothing is sent.
 
     time_shift, channel_shift (B, D): the vector before this rank's slice; came_in (B, H, N, N): the state before it;
-    kept (P, B, H, N, 1): what is left of a state after each slice.
+    kept (P, B, H, N, 1): the fraction of a state that is left after each slice.
     """
 
     def __init__(self, layers: list[dict[str, Tensor]] | None = None) -> None:
         self.layers = layers or []
 
     def of_layer(self, number: int) -> dict[str, Tensor]:
-        """What came in for a layer, to be read or filled."""
+        """Returns the values received for a layer, to read or fill in."""
         while len(self.layers) <= number:
             self.layers.append({})
         return self.layers[number]
 
     def stacked(self) -> dict[str, Tensor]:
-        """Name -> (L, ...), layers stacked; nothing where nothing came in."""
+        """Returns name -> (L, ...), layers stacked; empty if nothing was received."""
         names = self.layers[0] if self.layers else ()
         return {name: torch.stack([layer[name] for layer in self.layers]) for name in names}
 
     @classmethod
     def of_stacked(cls, parts: dict[str, Tensor]) -> Received:
-        """The inverse of `stacked`."""
+        """Inverts `stacked`."""
         if not parts:
             return cls()
         return cls([dict(zip(parts, layer, strict=True)) for layer in zip(*parts.values(), strict=True)])
 
 
 class SharedLayerSegment(LayerSegment):
-    """This rank's slice of a segment; starts and the tensors of `token_shift` and `wkv` are those of the slice.
+    """This rank's slice of a segment; `starts` and the tensors of `token_shift` and `wkv` are those of the slice.
 
-    In a repetition the state and the vectors after the segment are zeros: only their gradient has a meaning.
+    When the slice is computed again, the state and vectors after the segment are zeros: only their gradients matter.
     """
 
     def __init__(
@@ -98,26 +98,30 @@ class SharedLayerSegment(LayerSegment):
         self.ranks, self.received = ranks, received
 
     def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """The shifted slice, and the vector to hand on after the segment; last: the one before the segment."""
-        before, behind = _Shift.apply(x[:, -1], last, self, shift)
+        """Returns the shifted slice, and the last vector of the segment to pass on.
+
+        last: the vector before the segment
+        """
+        before, passed_on = _Shift.apply(x[:, -1], last, self, shift)
         shifted, _ = token_shift(x, before, self.starts, self.initial_shift(shift))
-        return shifted, behind
+        return shifted, passed_on
 
     def wkv(
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        """y of the slice and the state after the segment; state: the one before the segment.
+        """Returns y of the slice and the state after the segment.
 
-        The op runs twice, once for `added`: what the states of slices need in between has to cross the wire.
+        state: the state before the segment
+        The op runs twice, the first time for `added`: slices must exchange it before they know their states.
         """
         starts, initial = self.starts, self.initial[0]
         _, added = wkv(r.detach(), k, v, w, u.detach(), torch.zeros_like(state), starts, initial, backend)
         kept = w.sum(1).exp()[..., None]  # (B, H, N, 1)
         if starts is not None:
             kept = kept.masked_fill(starts.any(1)[:, None, None, None], 0)
-        came_in, behind = _Join.apply(kept, added, state, self)
+        came_in, after = _Join.apply(kept, added, state, self)
         y, _ = wkv(r, k, v, w, u, came_in, starts, initial, backend)
-        return y, behind
+        return y, after
 
 
 class _Shift(torch.autograd.Function):
@@ -149,18 +153,18 @@ class _Join(torch.autograd.Function):
         ctx.ranks = ranks = segment.ranks
         if "came_in" in segment.received:
             everyone_kept, came_in = segment.received["kept"], segment.received["came_in"]
-            behind = torch.zeros_like(state)
+            after = torch.zeros_like(state)
         else:
             everyone = ranks.gather(torch.cat([kept, added], dim=-1))  # (P, B, H, N, 1 + N)
             everyone_kept = everyone[..., :1].clone()
-            behind = state
+            after = state
             for rank in range(ranks.size):
                 if rank == ranks.rank:
-                    came_in = behind
-                behind = everyone_kept[rank] * behind + everyone[rank, ..., 1:]
+                    came_in = after
+                after = everyone_kept[rank] * after + everyone[rank, ..., 1:]
             segment.received["kept"], segment.received["came_in"] = everyone_kept, came_in
         ctx.save_for_backward(everyone_kept, came_in)
-        return came_in.detach(), behind
+        return came_in.detach(), after
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Token shift: the inputs one token earlier, and blends of the two."""
+"""Token shift: the inputs one token earlier, and blends of current and earlier inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from infctx.conventions import START_SPACING
 
 
 def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shifts x by one token and hands on its last vector.
+    """Shifts x by one token and passes on its last vector.
 
     x:       (B, T, D)
     last:    (B, D), the vector before x[:, 0]
     starts:  (B, ceil(T / 16)) bool: a document starts there and sees `initial` before its first token
     initial: (B, D), None for zeros
-    Returns the shifted x (B, T, D), and the vector to hand on (B, D) in the dtype of `last`.
+    Returns the shifted x (B, T, D), and the vector to pass on (B, D) in the dtype of `last`.
     """
     num_tokens = x.shape[1]
     both = torch.cat([last.to(x.dtype)[:, None], x], dim=1)  # (B, T + 1, D)
@@ -31,7 +31,7 @@ def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor 
 
 
 def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
-    """origin + difference * mix for each mix: M times (B, T, D).
+    """Returns origin + difference * mix for each mix: M tensors (B, T, D).
 
     origin, difference: (B, T, D); mixes: (M, B, T, D), or (M, 1, 1, D) for the same at every token
     """
@@ -39,7 +39,7 @@ def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ..
 
 
 class _Blend(torch.autograd.Function):
-    """Half as many passes over memory in the backward as autograd makes of the same sum."""
+    """The blends; their backward makes half as many passes over memory as autograd's."""
 
     @staticmethod
     def forward(ctx: Any, origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""WKV, the one op of time mixing: the contract, its checks, and the choice of a backend."""
+"""WKV, the op of time mixing: its contract, the checks, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wkv(
     initial: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Runs the WKV recurrence of RWKV-5 and RWKV-6 over a segment and hands on its state.
+    """Runs the WKV recurrence of RWKV-5 and RWKV-6 over a segment and passes on its state.
 
     Per head, for key channel i and value channel j (arXiv 2404.05892, sections 4 and 5):
 
@@ -52,8 +52,8 @@ def wkv(
              (numba, CPU), "cuda" (kernels for NVIDIA GPUs, bf16 and fp32), or "auto": compiled on a CPU, cuda on a GPU
              that can run it, chunked elsewhere
 
-    Returns y like r, and the state after the last token, like `state`.  Nothing is changed in place; every input but
-    `starts` has a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
+    Returns y like r, and the state after the last token, like `state`.  Nothing is changed in place; every input except
+    `starts` gets a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
     """
     _check(r, k, v, w, u, state, starts, initial)
     picked = choose_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3])
@@ -63,7 +63,7 @@ def wkv(
 # Without this torch.compile would trace the search for a compiler.
 @torch.compiler.assume_constant_result
 def choose_backend(backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int) -> str:
-    """The name of the backend that runs tensors of this dtype and head size on this device."""
+    """Returns the name of the backend for tensors of this dtype and head size on this device."""
     if backend == "auto" and device_type == "cuda" and dtype in CUDA_DTYPES:
         backend = _cuda_or_chunked(device_index, dtype, channels)
     return pick_backend(backend, device_type)
@@ -94,7 +94,7 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def pick_backend(backend: str, device_type: str) -> str:
-    """The name of the backend that runs; says so once in the log."""
+    """Returns the name of the backend to run, and logs it once."""
     if backend == "auto":
         backend = "compiled" if device_type == "cpu" else "chunked"
     if backend not in BACKENDS:
@@ -127,7 +127,7 @@ def _check(
     if starts is not None and starts.dtype != torch.bool:
         raise InputError(f"wkv: starts must be bool, not {starts.dtype}")
     if r.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f"wkv: r is {r.dtype}; bf16, fp32 and fp64 are taken")
+        raise InputError(f"wkv: r is {r.dtype}; use bf16, fp32 or fp64")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != r.dtype:
             raise InputError(f"wkv: {name} is {tensor.dtype} and r is {r.dtype}; they must be the same")

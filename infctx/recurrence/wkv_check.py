@@ -1,7 +1,7 @@
-"""The CUDA kernels against plain torch on the device at hand, once before they are trusted.
+"""Compares the CUDA kernels with plain torch on this device, once, before they are trusted.
 
-A GPU, its driver or its compiler can be one that nobody has run them on.  A small problem with everything in it takes
-milliseconds, and a wrong gradient would take weeks to notice.
+Nobody may have run the kernels on this GPU, driver or compiler before.  A small problem that covers everything takes
+milliseconds; a wrong gradient would take weeks to notice.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ NAMES = ("y", "state", "r", "k", "v", "w", "u", "first state", "initial")
 
 
 def find_disagreement(device: torch.device | str, dtype: torch.dtype, channels: int) -> str | None:
-    """What the kernels compute otherwise than plain torch in fp64, with the relative error; None if they agree.
+    """Returns where the kernels differ from plain torch in fp64, with the relative error; None if they agree.
 
-    The rounding of bf16 results is 2e-3, of fp32 ones less than 1e-5.  What the caller has switched on has no part in
-    it: autocast, inference mode and the hooks of a checkpoint belong to a thread, so the check runs in one of its own,
-    and TF32 is no matter in fp64.
+    Rounding is 2e-3 for bf16 results, less than 1e-5 for fp32.  The caller's modes have no effect: autocast, inference
+    mode and checkpoint hooks belong to a thread, so the check runs in a separate one, and TF32 does not affect fp64.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_compare, device, dtype, channels).result()

@@ -1,15 +1,15 @@
 """The WKV recurrence parallel over time, in plain torch: any device, any dtype, any decay.
 
-Inside a chunk the causal triangle is cut in two again and again: of a block of 2h tokens, the right half reads from
-the left half through the border between them,
+Inside a chunk the causal triangle is halved again and again: in a block of 2h tokens, the right half reads from the
+left half through the border between them,
 
     y[t] += sum_s  (r[t] exp(sum of w from the border to t - 1)) . (k[s] exp(sum of w from s + 1 to the border)) v[s]
 
-which is one matrix product a level; what is left on the diagonal is the bonus.  Both exponents are sums of log
-decays, so they are <= 0: nothing overflows, nothing is clamped, a decay that underflows is a true zero.  The sums
-of a level are those of the level below plus one term, so no difference of large sums is ever taken, and the gradient
-of every log decay is a sum of its own contributions: fp32 keeps its precision at every decay.
-Chunks hand on their states one after the other.
+which is one matrix product per level; the bonus is left on the diagonal.  Both exponents are sums of log decays, so
+they are <= 0: nothing overflows, nothing is clamped, and a decay that underflows is a true zero.  The sums of a level
+are those of the level below plus one term, so large sums are never subtracted, and the gradient of every log decay is
+a sum of its contributions: fp32 keeps its precision at every decay.
+Chunks pass on their states one by one.
 A document start inside a chunk is a mask, never a decay of zero (whose logarithm would be -inf).
 """
 
@@ -50,7 +50,7 @@ def wkv_chunked(
 
 
 def _chunks(x: Tensor, chunk_tokens: int) -> Tensor:
-    """(B, T, H, N) -> (B, H, C, c, N), padded with zeros: no input, no decay."""
+    """Reshapes (B, T, H, N) to (B, H, C, c, N), padded with zeros: no input, no decay."""
     x = x.transpose(1, 2)
     missing = -x.shape[2] % chunk_tokens
     if missing:
@@ -59,21 +59,21 @@ def _chunks(x: Tensor, chunk_tokens: int) -> Tensor:
 
 
 def _document_numbers(starts: Tensor, num_chunks: int, chunk_tokens: int) -> Tensor:
-    """(B, 1, C, c): how many documents have started in the chunk, up to and with each token."""
+    """Returns (B, 1, C, c): how many documents have started in the chunk, up to and including each token."""
     begins = F.pad(starts.long()[..., None], (0, START_SPACING - 1)).flatten(1)  # (B, T rounded up to 16)
     missing = num_chunks * chunk_tokens - begins.shape[1]
-    begins = F.pad(begins, (0, missing))  # negative where a short chunk ends before the spacing does
+    begins = F.pad(begins, (0, missing))  # negative when a short chunk ends before the spacing does
     return begins.unflatten(1, (num_chunks, chunk_tokens)).cumsum(-1)[:, None]
 
 
 def _within_chunks(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, document: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adds to y what tokens of a chunk read from earlier ones of the same chunk, level by level.
+    """Adds to y the reads of tokens from earlier tokens of the same chunk, level by level.
 
-    Returns y, and the sums of log decays that the borders of the chunk see, each (B, H, C, c, N): `since` the
-    beginning (of the document, if it starts in the chunk) up to before a token, `until` the end from after a token;
-    and `tail` (B, H, C, 1, N), since the beginning up to the end.
+    Returns y, and sums of log decays between a token and the borders of the chunk, each (B, H, C, c, N): `since` the
+    beginning (of the document, if it starts in the chunk) to just before a token, `until` the end from just after a
+    token; and `tail` (B, H, C, 1, N), from the beginning to the end.
     """
     since, until = torch.zeros_like(w), torch.zeros_like(w)
     whole = tail = w  # sums over each block: all of it, and since the last document start in it
@@ -107,10 +107,10 @@ def _within_chunks(
 def _across_chunks(
     added: Tensor, tail: Tensor, state: Tensor, document: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Hands the state from chunk to chunk.
+    """Carries the state from chunk to chunk.
 
-    added: (B, H, C, N, N), what a chunk writes; tail: (B, H, C, 1, N), log decay of what stood there before it.
-    Returns the states before each chunk (B, H, C, N, N) and the one after the last (B, H, N, N).
+    added: (B, H, C, N, N), the sum that a chunk writes; tail: (B, H, C, 1, N), log decay of the state before it.
+    Returns the state before each chunk (B, H, C, N, N) and after the last one (B, H, N, N).
     """
     kept = tail.exp().mT  # (B, H, C, N, 1)
     states = []

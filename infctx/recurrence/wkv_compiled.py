@@ -1,8 +1,8 @@
-"""The WKV recurrence compiled for the CPU by numba: pairs of batch and head side by side on the threads that torch has.
+"""The WKV recurrence compiled for the CPU by numba: pairs of batch and head run side by side on torch's threads.
 
-The kernels (`wkv_numba_kernels`) are compiled at the first call, which takes some 10 s, and come from numba's cache on
-disk in later processes.  For the backward, beyond the inputs, S is kept once in 64 tokens: at N = 64 that is as many
-numbers as r has.  The results are the same to the bit for any number of threads.
+The kernels (`wkv_numba_kernels`) are compiled at the first call, in about 10 s, and come from numba's cache on disk in
+later processes.  For the backward pass, besides the inputs, S is kept every 64 tokens: at N = 64 that is as many
+numbers as r has.  The results are the same bit for bit with any number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from infctx.conventions import START_SPACING
 from infctx.recurrence.precision import state_dtype
 
 MIN_THREAD_TOKENS = 256
-"""Tokens of one head, about 50 us of forward: for less, waking another thread costs more than it gains."""
+"""Tokens of one head, about 50 us of forward: below this, waking another thread costs more than it saves."""
 
 
 def wkv_compiled(
@@ -61,7 +61,7 @@ class _Compiled(torch.autograd.Function):
 
 
 def _forward(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and what the backward needs of the states between (empty unless `keep`)."""
+    """Returns y, the final state, and the states that the backward pass needs (empty unless `keep`)."""
     r, k, v, w, u, state, starts, initial = inputs
     (B, T, H, N), precise = r.shape, state_dtype(r.dtype)
     padded = _kernels().padded_size(N, precise.itemsize)
@@ -74,7 +74,7 @@ def _forward(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of r, k, v, w, u, state, starts (none) and initial."""
+    """Returns the gradients of r, k, v, w, u, state, starts (None) and initial."""
     r, k, v, w, u, starts, initial, kept = saved
     (B, T, H, N), precise = r.shape, state_dtype(r.dtype)
     dr, dk, dv, dw = (torch.empty((B, T, H, N), dtype=precise) for _ in range(4))
@@ -90,7 +90,7 @@ def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tens
 
 
 def _run(kernel: str, *tensors: Tensor) -> None:
-    """Shares the pairs of batch and head out, to this thread first."""
+    """Divides the pairs of batch and head among threads, starting with this one."""
     arrays = [x.detach().numpy() for x in tensors]
     function: Callable[..., None] = _kernels().compiled(kernel, arrays[0].dtype)
     B, T, H, _ = tensors[0].shape
@@ -104,7 +104,7 @@ def _run(kernel: str, *tensors: Tensor) -> None:
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """One for each process, as threads do not survive a fork; it starts no more threads than it is given work for."""
+    """Returns the process's pool: threads do not survive a fork.  It starts only as many threads as it has work for."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="infctx-wkv")
 
 
@@ -116,5 +116,5 @@ def _kernels() -> ModuleType:
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last, which their vector loads need to be 1."""
+    """Makes the last stride 1, which the kernels' vector loads need; other strides may be anything."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,12 +1,12 @@
-"""The machine code behind `wkv_compiled`: forward and backward over whole heads.
+"""The kernels of `wkv_compiled`: forward and backward over whole heads.
 
 Eight tokens make a chunk, over which S is passed once.  With P_t the product of the decays before token t of the chunk,
 Q_t of those after it, D of all, A[t, s] = sum_i r_t k_s (decays between s and t) for s < t, and A[t, t] = r_t u k_t:
 
     y_t = sum_i (r_t P_t)[i] S[i] + sum_{s <= t} A[t, s] v_s;    S <- D S + sum_s (k_s Q_s) v_s
 
-Decays are only multiplied, never divided by, and every gradient is a sum of its own terms: there is nothing that could
-overflow or cancel, whatever the decays.  Tokens beyond the last are zeros: no input, no decay.
+Decays are only multiplied, never divided by, and every gradient is a plain sum of its terms: nothing can overflow or
+cancel, whatever the decays.  Tokens beyond the last are zeros: no input, no decay.
 """
 
 import functools
@@ -33,12 +33,12 @@ from infctx.recurrence.wkv_numba_lanes import (
 )
 
 KEPT_TOKENS = 64
-"""Once in how many tokens the forward keeps S for the backward: N / 64 numbers for each number of r."""
+"""The forward pass keeps S for the backward pass every this many tokens: N / 64 numbers for each number of r."""
 
 
 @functools.cache
 def compiled(kernel: str, dtype: np.dtype) -> Callable[..., None]:
-    """Kernel "forward" or "backward" for float32 or float64, from numba's cache on disk if it is there."""
+    """Returns the kernel "forward" or "backward" for float32 or float64, from numba's cache on disk if possible."""
     real, index, flags = types.float32 if dtype == np.float32 else types.float64, types.intp, types.boolean[:, :]
     tokens = matrices = types.Array(real, 4, "A")
     inputs = (*[tokens] * 4, real[:, :], flags, matrices)
@@ -55,14 +55,14 @@ def compiled(kernel: str, dtype: np.dtype) -> Callable[..., None]:
 
 
 def padded_size(size: int, item_bytes: int) -> int:
-    """N in whole vectors."""
+    """Returns N rounded up to whole vectors."""
     lanes = VECTOR_BYTES // item_bytes
     return -(-size // lanes) * lanes
 
 
 def _forward(version: str) -> Callable[..., None]:
     def forward(r, k, v, w, u, starts, initial, state, y, final, kept, first, last):
-        _ = version  # numba's cache knows when this file changes; this makes it know of the macros' file, too
+        _ = version  # numba's cache notices changes to this file; this makes it notice changes to the macros' file too
         B, T, H, N = r.shape
         width = width_of(N, state)
         rt, kt, vt, et, read, key, yt, packed_read, packed_key = scratch(9, CHUNK * width, state)
@@ -210,11 +210,11 @@ def decay_reads(x, read, scores, r, k, e, bonus, width):
 def decay_keys(x, key, decay, k, e, width):
     """key_t = k_t Q_t; decay = D."""
     with x.columns(width) as column:
-        behind = x.constant(1.0)
+        until_end = x.constant(1.0)
         for t in reversed(TOKENS):
-            x.store(x.mul(x.load(k, (t, width), column), behind), key, (t, width), column)
-            behind = x.mul(behind, x.load(e, (t, width), column))
-        x.store(behind, decay, column)
+            x.store(x.mul(x.load(k, (t, width), column), until_end), key, (t, width), column)
+            until_end = x.mul(until_end, x.load(e, (t, width), column))
+        x.store(until_end, decay, column)
 
 
 @macro
@@ -337,12 +337,12 @@ def token_gradients(x, dr, dk, dw, du, r, k, e, bonus, decay, ddecay, dscores, w
         rs, ks, es, drs, dks = (x.rows(data, width, column) for data in (r, k, e, dr, dk))
         boost, du_total = x.load(bonus, column), x.load(du, column)
         dws = [x.mul(x.load(decay, column), x.load(ddecay, column))] * CHUNK
-        before = behind = x.constant(1.0)
+        before = until_end = x.constant(1.0)
         earlier = later = x.constant(0.0)
         for t in TOKENS:
             drs[t], before = x.mul(drs[t], before), x.mul(before, es[t])
         for t in reversed(TOKENS):
-            dks[t], behind = x.mul(dks[t], behind), x.mul(behind, es[t])
+            dks[t], until_end = x.mul(dks[t], until_end), x.mul(until_end, es[t])
         for t in TOKENS:
             dws[t], earlier = x.add(dws[t], earlier), x.muladd(ks[t], dks[t], earlier)
         for t in reversed(TOKENS):

@@ -1,8 +1,8 @@
 """Vector instructions for the kernels of `wkv_compiled`, written with llvmlite.
 
-LLVM's own vectoriser does not hold eight accumulators in registers over an outer loop, and it asks at run time whether
-any two pointers overlap; so the loops over a chunk are written here as vector instructions.  A `@macro` is a function
-for compiled code given by what writes its instructions: Python's `for` unrolls, `loop` and `columns` run.
+LLVM's vectorizer does not keep eight accumulators in registers across an outer loop, and it checks at run time whether
+any two pointers overlap.  So the loops over a chunk are written here as vector instructions.  A `@macro` is Python that
+writes the instructions of a function for compiled code: a Python `for` is unrolled, `loop` and `columns` become loops.
 
 The scratch that macros work on is contiguous and aligned to VECTOR_BYTES.  *Rows* are (8, width), eight tokens;
 *packed* is the same transposed, (width, 8).  A *matrix* (width, width) is stored by columns of L lanes: element (a, c)
@@ -33,7 +33,7 @@ Term: TypeAlias = int | ir.Value | tuple
 
 
 def macro(write: Callable) -> Callable:
-    """Makes write(lanes, *arguments) a function for compiled code; scratch arrives as a pointer to its data."""
+    """Turns write(lanes, *arguments) into a function for compiled code; scratch arrives as a pointer to its data."""
 
     @intrinsic
     def call(typing_context, *arguments):
@@ -55,7 +55,7 @@ def macro(write: Callable) -> Callable:
 class Lanes:
     """Writes LLVM instructions on vectors of L numbers.
 
-    An address is a pointer and terms to add up, of which a pair is a product: load(data, (row, width), column).
+    An address is a pointer plus terms; a pair is a product: load(data, (row, width), column).
     """
 
     def __init__(self, builder: ir.IRBuilder, real: types.Float):
@@ -95,7 +95,7 @@ class Lanes:
             self.store(value, data, (t, width), column)
 
     def splat(self, data: ir.Value, *terms: Term) -> ir.Value:
-        """One number in every lane."""
+        """Returns one number in every lane."""
         return self.fill(self.builder.load(self.builder.gep(data, [self.index(*terms)])))
 
     def fill(self, value: ir.Value) -> ir.Value:
@@ -135,7 +135,7 @@ class Lanes:
         return [self.builder.load(slot) for slot in slots]
 
     def store_totals(self, slots: Sequence[ir.Value], data: ir.Value, *terms: Term) -> None:
-        """Stores the sum over the lanes of each accumulator, one number after the other."""
+        """Stores the sum over the lanes of each accumulator, one number after another."""
         vectors, lanes = self.totals(slots), self.L
         while lanes > 1:
             pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0], None)]
@@ -144,7 +144,7 @@ class Lanes:
             self.store(vector, data, *terms, n * self.L)
 
     def shuffle(self, a: ir.Value, b: ir.Value, lanes: Sequence[int]) -> ir.Value:
-        """The given lanes of a followed by b."""
+        """Returns the given lanes of a followed by b."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes)))
 
     def even_odd(self, a: ir.Value, b: ir.Value | None) -> list[ir.Value]:
@@ -152,7 +152,7 @@ class Lanes:
         return [self.shuffle(a, a if b is None else b, range(first, total, 2)) for first in (0, 1)]
 
     def interleave(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
-        """n vectors as the n vectors of the sequence a[0], b[0], c[0], ..., a[1], b[1], c[1], ..."""
+        """Reorders n vectors a, b, c, ... into a[0], b[0], c[0], ..., a[1], b[1], c[1], ..."""
         if len(vectors) == 1:
             return list(vectors)
         order = [x for lane in range(self.L) for x in (lane, self.L + lane)]
@@ -167,12 +167,12 @@ class Lanes:
         return [vector for pair in zip(*map(self.separate, halves), strict=True) for vector in pair]
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """exp for x <= 0, correct to about an ulp; 0 where that is below the smallest normal number; NaN stays NaN."""
+        """Returns exp(x) for x <= 0 to about an ulp; 0 for results below the smallest normal number; NaN stays NaN."""
         build, single = self.builder, self.bytes == 4
         fraction_bits, bias, terms = (23, 127, 8) if single else (52, 1023, 14)
         # ln 2 in two parts; the first is short, so that its product with a whole number is exact.
         coarse, fine = (0.693359375, -2.12194440e-4) if single else (6.93145751953125e-1, 1.42860682030941723212e-6)
-        # Adding this rounds to a whole number, which then stands in the lowest bits.
+        # Adding this rounds to a whole number, which ends up in the lowest bits.
         rounder = self.constant(1.5 * 2**fraction_bits)
         rounded = self.add(self.mul(x, self.constant(1 / math.log(2))), rounder)
         whole = self.sub(rounded, rounder)
@@ -189,9 +189,9 @@ class Lanes:
     def inside(
         self, array: ir.Value, token: Sequence[ir.Value], limit: Sequence[ir.Value], column: ir.Value
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Where row token = (b, t, h) of a (B, T, H, N) array lies from a column on: address, alignment, valid lanes.
+        """Returns address, alignment and valid lanes of a row of a (B, T, H, N) array, from a column to its end.
 
-        limit: (T, N).  No lane is valid from token T on.
+        token: the row (b, t, h); limit: (T, N).  No lane is valid at token T or later.
         """
         build, (b, t, h) = self.builder, token
         over_batch, over_time, over_heads, _ = cgutils.unpack_tuple(build, array.strides, 4)
@@ -202,7 +202,7 @@ class Lanes:
         return data, ir.Constant(ir.IntType(32), self.bytes), build.icmp_signed("<", lanes, self.fill(left))
 
     def load_inside(self, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> ir.Value:
-        """Zeros where nothing is."""
+        """Loads from the array, with zeros outside of it."""
         return self.call("llvm.masked.load", self.vector, *self.inside(array, *where), self.constant(0.0))
 
     def store_inside(self, value: ir.Value, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> None:

@@ -1,4 +1,4 @@
-"""The WKV recurrence as its definition: a plain loop over time.  Every other form is judged against this one."""
+"""The WKV recurrence as defined: a plain loop over time.  Every other form is checked against this one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infctx.conventions import START_SPACING
 def wkv_reference(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, starts: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `infctx.wkv`; runs in the dtype of `state`, so in float64 if the state is."""
+    """See `infctx.wkv`; computes in the dtype of `state`."""
     dtype = state.dtype
     y = []
     for t in range(r.shape[1]):
