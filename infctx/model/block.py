@@ -12,7 +12,7 @@ from infctx.recurrence.layer_segment import LayerSegment, LayerState
 
 
 class Block(nn.Module):
-    """x + time_mix(norm(x)), then x + channel_mix(norm(x))."""
+    """Computes x + time_mix(norm(x)), then x + channel_mix(norm(x))."""
 
     def __init__(self, sizes: Sizes, backend: str) -> None:
         super().__init__()
@@ -22,9 +22,9 @@ class Block(nn.Module):
         self.channel_mix = ChannelMix(sizes)
 
     def forward(self, x: Tensor, state: LayerState, segment: LayerSegment) -> tuple[Tensor, LayerState]:
-        """x (B, T, D) and the layer's state -> the same after the segment."""
-        # ZeRO-3 finds out when a block begins and ends its backward pass from the tensors among its inputs and outputs:
-        # x and the state are those, what is in `segment` need not be.
+        """x (B, T, D), the layer's state -> both after the segment."""
+        # ZeRO-3 notices the beginning and end of a block's backward pass by the tensors among its inputs and outputs.
+        # x and the state are enough; the tensors in `segment` need not be visible.
         change, wkv, time_shift = self.time_mix(self.time_norm(x), state.wkv, state.time_shift, segment)
         x = x + change
         change, channel_shift = self.channel_mix(self.channel_norm(x), state.channel_shift, segment)

@@ -14,7 +14,7 @@ from infctx.recurrence.token_shift import blend
 
 
 class SquaredRelu(torch.autograd.Function):
-    """relu(x)^2, in fewer passes over memory than its two halves take; gradient 2 relu(x)."""
+    """relu(x)^2 in fewer passes over memory than two separate ops; gradient 2 relu(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class SquaredRelu(torch.autograd.Function):
 class ChannelMix(nn.Module):
     """sigmoid(W_r x_r) * (W_v relu(W_k x_k)^2), with x_k and x_r between a token's input and the one before.
 
-    RWKV-5 stores the weight mu of the current input, RWKV-6 the weight 1 - mu of the one before.
+    RWKV-5 stores the weight mu of the current input, RWKV-6 the weight 1 - mu of the previous one.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -45,7 +45,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(sizes.ffn_width, width)
 
     def forward(self, x: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor]:
-        """(B, T, D) and the state's shift vector (B, D) -> (B, T, D) and the vector to hand on."""
+        """x (B, T, D), the state's shift vector (B, D) -> output (B, T, D) and the vector to pass on."""
         before, shift = segment.token_shift("channel_shift", x, shift)
         origin, other = (before, x) if self.weighs_current else (x, before)
         x_k, x_r = blend(origin, other - origin, torch.stack([self.mix_key, self.mix_receptance]).to(x.dtype))

@@ -19,8 +19,8 @@ from infctx.model.time_mix import DataDependentMixing
 def initialise(model: RWKV, seed: int) -> None:
     """Fills every weight of the model in place, drawing on the CPU so that a seed gives the same weights anywhere.
 
-    Norms are 1 and 0 but for the head norm's slowly growing gain; matrices that end a residual branch are 0; decays
-    and token-shift weights follow curves over channels and depth.
+    Norms are 1 and 0, except that the head norm's gain grows slowly with depth.  Matrices that end a residual branch
+    are 0.  Decays and token-shift weights follow curves over channels and depth.
     """
     random = torch.Generator().manual_seed(seed)
     sizes = model.sizes
@@ -51,7 +51,7 @@ def initialise(model: RWKV, seed: int) -> None:
 
 
 def _initialise_mixes(block: Block, layer: int, sizes: Sizes, random: torch.Generator) -> None:
-    """Token-shift weights, decay and bonus: curves over the channel n and the depth."""
+    """Fills token-shift weights, decay and bonus: curves over the channel n and the depth."""
     width, mixing = sizes.width, block.time_mix.mixing
     depth = layer / max(sizes.num_layers - 1, 1)  # 0 .. 1; 0 in a model of one layer
     remaining = 1 - layer / sizes.num_layers  # 1 .. 1 / L

@@ -1,4 +1,4 @@
-"""The layers all blocks are made of: weights are cast to the dtype of what comes in, and nowhere else."""
+"""The layers that all blocks consist of.  Weights are cast to the dtype of the input here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """y = x W^T, computed in the dtype of x."""
+    """Computes y = x W^T in the dtype of x."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)

@@ -1,4 +1,4 @@
-"""Cross entropy of a segment, with the head applied in slices: the logits of a whole segment never exist."""
+"""Cross entropy of a segment, with the head applied in slices: a whole segment's logits never exist."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import Received
 
 SLICE_LOGITS = 1 << 25
-"""Logits held at once: 128 MiB in fp32."""
+"""Logits held at the same time: 128 MiB in fp32."""
 
 L2WRAP = 1e-4
 """Factor of RWKV-LM's L2Wrap: its gradient adds this times the largest logit, at the largest logit."""
 
 
 class Segment(NamedTuple):
-    """What a segment is to the model and its loss.
+    """A segment as the model and its loss see it.
 
     tokens:  (B, T) int64
-    targets: (B, T) int64, -100 where there is no loss; None for the state alone, without head and loss
-    starts:  (B, number of 16-token boundaries inside the segment) bool, None where no document starts
-    offset:  place of the first token on the 16-token grid of the window, 0..15; 0 where time is shared over ranks
+    targets: (B, T) int64, -100 where there is no loss; None to compute only the state, without head and loss
+    starts:  (B, number of 16-token boundaries inside the segment) bool, None if no document starts
+    offset:  place of the first token on the 16-token grid of the window, 0..15; 0 if time is shared over ranks
     """
 
     tokens: Tensor
@@ -39,7 +39,7 @@ class Segment(NamedTuple):
 
 
 class SegmentLoss(nn.Module):
-    """The one module that a window drives: model, head and loss of a segment."""
+    """The module that a window runs: model, head and loss of a segment."""
 
     def __init__(self, model: RWKV, l2wrap: bool = False) -> None:
         super().__init__()
@@ -58,28 +58,30 @@ class SegmentLoss(nn.Module):
             hidden, state = self.model(tokens, state)
         else:
             before, state = self.model(tokens[:, :on_grid], state)
-            behind, state = self.model(tokens[:, on_grid:], state, starts)
-            hidden = torch.cat([before, behind], dim=1)
+            after, state = self.model(tokens[:, on_grid:], state, starts)
+            hidden = torch.cat([before, after], dim=1)
         if targets is None:
             return hidden.new_zeros(()), state
         return cross_entropy_sum(hidden, self.model.head.weight, targets, self.l2wrap), state
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool = False) -> Tensor:
-    """Sum of -log softmax(hidden head^T)[target] over unmasked targets: a scalar in fp32, or fp64 with fp64.
+    """Returns the sum of -log softmax(hidden head^T)[target] over unmasked targets, a scalar in fp32 (fp64 with fp64).
 
-    hidden: (B, T, D); head: (V, D), computed in the dtype of hidden; targets: (B, T), -100 = masked.
-    l2wrap: adds RWKV-LM's L2Wrap to the gradient (not to the value): that of 0.5e-4 max_logit^2 a target, under the
-    same denominator as the loss, so that it weighs the same however a step is cut.
+    hidden:  (B, T, D)
+    head:    (V, D), computed in the dtype of hidden
+    targets: (B, T), -100 = masked
+    l2wrap:  adds RWKV-LM's L2Wrap to the gradient, not to the value: the gradient of 0.5e-4 max_logit^2 per target.
+             It has the same denominator as the loss, so its weight does not depend on how a step is cut.
     """
-    if not torch.is_grad_enabled():  # which a Function's forward cannot see
+    if not torch.is_grad_enabled():  # a Function's forward cannot see this
         hidden, head = hidden.detach(), head.detach()
     return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap)
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(hidden head^T)[target] of each place (B, T), 0 where the target is masked; no gradients."""
+    """Returns -log softmax(hidden head^T)[target] for each token (B, T), 0 for masked targets; no gradients."""
     losses = [
         F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="none")
         for _, logits, wanted in _slices(hidden.flatten(0, 1), head, targets.flatten())
@@ -88,7 +90,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def _slices(hidden: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, logits (rows, V) in at least fp32, targets (rows)) of slices of the rows of hidden (B * T, D)."""
+    """Yields (rows, logits (rows, V) in at least fp32, targets (rows)) for slices of the rows of hidden (B * T, D)."""
     rows = max(1, SLICE_LOGITS // head.shape[0])
     head = head.to(hidden.dtype)
     for begin in range(0, len(hidden), rows):
@@ -98,7 +100,7 @@ def _slices(hidden: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[sli
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
-    """The gradient of a slice is made while its logits are there, so that the head is never run twice."""
+    """Computes the gradient of a slice while its logits exist, so that the head is never applied twice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:
@@ -131,7 +133,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:
-    """d(loss sum) / d(logits) (rows, V), written over the logits."""
+    """Returns d(loss sum) / d(logits) (rows, V), written over the logits."""
     unmasked = targets != MASKED
     largest, at = logits.max(dim=1, keepdim=True)
     gradient = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()

@@ -1,4 +1,4 @@
-"""Time mix: the recurrent half of a block.  All that tells RWKV-5 from RWKV-6 is in the two mixing modules here."""
+"""Time mix: the recurrent half of a block.  RWKV-5 and RWKV-6 differ only in the two mixing modules here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TimeMix(nn.Module):
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor, state: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to hand on."""
+        """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to pass on."""
         before, shift = segment.token_shift("time_shift", x, shift)
         x_r, x_k, x_v, x_g, w = self.mixing(x, before)
         r, k, v, w = (
@@ -43,7 +43,7 @@ class TimeMix(nn.Module):
 
 
 class StaticMixing(nn.Module):
-    """RWKV-5: each input is a fixed blend of a token's vector and the one before; the decay is one constant."""
+    """RWKV-5: each input is a fixed blend of a token's vector and the previous one; the decay is constant."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -91,5 +91,5 @@ class DataDependentMixing(nn.Module):
 
 
 def _precise(x: Tensor) -> Tensor:
-    """At least fp32: a log decay in bf16 would forget documents at the wrong speed."""
+    """Returns x in at least fp32: a log decay in bf16 would forget documents at the wrong speed."""
     return x if x.dtype == torch.float64 else x.float()

@@ -216,7 +216,7 @@ def test_what_does_not_go_together(tmp_path):
         assert "\n" not in str(refused.value)
         assert not out.exists()
     infctx.save_state(random_model(6, with_state=True, num_layers=3).initial_state(1), tmp_path / "other.pth")
-    with pytest.raises(InputError, match="the state is of 3 layers with 3 heads of 8, the model has 2 layers"):
+    with pytest.raises(InputError, match="the state has 3 layers with 3 heads of 8, the model 2 layers"):
         export(base, out, state=tmp_path / "other.pth")
 
 

@@ -171,9 +171,9 @@ def test_shift_vectors_have_a_place_in_our_own_form_only(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"num_layers": 2}, "the state is of 2 layers with 2 heads of 20, the model has 3 layers with 2 heads of 20"),
-        ({"width": 60}, "the state is of 3 layers with 3 heads of 20, the model has 3 layers with 2 heads of 20"),
-        ({"head_size": 10}, "the state is of 3 layers with 4 heads of 10, the model has 3 layers with 2 heads of 20"),
+        ({"num_layers": 2}, "the state has 2 layers with 2 heads of 20, the model 3 layers with 2 heads of 20"),
+        ({"width": 60}, "the state has 3 layers with 3 heads of 20, the model 3 layers with 2 heads of 20"),
+        ({"head_size": 10}, "the state has 3 layers with 4 heads of 10, the model 3 layers with 2 heads of 20"),
     ],
 )
 @pytest.mark.parametrize(("form", "suffix"), FORMS)
