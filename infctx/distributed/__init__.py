@@ -1,1 +1,1 @@
-"""Many processes, one run: who has what, how they start, watch each other and end, how gradients meet."""
+"""Many processes, one run: how ranks divide the work, start, watch each other and end, and reduce gradients."""

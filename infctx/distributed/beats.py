@@ -1,4 +1,4 @@
-"""Beats: what the ranks of a run let each other know once a second, through a store that rank 0 hosts."""
+"""Beats: the status that each rank sends the others once a second, through a store that rank 0 hosts."""
 
 from __future__ import annotations
 
@@ -19,41 +19,43 @@ RECONNECT_SECONDS = 5.0
 
 
 def open_watch_store(rank: int, world_size: int) -> TCPStore:
-    """The store for a Watchdog, on a free port of rank 0's machine; every rank calls it, after init_process_group.
+    """Opens the store for a Watchdog, on a free port of rank 0's machine; every rank calls it after init_process_group.
 
-    Raises RuntimeError where rank 0 ($MASTER_ADDR) cannot be reached within CONNECT_SECONDS.
+    Raises RuntimeError if rank 0 ($MASTER_ADDR) cannot be reached within CONNECT_SECONDS.
     """
     host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=CONNECT_SECONDS)
     hosted = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == 0 else None
-    told: list[Any] = [hosted.port if hosted else None]
+    port: list[Any] = [hosted.port if hosted else None]
     if world_size > 1:
-        dist.broadcast_object_list(told, src=0)
-    return hosted or TCPStore(host, told[0], is_master=False, timeout=timeout, wait_for_workers=False)
+        dist.broadcast_object_list(port, src=0)
+    return hosted or TCPStore(host, port[0], is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells the others, once a second: where it is, whether and why it left, whether it has said who is
-    gone; `count` changes with every beat."""
+    """A rank's status: where it is, whether and why it left, and whether it has reported a rank that is gone.
+
+    `count` changes with every beat.
+    """
 
     count: int = 0
     step: int | None = None
     segment: int | None = None
     doing: str = ""
     marks: int = 0
-    """Marks so far in this step: what orders the ranks within it."""
+    """Marks so far in this step; they order the ranks within it."""
     host: str = ""
     address: Sequence | None = None
-    """Where something listens for as long as the process lives."""
+    """A socket that listens as long as the process lives."""
     left: bool = False
     reason: str | None = None
     verdict: tuple[int, ...] = ()
-    """Ranks that it found gone, the first of them first: it is ending."""
-    said: bool = False
+    """Ranks that it found gone, in the order in which they went: it is ending."""
+    reported: bool = False
 
     @property
     def place(self) -> str:
-        """Where the rank is, in words."""
+        """Describes where the rank is."""
         doing = f" ({self.doing})" if self.doing else ""
         if not self.step:
             return f"before its first step{doing}"
@@ -64,8 +66,10 @@ class Beat:
 class Exchange:
     """A thread that writes this rank's beat to the store and reads the others', once a second or when woken.
 
-    beats: the newest of each rank that was ever seen.  written: the newest of this rank that the store has.
-    answers: counts exchanges.  broken: the last one raised.
+    beats:   the newest beat of each rank seen so far
+    written: this rank's newest beat in the store
+    answers: the number of exchanges so far
+    broken:  whether the last exchange raised
     """
 
     def __init__(self, store: TCPStore, rank: int, others: list[int], mine: Beat, seconds: float) -> None:
@@ -74,9 +78,9 @@ class Exchange:
         self.answers, self.broken, self.written = 0, False, Beat()
         self.wake, self._lock, self._stopping = threading.Event(), threading.Lock(), False
         self.thread = threading.Thread(target=self._run, name="watchdog-exchange", daemon=True)
-        store.set_timeout(timedelta(days=1))  # an operation that hangs is the judge's to notice, not the log's
+        store.set_timeout(timedelta(days=1))  # the judge notices an operation that hangs; torch should not log it
 
-    def tell(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
         """Changes this rank's next beats."""
         with self._lock:
             self.mine = replace(self.mine, **changes)
@@ -94,13 +98,13 @@ class Exchange:
                 if self.broken:
                     self._reconnect()
                 self._exchange()
-            except Exception:  # of the store: its host is gone
+            except Exception:  # from the store: its host is gone
                 self.broken = True
             self.wake.wait(self.seconds)
             self.wake.clear()
 
     def _exchange(self) -> None:
-        self.tell(count=self.mine.count + 1)
+        self.update(count=self.mine.count + 1)
         mine = self.mine
         self.store.set(_key(self.rank), json.dumps(asdict(mine)))
         here = [rank for rank in self.others if rank in self.beats or self.store.check([_key(rank)])]
@@ -111,7 +115,7 @@ class Exchange:
 
     def _reconnect(self) -> None:
         host, port = self.store.host, self.store.port
-        if refusal := knock((host, port)):  # a store would say so on standard error
+        if refusal := knock((host, port)):  # a store would print it on standard error
             raise refusal
         timeout = timedelta(seconds=RECONNECT_SECONDS)
         self.store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -123,11 +127,11 @@ def _key(rank: int) -> str:
 
 
 def listen(store: TCPStore) -> socket.socket | None:
-    """A socket whose address others can knock at; None where there is no network to speak of."""
+    """Opens a socket that others can knock at; returns None if there is no network."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as way:
-            way.connect(target)  # sends nothing, but tells which of this machine's addresses leads there
+            way.connect(target)  # sends nothing, but picks this machine's address for that route
             address = way.getsockname()
         return socket.create_server((address[0], 0), family=family)
     except OSError:
@@ -135,7 +139,7 @@ def listen(store: TCPStore) -> socket.socket | None:
 
 
 def knock(address: Sequence | None) -> OSError | None:
-    """None if something listens there, also while its process is busy; ConnectionRefusedError if it is no more."""
+    """Returns None if something listens there, even in a busy process; ConnectionRefusedError if it is gone."""
     if address is None:
         return OSError("no address")
     try:

@@ -1,4 +1,4 @@
-"""The devices of a run: Lightning's Fabric for a plan, its process group, and the watch that its ranks keep."""
+"""Opens the devices of a run: Lightning's Fabric for a plan, its process group, and the watchdog of its ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from infctx.formats.checkpoint_folder import checkpoints
 from infctx.plan.plan import Plan, whole_weights
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""For what all ranks do together; a rank that is gone is found by the watchdog long before."""
+"""Timeout of collectives; the watchdog finds a rank that is gone long before."""
 
 ONE_LINE_ERRORS = (
     InputError,
@@ -42,30 +42,30 @@ ONE_LINE_ERRORS = (
     KeyboardInterrupt,
     SystemExit,
 )
-"""What the command line shows in one line."""
+"""Errors that the command line shows in one line."""
 
 VERDICT_SECONDS = 45.0
-"""For the watchdog to find out who is gone, where a collective failed; it needs 20 to 25."""
+"""Time for the watchdog to find out which rank is gone after a collective failed; it needs 20 to 25."""
 
 
 class Devices(NamedTuple):
-    """What a run runs on: Lightning's Fabric, where this process stands, and the plan."""
+    """The devices of a run: Lightning's Fabric, this process's rank, and the plan."""
 
     fabric: Fabric
     ranks: Ranks
     plan: Plan
 
     def describe(self) -> str:
-        """A few words for people."""
+        """Returns a short description for the log."""
         shared = f", each document's time over {self.ranks.time_ranks}" if self.ranks.time_ranks > 1 else ""
         return f"{self.ranks.world_size} ranks on {self.fabric.device.type}, {self.plan.strategy}{shared}"
 
 
 def open_devices(plan: Plan) -> Devices:
-    """The devices of a plan, with the process group of all ranks open if there is one.
+    """Opens the devices of a plan, and the process group of all ranks if there are several.
 
-    Precision is ours, explicit at the casts.  Raises InputError where the ranks that were started are not those of the
-    configuration.
+    Fabric's precision is off: ours is explicit at the casts.  Raises InputError if the number of ranks started is not
+    that of the configuration.
     """
     settings = plan.config.distributed
     started = ranks_started()
@@ -74,7 +74,7 @@ def open_devices(plan: Plan) -> Devices:
             f"distributed.devices: {settings.devices} on distributed.nodes {settings.nodes} are {settings.world_size} "
             f"ranks, and {started} were started; set them to what was started"
         )
-    for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last says who has joined
+    for name in ("lightning.fabric", "lightning.pytorch"):  # the one imported last logs every rank that joins
         logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator={"cuda": "gpu", "cpu": "cpu"}[plan.device.type],
@@ -94,7 +94,7 @@ def open_devices(plan: Plan) -> Devices:
 
 
 def _fabric_strategy(plan: Plan) -> Strategy | None:
-    """None for one device that holds everything."""
+    """Returns Fabric's strategy; None for one device that holds everything."""
     backend = "nccl" if plan.device.type == "cuda" else "gloo"
     if plan.strategy != "ddp":
         return zero_strategy(plan, backend, COLLECTIVE_TIMEOUT)
@@ -105,13 +105,13 @@ def _fabric_strategy(plan: Plan) -> Strategy | None:
 
 @contextmanager
 def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
-    """Inside, the ranks of a run watch each other: each ends where another is gone, and one of them says which.
+    """A context in which ranks watch each other: if one is gone, another reports which, and all of them end.
 
-    After it the ranks are on their own: the process group is closed.
+    At its end the process group is closed.
     """
     if ranks.world_size == 1:
         yield None
-        if dist.is_initialized():  # of ZeRO
+        if dist.is_initialized():  # by ZeRO
             dist.destroy_process_group()
         return
     store = open_watch_store(ranks.rank, ranks.world_size)
@@ -122,15 +122,15 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
         yield watchdog
     except BaseException as error:
         if type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError):  # another rank may have died
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends at once; first it is said who
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it right away; report the dead rank first
             watchdog.await_verdict(VERDICT_SECONDS)
-        said = watchdog.leave(str(error) or type(error).__name__)
+        reported = watchdog.leave(str(error) or type(error).__name__)
         watchdog.close()
-        if said:  # by another rank, in the one line that there is to be
+        if reported:  # another rank has printed the one line
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
         if isinstance(error, ONE_LINE_ERRORS):
             raise
-        traceback.print_exc()  # and no cleaning up, which would wait for the other ranks
+        traceback.print_exc()  # then skip cleanup, which would wait for the other ranks
         sys.stderr.flush()
         os._exit(1)
     watchdog.leave(None)
@@ -140,5 +140,5 @@ def watched(ranks: Ranks, checkpoint_folder: Path) -> Iterator[Watchdog | None]:
 
 def _remedy(checkpoint_folder: Path) -> str:
     kept = checkpoints(checkpoint_folder)
-    last = f"The last checkpoint, {kept[-1]}, is whole" if kept else "There is no checkpoint yet"
-    return f"{last}: run the same command again to go on, on any number of ranks"
+    last = f"The last checkpoint, {kept[-1]}, is complete" if kept else "There is no checkpoint yet"
+    return f"{last}; run the same command again to resume, on any number of ranks"

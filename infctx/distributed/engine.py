@@ -1,6 +1,6 @@
-"""The engine: how a backward call is made, gradients are reduced and clipped, and the optimizer steps.
+"""The engine: makes backward calls, reduces and clips gradients, and steps the optimizer.
 
-The loop and the window know none of this; they call the Engine.  One device and ddp are here, ZeRO is in `zero`.
+The loop and the window only call the Engine.  One device and ddp are here; ZeRO is in `zero`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter, of its shape; besides them it counts steps."""
+"""Adam's state of a parameter, each of its shape; Adam also counts steps."""
 
 
 class Engine:
-    """One device, or several that hold everything (ddp): the plain way of each call.
+    """The engine of one device, or of several that all hold everything (ddp).
 
-    segment_loss: runs a segment, as `SegmentLoss`.
-    scale:        what a sum of losses is multiplied with, so that the mean of the gradients over all ranks is the
-                  gradient of the mean loss of the step.
-    busy_seconds: since the step began, up to where the ranks wait for each other to reduce its gradients.
+    segment_loss: runs a segment, like `SegmentLoss`
+    scale:        factor of a sum of losses, so that the mean of the gradients over all ranks is the gradient of the
+                  step's mean loss
+    busy_seconds: from the beginning of the step until the ranks wait for each other to reduce its gradients
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Engine:
         self.segment_loss: nn.Module = self.wrapped._forward_module
         self._until_backward = ExitStack()
 
-    def _wrap(self, segment_loss: SegmentLoss):  # noqa: ANN202  (Fabric's class is its own affair)
+    def _wrap(self, segment_loss: SegmentLoss):  # noqa: ANN202  (a private class of Fabric)
         return self.fabric.setup_module(segment_loss)
 
     @property
     def holds_whole_weights(self) -> bool:
-        """Whether the model in this process is one to be run alone."""
+        """Returns whether this process alone can run the model."""
         return True
 
     def begin_step(self, step: int, num_targets: int, num_backwards: int) -> None:
-        """Before the first segment of a step.
+        """Begins a step, before its first segment.
 
         num_targets:   unmasked targets of the step, over all ranks
-        num_backwards: backward calls of this rank in the step; in the last of them gradients are reduced
+        num_backwards: backward calls of this rank in the step; the last one reduces the gradients
         """
         self.step_number, self._began = step, time.perf_counter()
         self.scale = self.ranks.world_size / max(num_targets, 1)
@@ -82,59 +82,60 @@ class Engine:
         self._expect_backward(ends_step)
 
     def mark(self, doing: str) -> None:
-        """Lets the other ranks know where this one is."""
+        """Reports to the other ranks where this one is."""
         if self.watchdog:
             self.watchdog.mark(self.step_number, self.segment, doing)
 
     def _expect_backward(self, ends_step: bool) -> None:
-        """Gradients are reduced once a step, in its last backward call."""
+        """Arranges for the last backward call of a step to reduce the gradients."""
         if self.ranks.world_size > 1:
             self._until_backward.enter_context(self.fabric.no_backward_sync(self.wrapped, enabled=not ends_step))
 
     def backward(self, scalar: Tensor) -> None:
-        """One backward call."""
+        """Makes one backward call."""
         with self._until_backward:
             self.fabric.backward(scalar)
 
     def step(self) -> Tensor:
-        """Clips the gradient to clip_norm and steps the optimizer; the gradients are gone after it.
+        """Clips the gradient to clip_norm, steps the optimizer and clears the gradients.
 
-        Returns the global norm before clipping.  Where that is not finite nothing is done, and the gradients stay.
+        Returns the global norm before clipping.  If it is not finite, does nothing and keeps the gradients.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if norm.isfinite():
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-            # The buckets that ddp reduces are the gradients themselves, as long as these stay where they are.
+            # The gradients are the buckets that ddp reduces, as long as they are not reallocated.
             self.optimizer.zero_grad(set_to_none=self.ranks.world_size == 1)
         return norm
 
     def parameters_without_finite_gradient(self) -> list[str] | None:
-        """Their names, after a step that found the norm not finite; None where no rank has whole gradients."""
+        """Returns their names, after a step whose norm was not finite; None if no rank has whole gradients."""
         gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
         return [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
 
     def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Inside, these parameters are whole on every rank; every rank must enter it."""
+        """A context in which these parameters are whole on every rank; every rank must enter it."""
         return nullcontext()
 
     def learned_state(self) -> State | None:
-        """See `RWKV.learned_state`; every rank must ask."""
+        """See `RWKV.learned_state`; every rank must call it."""
         with self.gathered([part for part in self.model.initial_parts() if part is not None]):
             return self.model.learned_state()
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """The values of a parameter, on some device; every rank must ask for the same ones in the same order."""
+        """Returns a parameter's values, on some device; every rank must ask for the same ones in the same order."""
         return parameter.detach()
 
     def whole_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's state of a parameter: MOMENTS and "step", nothing before the first; as for `whole`."""
+        """Returns a parameter's MOMENTS and "step", or nothing before the first step; every rank must ask, as in
+        `whole`."""
         return self.optimizer.state.get(parameter, {})
 
     def begin_moments(self, steps: float) -> None:
-        """Makes room for the state of an optimizer that has done so many steps."""
+        """Makes room for the state of an optimizer after `steps` steps."""
 
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        """The inverse of `whole_moments`, after `begin_moments`."""
+        """Inverts `whole_moments`, after `begin_moments`."""
         self.optimizer.state[parameter] = {name: part.to(self.device) for name, part in moments.items()}

@@ -1,7 +1,7 @@
-"""`infctx train` on several devices of one machine: starts a process for each, and ends when they have ended.
+"""Starts `infctx train` on several devices of one machine, one process each, and waits for them to end.
 
-In goes the command line; out comes its exit code.  The ranks find each other through the environment, in torchrun's
-names, and watch each other (distributed/watchdog); what is left to the launcher is said in `launch`.
+In: the command line; out: its exit code.  The ranks find each other through torchrun's environment variables and watch
+each other (distributed/watchdog); `launch` describes the rest.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def launch(
 ) -> int:
     """Runs `program` with `arguments` in `count` processes; returns the exit code for all of them.
 
-    SIGINT and SIGTERM reach every rank once, as SIGTERM: it finishes its step, saves and ends with 0; a second one
-    kills.  A rank that ends with another code has said why, and the others are killed after `soon_seconds`.  One that
-    a signal killed is for the watchdogs of the others to name; after `watch_seconds` they are killed too.
+    SIGINT and SIGTERM reach every rank once, as SIGTERM: it finishes its step, saves and exits with 0.  A second signal
+    kills.  A rank that exits with another code has reported why, and the others are killed after `soon_seconds`.  If a
+    signal killed a rank, the watchdogs of the others name it; they are killed after `watch_seconds`.
     """
     with _signals() as received:
         ranks: list[subprocess.Popen[bytes]] = []
@@ -55,7 +55,7 @@ def launch(
 
 
 def refuse_before_launch(config: Config) -> None:
-    """Makes the plan in a process of its own, which takes with it what it has opened: torch, and memory of a GPU."""
+    """Makes the plan in a separate process, so that torch and GPU memory are released before the ranks start."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(_refuse, config).result()
 
@@ -68,7 +68,7 @@ def _refuse(config: Config) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list of the SIGINT and SIGTERM that came."""
+    """A context that collects SIGINT and SIGTERM in a list."""
     received: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -83,7 +83,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _environment(count: int) -> dict[str, str]:
-    """What is the same for all ranks."""
+    """Returns the environment variables that all ranks share."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "NODE_RANK": "0"}
@@ -92,14 +92,14 @@ def _environment(count: int) -> dict[str, str]:
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A rank, in a session of its own: what the terminal sends reaches the launcher alone."""
+    """Starts a rank in a new session, so that signals from the terminal reach only the launcher."""
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _wait(
     ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int], soon_seconds: float, watch_seconds: float
 ) -> dict[int, int]:
-    """The exit codes of the ranks that ended by themselves, in the order in which they did; the others were killed."""
+    """Returns the exit codes of the ranks that ended by themselves, in that order; the others must be killed."""
     ended: dict[int, int] = {}
     forwarded, deadline = False, float("inf")
     while True:
@@ -110,15 +110,15 @@ def _wait(
         ended |= {number: rank.returncode for number, rank in enumerate(ranks) if rank.poll() is not None}
         now = time.monotonic()
         if any(ended.values()):
-            said = any(code > 0 for code in ended.values())
-            deadline = min(deadline, now + (soon_seconds if said or received else watch_seconds))
+            reported = any(code > 0 for code in ended.values())
+            deadline = min(deadline, now + (soon_seconds if reported or received else watch_seconds))
         if len(ended) == len(ranks) or now >= deadline or len(received) > 1:
             return ended
         time.sleep(POLL_SECONDS)
 
 
 def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kills what still runs, with the processes that it started."""
+    """Kills the ranks that still run, and the processes that they started."""
     running = [rank for rank in ranks if rank.poll() is None]
     for rank in running:
         with suppress(ProcessLookupError):
@@ -130,21 +130,21 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _conclude(ended: dict[int, int], count: int, received: Sequence[int]) -> int:
-    """The exit code of the run; says what no rank could say."""
-    said = [code for code in ended.values() if code > 0]
+    """Returns the exit code of the run; prints why it ended if no rank could."""
+    reported = [code for code in ended.values() if code > 0]
     by_signal = {number: -code for number, code in ended.items() if code < 0}
-    if not said and not by_signal and len(ended) == count:
+    if not reported and not by_signal and len(ended) == count:
         return 0
-    if received and (len(received) > 1 or not said):
+    if received and (len(received) > 1 or not reported):
         print("infctx: interrupted", file=sys.stderr)
         return 128 + received[-1]
-    if said:
-        return 1 if by_signal else said[0]
+    if reported:
+        return 1 if by_signal else reported[0]
     number, cause = next(iter(by_signal.items()))
-    why = " (the usual reason is memory that ran out)" if cause == signal.SIGKILL else ""
+    why = " (usually because memory ran out)" if cause == signal.SIGKILL else ""
     print(
-        f"infctx: rank {number} was killed by {signal.Signals(cause).name}{why}; run the same command again to go on "
-        "from the last whole checkpoint, if there is one",
+        f"infctx: rank {number} was killed by {signal.Signals(cause).name}{why}; run the same command again to resume "
+        "from the last complete checkpoint, if there is one",
         file=sys.stderr,
     )
     return 1

@@ -1,4 +1,4 @@
-"""Ranks: the processes of a run, the lanes and the slice of time that each has, and how they tell each other."""
+"""Ranks: the processes of a run, the lanes and slice of time of each, and how they exchange values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.  Ranks p, p + 1, ... of one group of `time_ranks` share the time of the same lanes."""
+    """This process's rank.  Ranks p, p + 1, ... of one group of `time_ranks` share the time of the same lanes."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,12 +30,12 @@ class Ranks:
 
     @property
     def time_rank(self) -> int:
-        """Which slice of every segment is this rank's."""
+        """Number of this rank's slice of every segment."""
         return self.rank % self.time_ranks
 
     @property
     def data_rank(self) -> int:
-        """Which share of the lanes is this rank's."""
+        """Number of this rank's share of the lanes."""
         return self.rank // self.time_ranks
 
     @property
@@ -43,12 +43,12 @@ class Ranks:
         return self.world_size // self.time_ranks
 
     def lanes(self, num_lanes: int) -> range:
-        """The lanes of this rank, of those of all ranks."""
+        """Returns this rank's lanes, out of the lanes of all ranks."""
         share = num_lanes // self.data_ranks
         return range(self.data_rank * share, (self.data_rank + 1) * share)
 
     def join_time(self) -> TimeRanks | None:
-        """The group that shares this rank's time, None if it has all of it; every rank must call it."""
+        """Returns the group that shares this rank's time, None if it has all of it; every rank must call it."""
         if self.time_ranks == 1:
             return None
         begins = range(0, self.world_size, self.time_ranks)
@@ -56,7 +56,7 @@ class Ranks:
         return TimeRanks(groups[self.data_rank])
 
     def gather_numbers(self, numbers: list[float], device: torch.device) -> Tensor:
-        """The numbers of every rank, (world size, how many) in fp64 on the CPU; the same bits on every rank."""
+        """Returns every rank's numbers, (world size, count) in fp64 on the CPU; the same bits on every rank."""
         mine = torch.tensor(numbers, dtype=torch.float64, device=device)
         if self.world_size == 1:
             return mine[None].cpu()
@@ -65,7 +65,7 @@ class Ranks:
         return torch.stack(everyone).cpu()
 
     def gather(self, thing: Any) -> list[Any]:
-        """A thing that can be pickled, of every rank."""
+        """Returns every rank's object; it must pickle."""
         if self.world_size == 1:
             return [thing]
         things: list[Any] = [None] * self.world_size
@@ -73,7 +73,7 @@ class Ranks:
         return things
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """What rank 0 gets for the work; an InputError or OSError of it is raised on every rank."""
+        """Returns the result of work on rank 0; its InputError or OSError is raised on every rank."""
         if self.world_size == 1:
             return work()
         outcome: list[Any] = [_attempt(work) if self.is_first else None]
@@ -81,19 +81,19 @@ class Ranks:
         return _unwrap(outcome)[0]
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
-        """What every rank gets for its own work; an InputError or OSError of one of them is raised on every rank."""
+        """Returns every rank's result of its work; an InputError or OSError on one is raised on every rank."""
         return _unwrap(self.gather(_attempt(work))) if self.world_size > 1 else [work()]
 
 
 def refuse_other_settings(ranks: Ranks, settings: str) -> None:
-    """Raises InputError on every rank if one of them was started with other settings than rank 0."""
+    """Raises InputError on every rank if one of them was started with different settings than rank 0."""
     first, *others = ranks.gather(settings)
     for rank, its in enumerate(others, start=1):
         for mine, different in zip(first.splitlines(), its.splitlines(), strict=False):
             if mine != different:
                 raise InputError(
-                    f"rank {rank} was started with other settings than rank 0: {different.strip()} for {mine.strip()}; "
-                    "start every node with the same file and overrides"
+                    f"rank {rank} was started with different settings than rank 0: {different.strip()}, not "
+                    f"{mine.strip()}; start every node with the same file and overrides"
                 )
 
 

@@ -1,10 +1,10 @@
-"""A run on many ranks ends as one: a rank that dies is named, by one line, and takes the others with it.
+"""Ends all ranks of a run when one dies, and names it in one line.
 
-In go the marks of the training thread (step, segment, what it is at); out come, on standard error, the line that names
-the rank that is gone, or a warning that names the rank that holds up the others; then the process ends.
+In: marks from the training thread (step, segment, activity); out, on standard error: a line that names the rank that is
+gone, before the process ends, or a warning that names the rank that holds up the others.
 
-Two daemon threads in every rank: one exchanges beats with the other ranks through a store that rank 0 hosts, and may
-hang with it; the other judges what came in, and never waits for the first.
+Every rank has two daemon threads.  One exchanges beats with the other ranks through a store that rank 0 hosts, and may
+hang with it; the other judges the beats and never waits for the first.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class Patience(NamedTuple):
-    """In seconds: between two beats; without a beat, until a rank is gone (twice that for its first); until rank 0 is
-    gone when its store breaks off; without any progress, until a warning; from the verdict to the end of the process,
-    so that the line is printed first."""
+    """Times in seconds.
+
+    beat:   between two beats
+    silent: without a beat until a rank counts as gone (twice that for its first beat)
+    lost:   from the loss of rank 0's store until rank 0 counts as gone
+    stall:  without any progress until a warning
+    linger: from the verdict to the end of the process, so that the line is printed first
+    """
 
     beat: float = 1.0
     silent: float = 20.0
@@ -41,10 +46,11 @@ class Patience(NamedTuple):
 
 
 class Watchdog:
-    """Watches all ranks of a run, from a thread of its own in each of them; times are in seconds.
+    """Watches all ranks of a run, from a separate thread in each of them.
 
-    rank, world_size: of this process.  store: of open_watch_store, for nobody else's use.
-    describe_remedy: what the user can do when a rank is gone, a sentence without its full stop.
+    rank, world_size: of this process
+    store:            from open_watch_store, used by nothing else
+    describe_remedy:  returns what the user can do when a rank is gone: a sentence without its period
     """
 
     def __init__(
@@ -65,9 +71,9 @@ class Watchdog:
         address = self._listener.getsockname()[:2] if self._listener else None
         mine = Beat(host=socket.gethostname(), address=address)
         self._exchange = Exchange(store, rank, self.others, mine, beat_seconds)
-        self._clock = 0.0  # runs only while the judge does: a process that was stopped finds nobody else silent
-        self._news = dict.fromkeys(self.others, (0, silent_seconds))  # count of the last beat, when it came
-        self._answers = (0, 0.0)  # of the store
+        self._clock = 0.0  # runs only while the judge does: after a suspension the others are not silent
+        self._news = dict.fromkeys(self.others, (0, silent_seconds))  # count and time of the last beat
+        self._answers = (0, 0.0)  # from the store: count and time of the last one
         self._progress: tuple[object, float] = (None, 0.0)
         self._next_warning = stall_seconds
         self._trouble = ""
@@ -75,38 +81,38 @@ class Watchdog:
         self._judge = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch; every rank does so within a few seconds of the others."""
+        """Begins to watch; every rank must start within a few seconds of the others."""
         self._exchange.thread.start()
         self._judge.start()
 
     def mark(self, step: int, segment: int | None, doing: str) -> None:
-        """Tells where the training thread is; all ranks mark a step in the same order."""
+        """Records where the training thread is; all ranks mark a step in the same order."""
         mine = self._exchange.mine
         marks = mine.marks + 1 if mine.step == step else 1
-        self._exchange.tell(step=step, segment=segment, doing=doing, marks=marks)
+        self._exchange.update(step=step, segment=segment, doing=doing, marks=marks)
 
     def leave(self, reason: str | None) -> bool:
-        """Ends this rank's part: None for done; for a failure its message, which another rank then prints.
+        """Leaves the watch; returns whether another rank has reported why the run ends, so that this one need not.
 
-        Returns whether another rank has said why the run ends, so that this one can go without a word.
+        reason: None if done; for a failure its message, which another rank then prints
         """
         if self._exchange.mine.left:
             return False
-        self._exchange.tell(left=True, reason=None if reason is None else " ".join(reason.split()))
+        self._exchange.update(left=True, reason=None if reason is None else " ".join(reason.split()))
         self._wake.set()
-        deadline, said = time.monotonic() + self.linger_seconds + 3 * self.beat_seconds, False
+        deadline, reported = time.monotonic() + self.linger_seconds + 3 * self.beat_seconds, False
         while time.monotonic() < deadline and self._exchange.thread.is_alive():
             self._exchange.wake.set()
             time.sleep(0.05)
             beats = [self._exchange.beats.get(other, Beat()) for other in self.others]
-            said = any(beat.said for beat in beats)
+            reported = any(beat.reported for beat in beats)
             if not self._exchange.written.left:
                 continue
             if reason is None or all(beat.left for beat in beats):
                 break
-            if said and (self.rank or all(beat.left or beat.verdict for beat in beats)):  # rank 0's store served all
+            if reported and (self.rank or all(beat.left or beat.verdict for beat in beats)):  # all have read the store
                 break
-        return said
+        return reported
 
     def close(self) -> None:
         """Stops watching.  After leave(None) rank 0, which hosts the store, waits until every rank has left."""
@@ -120,11 +126,13 @@ class Watchdog:
             self._listener.close()
 
     def await_verdict(self, seconds: float) -> None:
-        """For a training thread whose collective raised: gives the watchdog time to find out who is gone and to end
-        the process; returns if it finds nobody gone."""
+        """Waits, after a collective raised, for the watchdog to find the rank that is gone and end the process.
+
+        Returns if no rank is gone.
+        """
         self._ended.wait(seconds)
         if self._exchange.mine.verdict:
-            self._ended.wait()  # which is not set any more: the process is about to end
+            self._ended.wait()  # never set now: the process is about to end
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -136,20 +144,20 @@ class Watchdog:
             before = now
             try:
                 if self._launcher and self._launcher != str(os.getppid()):
-                    os._exit(1)  # nobody is left to tell
+                    os._exit(1)  # nobody is left to report to
                 if self._is_over():
                     break
                 if gone := self._find_gone():
                     self._end(gone)
                 self._warn_of_stall()
-            except Exception as trouble:  # the watchdog is for when things go wrong
+            except Exception as trouble:  # the watchdog must survive when things go wrong
                 if repr(trouble) != self._trouble:
                     self._trouble = repr(trouble)
-                    log.exception("rank %d: trouble in the watchdog, which goes on", self.rank)
+                    log.exception("rank %d: error in the watchdog, which keeps running", self.rank)
         self._ended.set()
 
     def _is_over(self) -> bool:
-        """Whether there is nothing left to watch: this rank has left, and needs not keep the store for others."""
+        """Returns whether there is nothing left to watch: this rank has left and others do not need its store."""
         mine = self._exchange.mine
         if mine.left:
             return self.rank > 0 or mine.reason is not None or all(self._is_done(other) for other in self.others)
@@ -160,7 +168,7 @@ class Watchdog:
         return beat.left and beat.reason is None
 
     def _find_gone(self) -> tuple[int, ...]:
-        """Ranks that died or failed, the first of them first."""
+        """Returns the ranks that died or failed, the first of them first."""
         answers, beats = self._exchange.answers, self._exchange.beats
         for beat in beats.values():
             if beat.verdict:
@@ -168,7 +176,7 @@ class Watchdog:
         failed = tuple(rank for rank in sorted(beats) if beats[rank].reason is not None)
         if failed or self._is_lost():
             return failed or (0,)
-        if answers == self._answers[0]:  # no news of anybody
+        if answers == self._answers[0]:  # no new beats
             return ()
         self._answers = (answers, self._clock)
         for rank, beat in beats.items():
@@ -179,28 +187,28 @@ class Watchdog:
         late = [rank for rank, seconds in silence.items() if seconds > missed]
         if any(silence[rank] > limit for rank in late):
             gone = [rank for rank in late if silence[rank] > limit - missed]
-        else:  # a process of this machine that is no more need not be waited for
+        else:  # a process on this machine that has ended is gone right away
             here = [rank for rank in late if rank in beats and beats[rank].host == self._exchange.mine.host]
             gone = [rank for rank in here if isinstance(knock(beats[rank].address), ConnectionRefusedError)]
         return tuple(sorted(gone, key=lambda rank: (-silence[rank], rank)))
 
     def _is_lost(self) -> bool:
-        """Whether rank 0's store is no more: broken off, or without an answer for too long."""
+        """Returns whether rank 0's store is lost: disconnected, or silent for too long."""
         patience = self.lost_seconds if self._exchange.broken else self.silent_seconds
         return self.rank > 0 and self._clock - self._answers[1] > patience
 
     def _end(self, gone: tuple[int, ...]) -> None:
-        """Says who is gone, if it is for this rank to say, and ends the process."""
+        """Reports which ranks are gone, if that is this rank's job, and ends the process."""
         last_resort = threading.Timer(3 * self.linger_seconds + 10, os._exit, (1,))  # a terminal may hang
         last_resort.daemon = True
         last_resort.start()
         try:
-            self._exchange.tell(verdict=gone)
+            self._exchange.update(verdict=gone)
             self._exchange.wake.set()
-            if self.rank not in gone and self._is_speaker(gone):
+            if self.rank not in gone and self._is_reporter(gone):
                 tqdm.write(f"infctx: {self._obituary(gone)}. {self._ask_remedy()}\n", file=sys.stderr, end="")
-                self._exchange.tell(said=True)
-            waits = self.rank == 0 or self._is_lost()  # for others to read the store, or to knock
+                self._exchange.update(reported=True)
+            waits = self.rank == 0 or self._is_lost()  # so that others can read the store or knock
             self._exchange.wake.set()
             time.sleep(self.linger_seconds + (3 * self.beat_seconds if waits else 0))
             for stream in (sys.stdout, sys.stderr):
@@ -208,8 +216,8 @@ class Watchdog:
         finally:
             os._exit(1)
 
-    def _is_speaker(self, gone: tuple[int, ...]) -> bool:
-        """Whether this is the lowest rank alive.  Without rank 0's store there is no telling but by knocking."""
+    def _is_reporter(self, gone: tuple[int, ...]) -> bool:
+        """Returns whether this is the lowest rank alive.  Without rank 0's store, only knocking can show that."""
         beats = self._exchange.beats  # a rank 0 that is done still watches
         silent = {*gone, *(rank for rank, beat in beats.items() if beat.left and (rank or beat.reason is not None))}
         lower = [beats.get(rank, Beat()) for rank in range(self.rank) if rank not in silent]
@@ -228,7 +236,7 @@ class Watchdog:
         first, *more = gone
         beat = self._exchange.beats.get(first)
         if beat is None:
-            text = f"rank {first} is gone: it never gave a sign"
+            text = f"rank {first} is gone: it never reported"
         elif beat.reason is not None:
             text = f"rank {first} ({beat.host}) failed {beat.place}: {beat.reason.rstrip('.')}"
         else:
@@ -236,14 +244,14 @@ class Watchdog:
         return text + (f"; with it: rank {', '.join(map(str, more))}" if more else "")
 
     def _ask_remedy(self) -> str:
-        answers = ["The run ends here"]  # all that is said where the run's file system is gone as well
+        answers = ["The run ends here"]  # printed alone if the run's file system is gone too
         asking = threading.Thread(target=lambda: answers.append(self.describe_remedy()), daemon=True)
         asking.start()
         asking.join(self.linger_seconds / 2)
         return answers[-1]
 
     def _warn_of_stall(self) -> None:
-        """Names the rank that is the furthest behind when no rank has made a mark for long, from the lowest rank."""
+        """Logs, on the lowest rank, which rank is furthest behind when no rank has progressed for long."""
         beats = self._exchange.beats | {self.rank: self._exchange.mine}
         beats = {rank: beat for rank, beat in sorted(beats.items()) if not beat.left}
         order = {rank: (-1 if beat.step is None else beat.step, beat.marks) for rank, beat in beats.items()}
@@ -270,4 +278,4 @@ def _describe_places(beats: dict[int, Beat], order: dict[int, tuple[int, int]]) 
     who = f"ranks {', '.join(map(str, behind))} are" if behind[1:] else f"rank {behind[0]} ({beats[behind[0]].host}) is"
     near, far = (replace(beats[ahead[end]], doing="").place for end in (0, -1))
     others = f"the others are {near}" if near == far else f"the others are {near} to {far.removeprefix('in ')}"
-    return f"{who} the furthest behind: {last.removeprefix('in ')}; {others}"
+    return f"{who} furthest behind: {last.removeprefix('in ')}; {others}"

@@ -1,4 +1,4 @@
-"""The engine of ZeRO: DeepSpeed's, under Fabric, with whole tensors of what it has cut up."""
+"""The engine of ZeRO: DeepSpeed's under Fabric, and whole tensors put together from its shards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from infctx.model.loss import SegmentLoss
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's ZeRO, stages 1 to 3, with or without offload; what it has cut up is put together for who needs it.
+    """DeepSpeed's ZeRO, stages 1 to 3, with or without offload; sharded tensors are put together on request.
 
-    Gradients are reduced once a step or after every segment, see `DistributedSettings.gradient_reduction`.
+    Gradients are reduced once per step or after every segment, see `DistributedSettings.gradient_reduction`.
     """
 
     def _wrap(self, segment_loss: SegmentLoss):  # noqa: ANN202  (Fabric's class is its own affair)
@@ -43,8 +43,8 @@ class ZeroEngine(Engine):
         self.deepspeed.backward(scalar)
 
     def step(self) -> Tensor:
-        """As of Engine; a gradient that is not finite is gone too, and its norm is inf."""
-        self._one_reduction.close()  # which is where gradients are reduced
+        """Steps like Engine, but also clears a gradient that is not finite; its norm is then inf."""
+        self._one_reduction.close()  # this reduces the gradients
         self.deepspeed.step()
         return torch.as_tensor(self.deepspeed.get_global_grad_norm()).float().cpu()
 
@@ -63,7 +63,7 @@ class ZeroEngine(Engine):
             return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
 
     def whole_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """As of Engine; nothing either for what does not learn."""
+        """Returns the same as Engine's; also nothing for a parameter that does not learn."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         flat = self._flat_parameters()
@@ -76,13 +76,13 @@ class ZeroEngine(Engine):
 
     def begin_moments(self, steps: float) -> None:
         for flat in self._flat_parameters():
-            # Where AdamW's fused form looks for it; the other forms take it from anywhere.
+            # AdamW's fused form needs it on this device; the other forms accept any.
             step = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
             zeros = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
             self.zero.optimizer.state[flat] = {"step": step} | zeros
 
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        """Fills in this rank's part of what `whole_moments` gave."""
+        """Fills in this rank's part of the result of `whole_moments`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._link_moments()
@@ -90,15 +90,15 @@ class ZeroEngine(Engine):
             safe_set_full_optimizer_state(parameter, moments[name].to(parameter.device), name)
 
     def _flat_parameters(self) -> list[Tensor]:
-        """What torch's optimizer steps: this rank's part of each group of parameters, end to end."""
+        """Returns the tensors that torch's optimizer steps: this rank's part of each parameter group, end to end."""
         flat = getattr(self.zero, "fp32_partitioned_groups_flat", None)  # stage 3
         return flat if flat is not None else self.zero.single_partition_of_fp32_groups
 
     def _link_moments(self) -> None:
         """Stages 1 and 2: lets DeepSpeed find each parameter's part of the optimizer's state.
 
-        DeepSpeed 0.19.8 does so by itself once, after the step of the first group (`_optimizer_step`), when the other
-        groups have no state yet, and then cannot find theirs; tests/distributed/test_zero.py tells when that is gone.
+        DeepSpeed 0.19.8 does this itself only once, after the step of the first group (`_optimizer_step`).  The other
+        groups have no state yet then and are never linked; tests/distributed/test_zero.py notices once that is fixed.
         """
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._hp_optimizer_states_linked = False

@@ -18,11 +18,12 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def zero_strategy(plan: Plan, backend: str, timeout: timedelta) -> DeepSpeedStrategy:
-    """Fabric's strategy for zero1, zero2 or zero3; backend: of the process group, nccl or gloo.
+    """Returns Fabric's strategy for zero1, zero2 or zero3.
 
-    Everything is fp32, as in all strategies: weights, gradients and moments; what is bf16 is cast in the model.  AdamW
-    is torch's, also where the optimizer is offloaded: DeepSpeed's own for CPUs has to be compiled, for minutes, and
-    gives other results (1.2e-6 after 5 steps).
+    backend: of the process group, nccl or gloo
+    Weights, gradients and moments are fp32, as in all strategies; the model casts to bf16.  AdamW is torch's even if
+    the optimizer is offloaded: DeepSpeed's CPU version must be compiled, which takes minutes, and gives different
+    results (1.2e-6 after 5 steps).
     """
     on_cpu = backend == "gloo"
     if on_cpu:
@@ -31,15 +32,15 @@ def zero_strategy(plan: Plan, backend: str, timeout: timedelta) -> DeepSpeedStra
     settings = plan.config.distributed
     zero: dict[str, Any] = {"stage": STAGES[plan.strategy], "contiguous_gradients": True, "overlap_comm": not on_cpu}
     zero |= ZERO_BUFFERS
-    if plan.sizes:  # vectors stay whole everywhere, as in Hugging Face's integration; matrices do not, however small
+    if plan.sizes:  # vectors stay whole on every rank, as in Hugging Face's integration; matrices never do
         zero["stage3_param_persistence_threshold"] = 10 * plan.sizes.width
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": not on_cpu}
     content = {
-        "train_micro_batch_size_per_gpu": 1,  # has no meaning here, and has to be given
-        "gradient_accumulation_steps": 1,  # more would divide what one segment asks of another, at every seam
+        "train_micro_batch_size_per_gpu": 1,  # required, but unused here
+        "gradient_accumulation_steps": 1,  # more would divide the gradient of the state at every seam
         "gradient_clipping": plan.config.optimizer.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -50,14 +51,14 @@ def zero_strategy(plan: Plan, backend: str, timeout: timedelta) -> DeepSpeedStra
 
 
 def _import_deepspeed(on_cpu: bool) -> None:
-    import deepspeed.ops  # not at the top: it takes seconds, and one device needs none of it
+    import deepspeed.ops  # not at the top: importing it takes seconds, and one device does not need it
 
-    if on_cpu:  # or torch's process group waits for a compilation, up to minutes, that fails without a compiler
+    if on_cpu:  # else torch's process group waits minutes for a compilation that fails without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class _DeepSpeedOnCPU(DeepSpeedStrategy):
-    """Lightning's strategy without its three checks for CUDA; of Lightning 2.6, which refuses everything else."""
+    """Lightning's strategy without its three checks for CUDA, as of Lightning 2.6, which refuses other devices."""
 
     def setup_environment(self) -> None:
         ParallelStrategy.setup_environment(self)

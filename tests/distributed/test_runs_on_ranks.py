@@ -54,7 +54,7 @@ def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
     assert 1 <= int(step) <= len(losses_of(tmp_path / "run")) + 1
     assert 0 <= int(segment) < 4
     kept = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert remedy.startswith(f"The last checkpoint, {kept}, is whole: run the same command again")
+    assert remedy.startswith(f"The last checkpoint, {kept}, is complete; run the same command again")
     if how == "launcher":
         assert "Traceback" not in errors
         steps = int(kept.name[5:]) + 4
@@ -180,4 +180,4 @@ def test_nodes_that_were_started_with_other_settings_are_refused(tmp_path):
     ]
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "rank 1 was started with other settings than rank 0: steps: 21 for steps: 20; start every node" in said[0]
+    assert "rank 1 was started with different settings than rank 0: steps: 21, not steps: 20; start every node" in said[0]

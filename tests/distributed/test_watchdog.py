@@ -196,7 +196,7 @@ def test_a_rank_that_dies_while_rank_0_is_done_is_named(start_ranks):
 def test_a_rank_that_never_comes_is_named(start_ranks):
     ranks = start_ranks(2, "time.sleep(100)", ABSENT="1")
     codes, said, _ = finish(ranks[:1])
-    assert (codes, said) == ([1], [(0, "infctx: rank 1 is gone: it never gave a sign. Run it again")])
+    assert (codes, said) == ([1], [(0, "infctx: rank 1 is gone: it never reported. Run it again")])
 
 
 def test_a_stall_names_the_rank_that_is_behind(start_ranks):
@@ -213,7 +213,7 @@ done()
     await_ready(ranks)
     behind = ranks[0].stderr.readline()
     assert behind == here(
-        "no progress for 1 seconds; rank 1 (HERE) is the furthest behind: step 12, segment 4 (forward); "
+        "no progress for 1 seconds; rank 1 (HERE) is furthest behind: step 12, segment 4 (forward); "
         "the others are in step 12, segment 5\n"
     )
     assert "no progress for 2 seconds; rank 1" in ranks[0].stderr.readline()
