@@ -1,7 +1,7 @@
 """Configurations: a YAML file and `key=value` overrides in, a checked `Config` (infctx.settings) out.
 
-Unknown settings, wrong types and values that do not fit together are refused, all at once: a line for each that names
-the file, the line, the setting, the value and what would do.
+Unknown settings, wrong types and values that do not fit together are all reported together, one line each: the file,
+the line, the setting, the value and what would work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | None = None) -> Config:
     """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError.
 
-    learn: model.learn if neither sets it; "weights" is then refused.
+    learn: the value of model.learn if neither sets it; "weights" is then an error.
     """
     path = Path(path)
     try:
@@ -71,7 +71,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every setting written out."""
+    """Returns the configuration as YAML, with every setting written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -91,10 +91,10 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
 
 
 def _explained(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> InputError:
-    """All problems of a validation, each with its place and remedy."""
+    """Returns one error with all problems of a validation, each with its place and remedy."""
     problems = error.errors()
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
-    # A misspelt name explains the one that is missing.
+    # A misspelled setting is also missing under its right name: report it once.
     explained = [(*where[:-1], _nearest(tuple(map(str, where)))) for where in unknown]
     problems = [problem for problem in problems if problem["type"] != "missing" or problem["loc"] not in explained]
     lines = [line for problem in problems for line in _describe(problem, path, places)]
@@ -104,7 +104,7 @@ def _explained(error: ValidationError, path: Path, content: Any, places: dict[tu
 
 
 def _describe(problem: ErrorDetails, path: Path, places: dict[tuple[str, ...], str]) -> list[str]:
-    """A line for a problem; for sections whose settings do not fit together, a line for each that does not."""
+    """Returns a line for a problem, or one for each setting when several do not fit together."""
     where = tuple(str(part) for part in problem["loc"])
     if problem["type"] != "value_error":
         return [_line(where, _remedy(problem, where), path, places)]
@@ -139,7 +139,7 @@ WANTED = {
     "less_than": "give less than {lt}",
     "less_than_equal": "give at most {le}",
 }
-"""What would do, for the kinds of errors that pydantic has."""
+"""The remedy for each kind of error that pydantic reports."""
 
 
 def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
@@ -148,7 +148,7 @@ def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
         close = _nearest(where)
         return "unknown setting; " + (f"did you mean {close}?" if close else f"known: {', '.join(_known(where))}")
     if kind == "missing":
-        return "is missing; give it in the file or as an override"
+        return "is missing; set it in the file or as an override"
     if kind == "model_type":
         return "the section is empty; remove it, or put settings below it" if value is None else _no_section(value)
     wanted = WANTED[kind].format(**problem.get("ctx", {})) if kind in WANTED else problem["msg"]
@@ -160,7 +160,7 @@ def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
 
 
 def _nearest(where: tuple[str, ...]) -> str | None:
-    """The name that was meant, perhaps."""
+    """Returns the known name most like this one; None if there is none."""
     return next(iter(difflib.get_close_matches(where[-1], _known(where), n=1)), None)
 
 
@@ -169,7 +169,7 @@ def _known(where: tuple[str, ...]) -> Mapping[str, FieldInfo]:
 
 
 def _no_section(value: object) -> str:
-    return f"{quoted(repr(value))} is no section; put settings below the name, indented"
+    return f"{quoted(repr(value))} is not a section; put settings below the name, indented"
 
 
 def _settings_of(section: str) -> Mapping[str, FieldInfo]:

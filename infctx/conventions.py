@@ -1,10 +1,10 @@
-"""What the documents and the model agree on; everything else may use it."""
+"""Numbers that the documents and the model agree on; every room may use them."""
 
 START_SPACING = 16
-"""A document may start at every token whose place in the window is a multiple of this."""
+"""Documents start at tokens whose place in the window is a multiple of this."""
 
 MASKED = -100
-"""Target of a place that carries no loss."""
+"""Target of a token that has no loss."""
 
 END_OF_DOCUMENT = 0
-"""The token that ends a document; no tokenizer makes it of a text."""
+"""The token that ends a document; no tokenizer produces it from text."""

@@ -1,6 +1,6 @@
-"""What the environment says of this process: whether it is a rank of a run, which one, and who started it.
+"""Reads this process's rank from the environment: whether it is one, which one, and who started it.
 
-torchrun and infctx itself set RANK, LOCAL_RANK and WORLD_SIZE, srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS.
+torchrun and infctx itself set RANK, LOCAL_RANK and WORLD_SIZE; srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 
 LAUNCHER = "INFCTX_LAUNCHER"
-"""Set for the ranks that `infctx` itself starts on one machine: the number of the process that did."""
+"""Set for ranks that `infctx` itself starts on one machine: the process ID of the launcher."""
 
 
 def is_rank() -> bool:
-    """Whether this process is one of the ranks of a run already: of ours, of torchrun or of srun."""
+    """Returns whether this process is already a rank, started by us, torchrun or srun."""
     if "LOCAL_RANK" in os.environ:
         return True
     in_slurm = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
@@ -20,26 +20,26 @@ def is_rank() -> bool:
 
 
 def rank_number() -> int:
-    """The number of this rank among those of all nodes; 0 for a process that is no rank."""
+    """Returns this rank's number across all nodes; 0 if the process is not a rank."""
     return _number("RANK", "SLURM_PROCID") or 0
 
 
 def local_rank() -> int | None:
-    """The number of this rank among those of its node; None for a process that is no rank."""
+    """Returns this rank's number on its node; None if the process is not a rank."""
     return _number("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def ranks_started() -> int | None:
-    """How many ranks torchrun, srun or `infctx` itself has started, None for a process that is no rank."""
+    """Returns how many ranks torchrun, srun or `infctx` started; None if the process is not a rank."""
     return (_number("WORLD_SIZE", "SLURM_NTASKS") or 1) if is_rank() else None
 
 
 def started_by_launcher() -> bool:
-    """Whether `infctx` itself started this rank, on one machine, and has looked whether that has all that it needs."""
+    """Returns whether `infctx` itself started this rank; it has then checked the machine already."""
     return LAUNCHER in os.environ
 
 
 def _number(*names: str) -> int | None:
-    """The first of these variables that holds a whole number."""
+    """Returns the first of these variables that holds a whole number."""
     values = (os.environ.get(name, "") for name in names)
     return next((int(value) for value in values if value.isdecimal()), None)

@@ -1,14 +1,14 @@
-"""The exceptions that the user sees without a traceback: a mistake of theirs, and a run that cannot continue."""
+"""The two exceptions that a user sees without a traceback: their own mistake, and a run that cannot continue."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """A user's mistake: one line that names the file or setting, the place and the remedy.
+    """A user's mistake, in one line: the file or setting, the problem and the remedy.
 
-    details: where there are several problems, each of them, with a line of its own for a command that mends it;
-    `problem` then says what they are.
-    The command line prints these lines alone and exits with code 2.  Any other exception is ours and keeps its
+    details: one for each of several problems, with a separate line for a command that fixes it; `problem` is then
+    their heading.
+    The command line prints just these lines and exits with code 2.  Any other exception is our bug and keeps its
     traceback.
     """
 
@@ -17,7 +17,7 @@ class InputError(ValueError):
 
     @property
     def lines(self) -> list[str]:
-        """As they are printed: the problem, then the details, indented."""
+        """The lines to print: the problem, then the details, indented."""
         details = [f"  {line}" for detail in self.args[1:] for line in str(detail).replace("\n", "\n  ").splitlines()]
         return [" ".join(str(self.args[0]).split()), *details]
 

@@ -1,4 +1,4 @@
-"""How a command fails: a short message on standard error, and an exit code."""
+"""Turns a command's failure into a short message on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ EXIT_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 LATER_RANKS_SECONDS = 2
 REMEDIES = {
     errno.EISDIR: "name a file",
-    errno.ENOTDIR: "a file stands where a folder is wanted; choose another place",
-    errno.EEXIST: "a file stands where a folder is wanted; choose another place",
-    errno.ENOENT: "choose a place that is there",
+    errno.ENOTDIR: "there is a file where a folder should be; choose another place",
+    errno.EEXIST: "there is a file where a folder should be; choose another place",
+    errno.ENOENT: "choose a place that exists",
     errno.EACCES: "choose a place that you may use",
     errno.EROFS: "choose a place that can be written",
     errno.ENOSPC: "make room, or choose another place",
 }
-LESS_MEMORY = "take fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+LESS_MEMORY = "use fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs it; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed by itself.
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a run that failed on its own.
 
-    What the user can mend is a short message; any other exception is ours, and keeps its traceback.
+    Problems that the user can fix become a short message; any other exception is our bug and keeps its traceback.
     """
     try:
         return command() or 0
     except InputError as error:
         return fail(error, EXIT_INPUT)
-    except BrokenPipeError:  # whoever was reading has what they wanted
+    except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
@@ -55,18 +55,18 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 
 def fail(problem: object, code: int) -> int:
-    """Prints the problem; returns the code, or ends the process with it if this is a rank of a run.
+    """Prints a problem and returns the code; a rank ends its process instead.
 
-    It is one line, and one more for each detail of an InputError.
+    The message is one line, plus one for each detail of an InputError.
     """
     if "INFCTX_DEBUG" in os.environ:
         logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
     rank = rank_number()
-    if rank:  # rank 0 mostly reports the same, and then the launcher ends them all
+    if rank:  # rank 0 usually reports the same problem first, and then the launcher ends all ranks
         time.sleep(LATER_RANKS_SECONDS)
     lines = problem.lines if isinstance(problem, InputError) else [" ".join(str(problem).split())]
     print("\n".join([f"infctx: {f'rank {rank}: ' if rank else ''}{lines[0]}", *lines[1:]]), file=sys.stderr)
-    if "LOCAL_RANK" in os.environ:  # without cleaning up, which would wait for the other ranks
+    if "LOCAL_RANK" in os.environ:  # skip cleanup, which would wait for the other ranks
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""This machine: its devices, how much memory they and the host have and a process has taken, and its allocator."""
+"""Facts about this machine: its devices, the memory of each and of the host, a process's peak, the allocator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAPPED_FROM_BYTES = 32 << 20  # the most that glibc accepts
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" stands for here; raises InputError where there is no such GPU."""
+    """Returns the device that "auto", "cpu" or "cuda" means here; raises InputError if there is no such GPU."""
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise InputError(f"device cuda: torch {torch.__version__} finds no GPU here; choose cpu or auto")
@@ -28,7 +28,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def own_device(device: str, count: int) -> torch.device:
-    """The same for this rank, of a run that has `count` devices on each node."""
+    """Returns this rank's device, in a run with `count` devices on each node."""
     picked, number = pick_device(device), local_rank()
     if picked.type == "cuda" and count > 1 and number is not None:
         return torch.device("cuda", min(number, torch.cuda.device_count() - 1))
@@ -36,29 +36,29 @@ def own_device(device: str, count: int) -> torch.device:
 
 
 def device_memory(device_type: str, count: int = 1) -> int | None:
-    """Memory of the smallest of the first `count` GPUs here, in bytes; None for a CPU, or where there is no GPU."""
+    """Returns the memory in bytes of the smallest of the first `count` GPUs; None for a CPU or without a GPU."""
     present = torch.cuda.device_count() if device_type == "cuda" and torch.cuda.is_available() else 0
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(min(count, present))]
     return min(sizes, default=None)
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that a GPU has left; 0 for a CPU, whose memory is the host's."""
+    """Returns a GPU's free bytes; 0 for a CPU, whose memory is the host's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def host_memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Returns this machine's memory in bytes."""
     return psutil.virtual_memory().total
 
 
 def free_host_memory() -> int:
-    """Bytes of memory that this machine has left, what the system would give back counted in."""
+    """Returns this machine's available bytes, including caches that the system would drop."""
     return psutil.virtual_memory().available
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or the largest resident set of the process."""
+    """Returns peak bytes: the most allocated on a GPU, or the process's largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -70,10 +70,10 @@ def peak_memory(device: torch.device) -> int:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Lets the process keep up to 1 GiB that it has freed, once; does nothing where the C library is not glibc.
+    """Lets the process keep up to 1 GiB that it has freed; does nothing if the C library is not glibc.
 
-    Each segment frees its activations, and glibc hands them back to the system, which clears the pages again for the
-    next segment: on a CPU 4 to 6 % of the time of training (tools/bench_cpu.py).
+    Each segment frees its activations.  By default glibc returns them to the system, which clears the pages again for
+    the next segment; on a CPU that costs 4 to 6 % of training time (tools/bench_cpu.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -152,7 +152,7 @@ MISTAKES = {
         "run:\n  folder: runs/x\n",
         "run: [1]\n",
         14,
-        r"run: \[1\] is no section; put",
+        r"run: \[1\] is not a section; put",
     ),
     "an empty section": (
         "run:\n  folder: runs/x\n",
@@ -179,7 +179,7 @@ MISTAKES = {
         "window_tokens: 256",
         "window_tokens: 250",
         9,
-        "window.window_tokens: 250 is not a multiple of .*64; 256 would do",
+        "window.window_tokens: 250 is not a multiple of .*64; 256 would work",
     ),
     "segment": ("segment_tokens: 64", "segment_tokens: 40", 8, "window.segment_tokens: 40 is not a multiple of 16"),
     "too many segments": (
@@ -204,13 +204,13 @@ MISTAKES = {
         "steps: 20",
         "steps: 20\n  warmup_steps: 20",
         13,
-        "optimizer.warmup_steps: 20 is not less than the 20 steps of the run; take fewer",
+        "optimizer.warmup_steps: 20 is not less than the 20 steps of the run; use fewer",
     ),
     "constant": (
         "steps: 20",
         "steps: 20\n  schedule: constant\n  final_lr: 1.0e-5",
         14,
-        "optimizer.final_lr: 1e-05 has no meaning",
+        "optimizer.final_lr: 1e-05 means nothing",
     ),
     "two sources": (
         "  version: 6",
@@ -223,7 +223,7 @@ MISTAKES = {
         "  version: 6\n  num_layers: 2\n  width: 128\n",
         "  recompute_blocks: true\n",
         1,
-        "model: nothing says which model",
+        "model: no model given",
     ),
     "version": ("  version: 6", "  version: 7", 2, "model.version: 7 does not fit; choose 5 or 6"),
 }
@@ -246,10 +246,10 @@ def test_a_warmup_that_is_not_set_fits_the_run(tmp_path, steps, warmup):
 
 def test_what_is_missing(tmp_path):
     path = write(tmp_path, ("run:\n  folder: runs/x\n", ""))
-    assert refusal(path) == f"{path}: run: is missing; give it in the file or as an override"
+    assert refusal(path) == f"{path}: run: is missing; set it in the file or as an override"
     assert load_config(path, ["run.folder=runs/y"]).run.folder == Path("runs/y")
     path = write(tmp_path, ("  steps: 20\n", ""))
-    assert refusal(path) == f"{path}:11: optimizer.steps: is missing; give it in the file or as an override"
+    assert refusal(path) == f"{path}:11: optimizer.steps: is missing; set it in the file or as an override"
 
 
 def test_all_problems_at_once(tmp_path):
@@ -267,7 +267,7 @@ def test_all_problems_at_once(tmp_path):
         [
             f"{path}:4: model.widht: unknown setting; did you mean width?",
             "command line: optimiser: unknown setting; did you mean optimizer?",
-            f"{path}:9: window.window_tokens: 250 is not a multiple of segment_tokens 64; 256 would do",
+            f"{path}:9: window.window_tokens: 250 is not a multiple of segment_tokens 64; 256 would work",
             f"{path}:11: window.lanes_per_pass: 3 does not divide the 4 lanes; try 1",
             f"{path}:13: optimizer.steps: 'many' does not fit; give a whole number",
             "command line: run.seed: -1 does not fit; give at least 0",

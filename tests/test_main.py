@@ -47,7 +47,7 @@ def tiny_weights(tmp_path):
         ("optimizer.peak_rate=1.0", "optimizer.peak_rate: unknown setting; did you mean peak_lr?"),
         ("optimizer.steps=many", "optimizer.steps: 'many' does not fit; give a whole number"),
         ("optimizer.peak_lr=6e-4x", "peak_lr: '6e-4x' does not fit"),
-        ("window.window_tokens=100", "window_tokens: 100 is not a multiple of segment_tokens 32; 96 would do"),
+        ("window.window_tokens=100", "window_tokens: 100 is not a multiple of segment_tokens 32; 96 would work"),
         ("window.segment_tokens=24", "segment_tokens: 24 is not a multiple of 16"),
         ("run.device=tpu", "run.device: 'tpu' does not fit; choose 'auto', 'cpu' or 'cuda'"),
         ("model.weights=gone.pth", "version: sizes come from `weights` or `size`; leave it out"),
@@ -243,7 +243,7 @@ def test_plan_takes_settings_before_its_option_and_after_it(capfd, place):
     output, errors = capfd.readouterr()
     assert errors == ""
     assert "ranks     2 on 1 node\n" in output
-    assert "lanes     4 in all, 2 for a rank" in output
+    assert "lanes     4 in all, 2 per rank" in output
     assert "of the 80.0 GB of a GPU" in output
     assert [line.split("  ")[0] for line in output.splitlines() if "this run" in line] == ["zero3"]
 
@@ -251,11 +251,11 @@ def test_plan_takes_settings_before_its_option_and_after_it(capfd, place):
 def test_plan_refuses_what_makes_no_sense(capfd):
     config = ROOT / "configs" / "finch-3b-64k.yaml"
     for gigabytes in ("0", "-80", "nan"):
-        assert "is no memory of a GPU; give it in GB, such as 80" in refused(
+        assert "is not a GPU's memory; give it in GB, such as 80" in refused(
             capfd, "plan", config, "--device-gb", gigabytes
         )
     assert "optimizer.rate: unknown setting" in refused(capfd, "plan", config, "--device-gb", 8, "optimizer.rate=1")
-    assert "there is no gone.pth, which would show the sizes" in refused(
+    assert "there is no gone.pth, so the sizes of the model are unknown" in refused(
         capfd, "plan", config, "model.weights=gone.pth", "model.size=null"
     )
     for words in (["--device-gb", "much"], ["--device-gb", "8", "optimizer.steps=1", "--gpus", "8"]):

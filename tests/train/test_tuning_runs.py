@@ -293,7 +293,7 @@ def test_mistakes_are_one_line(tmp_path, weights):
         (f"model.initial_state={tmp_path / 'gone.pth'}", "model.initial_state: there is no"),
         (
             f"model.initial_state={tmp_path / 'other.pth'}",
-            "the state is of 3 layers with 2 heads of 16, the model",
+            "the state has 3 layers with 2 heads of 16, the model",
         ),
         (f"model.initial_state={weights}", "base.pth: is a model without an initial state"),
         (f"model.weights={tmp_path / 'other.pth'}", "other.pth: is a state, not a model"),
@@ -306,7 +306,7 @@ def test_mistakes_are_one_line(tmp_path, weights):
         assert "Traceback" not in errors
     code, _, errors = infctx_here("tune", write_config(tmp_path))
     assert code == 2
-    assert "model.learn: initial_state tunes a finished model; say which with model.weights" in errors
+    assert "model.learn: initial_state tunes a finished model; name it with model.weights" in errors
 
 
 def test_tensorboard_shows_the_state_grow(tmp_path, weights):
