@@ -21,38 +21,38 @@ DEVICES = $(if $(GPUS),distributed.devices=$(GPUS))
 GPU_PYTHON = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Handed on through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
+# Passed through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
 .PHONY: help install prepare train tune plan evaluate generate export test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
-	@echo 'Options of a command go into ARGS="..."; settings of a run too: make train ARGS="optimizer.steps=50"'
+	@echo 'ARGS="..." passes options to a command, and settings to a run: make train ARGS="optimizer.steps=50"'
 
-install: $(VENV)/installed  ## sets up .venv with all that the commands need
+install: $(VENV)/installed  ## sets up .venv with everything the commands need
 
-prepare: $(VENV)/installed  ## text to a token store: make prepare INPUT=books/ OUTPUT=data/books
-	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'say what and where to: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
+prepare: $(VENV)/installed  ## turns text into a token store: make prepare INPUT=books/ OUTPUT=data/books
+	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'name INPUT and OUTPUT: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
 	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
 
-train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml, on GPUS=1, or goes on where it stopped
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes where it stopped
 	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml, GPUS=1
 	@$(INFCTX) tune "$$TUNE_CONFIG" $(DEVICES) $(ARGS)
 
-plan: $(VENV)/installed  ## what a run takes of each GPU: make plan CONFIG=configs/finch-3b-64k.yaml GPUS=8 ARGS="window.lanes=8 --device-gb 80"
+plan: $(VENV)/installed  ## shows the memory that a run needs: make plan CONFIG=configs/finch-3b-64k.yaml GPUS=8 ARGS="window.lanes=8 --device-gb 80"
 	@$(INFCTX) plan "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out
 	@$(INFCTX) evaluate "$$MODEL" "$$STORE" $(ARGS)
 
-generate: $(VENV)/installed  ## goes on from a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
+generate: $(VENV)/installed  ## continues a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
 	@$(INFCTX) generate "$$MODEL" $${STATE:+--state "$$STATE"} --prompt "$$PROMPT" $(ARGS)
 
-export: $(VENV)/installed  ## weights or a state for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
-	@test -n "$${OUTPUT:-}" || { echo 'say where to: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
+export: $(VENV)/installed  ## writes weights or a state for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
+	@test -n "$${OUTPUT:-}" || { echo 'name OUTPUT: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
 	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
 
 test: $(VENV)/installed-test  ## runs the tests, in minutes
@@ -61,20 +61,21 @@ test: $(VENV)/installed-test  ## runs the tests, in minutes
 test-slow: $(VENV)/installed-test  ## runs the tests that `make test` leaves out: long windows, many ranks
 	@$(VENV)/bin/python -m pytest -n 4 -m 'slow and not gpu' $(ARGS)
 
-lint: $(VENV)/installed-test  ## style, formatting, types, sizes of files and functions
+lint: $(VENV)/installed-test  ## checks style, formatting, types, sizes of files and functions, words
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/python tools/check_size.py
+	@$(VENV)/bin/python tools/check_words.py
 
-dev: $(VENV)/installed-test  ## sets up for contributors: all that tests need, and `make lint` before each commit
+dev: $(VENV)/installed-test  ## sets up for contributors: everything the tests need, and `make lint` before each commit
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@$(VENV)/bin/pre-commit install
 	@echo 'Ready. Read docs/architecture.md, then infctx/train/loop.py; make test takes minutes, make lint a moment.'
 
-# With the torch that is there: nothing is installed.
+# Uses the torch that is already there; installs nothing.
 gpu-check:  ## checks and times the kernels on a GPU, in minutes: make gpu-check ARGS="--output table.md"
-	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(0 if find_spec("torch") else f"gpu-check needs torch, which {sys.executable} has not; name a Python that has: make gpu-check PYTHON=python3.11")'
+	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(0 if find_spec("torch") else f"gpu-check needs torch, which {sys.executable} does not have; name another: make gpu-check PYTHON=python3.11")'
 	@$(GPU_PYTHON) tools/gpu/gpu_check.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -1,10 +1,10 @@
-"""Speed on a CPU, in one thread: segments of training beside a plain matrix product, in turn, on the same core.
+"""Speed on a CPU, in one thread: segments of training and a plain matrix product, in turn, on the same core.
 
     python tools/bench_cpu.py                    six layers of width 384, segments of 512, one lane, fp32
     python tools/bench_cpu.py --long             adds 16,384 tokens, exact, at vocabulary 4,096
 
-Figures are CPU seconds (time.process_time), medians over rounds; ratios are taken round by round, so that they hold
-while the machine's speed drifts.  FLOPs of training count 6 a parameter and token, as usual.
+Figures are CPU seconds (time.process_time), medians over rounds.  Ratios are computed round by round, so that they hold
+while the machine's speed drifts.  FLOPs of training count 6 per parameter and token, as usual.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def share_of_matrix_product(version: int, rounds: int) -> None:
-    """Truncated and exact training beside the matrix product of the channel mix."""
+    """Prints truncated and exact training next to the matrix product of the channel mix."""
     model = make_model(version, vocab_size=256)
     tokens = torch.randint(256, (1, SEGMENTS * SEGMENT_TOKENS + 1))
     flops = 6 * model.sizes.num_parameters * (tokens.shape[1] - 1)
@@ -75,7 +75,7 @@ def share_of_matrix_product(version: int, rounds: int) -> None:
 
 
 def long_document(version: int, num_tokens: int = 16384) -> None:
-    """One exact step over a long document: CPU seconds and the largest resident set."""
+    """Prints CPU seconds and the largest resident set of one exact step over a long document."""
     model = make_model(version, vocab_size=4096)
     tokens = torch.randint(4096, (1, num_tokens + 1))
     seconds = cpu_seconds(lambda: infctx.window_backward(model, tokens[:, :-1], tokens[:, 1:], SEGMENT_TOKENS))
@@ -84,7 +84,7 @@ def long_document(version: int, num_tokens: int = 16384) -> None:
 
 
 def make_model(version: int, vocab_size: int) -> RWKV:
-    """New weights, moved a little so that no matrix is zero."""
+    """Makes new weights, slightly changed so that no matrix is zero."""
     model = infctx.build_model(version=version, num_layers=6, width=384, vocab_size=vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Memory and speed of one step against the tokens in its window; each window in a process of its own.
+"""Memory and speed of one step by the tokens in its window; each window runs in a separate process.
 
     python tools/bench_memory.py                               windows of 8k, 64k and 512k tokens
     python tools/bench_memory.py --windows 8192 1048576        others

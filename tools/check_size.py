@@ -1,6 +1,7 @@
-"""Says which files and functions have outgrown one head: 400 lines a file, 60 lines and 6 parameters a function.
+"""Reports files and functions that are too long to keep in mind: 400 lines per file, 60 lines and 6 parameters per
+function.
 
-More parameters need a comment above the function that says why.  Private functions may have as many as they want, and
+More parameters need a comment above the function that explains why.  Private functions may have any number, and so may
 the numerics of kernels (recurrence/, cuda/).
 
 python tools/check_size.py          exits with 1 if there is one
@@ -32,16 +33,16 @@ def main() -> int:
 
 
 def too_long(file: Path) -> Iterator[str]:
-    """One line for the file, and for each of its functions, that is too long."""
+    """Yields a line if the file is too long, and for each of its functions that is."""
     text = file.read_text(encoding="utf-8")
     num_lines = len(text.splitlines())
     if num_lines > MOST_FILE_LINES:
-        yield f"{file}: {num_lines} lines, {MOST_FILE_LINES} at most: give its second half a room of its own"
+        yield f"{file}: {num_lines} lines, {MOST_FILE_LINES} at most; move half of it to another file"
     if file.suffix != ".py":
         return
     for node in ast.walk(ast.parse(text, str(file))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None  # as of everything that was parsed
+            assert node.end_lineno is not None  # parsed nodes have one
             length = node.end_lineno - node.lineno + 1
             if length > MOST_FUNCTION_LINES:
                 yield f"{file}:{node.lineno}: {node.name} has {length} lines, {MOST_FUNCTION_LINES} at most"
@@ -49,7 +50,7 @@ def too_long(file: Path) -> Iterator[str]:
 
 
 def too_many_parameters(file: Path, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Iterator[str]:
-    """A line for a public function that has more than a caller can keep apart, and no comment above it."""
+    """Yields a line for a public function with too many parameters and no comment above it."""
     given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     count = sum(argument.arg not in ("self", "cls", "ctx") for argument in given)
     private = node.name.startswith("_") and node.name != "__init__"

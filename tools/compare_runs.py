@@ -1,8 +1,8 @@
-"""Shows whether a change changed what runs compute: every digit of their step logs, every byte they learn.
+"""Shows whether a change changed the results of runs: every digit of their step logs, every byte they learn.
 
-    python tools/compare_runs.py --commit HEAD~3      short runs with the code of that commit, and with the code here
-    python tools/compare_runs.py --run FOLDER         only makes the runs of the code here, some five minutes
-    python tools/compare_runs.py FOLDER FOLDER        compares what was made: two runs, or two folders of runs
+    python tools/compare_runs.py --commit HEAD~3      short runs with that commit's code, and with the code here
+    python tools/compare_runs.py --run FOLDER         only runs the code here, about five minutes
+    python tools/compare_runs.py FOLDER FOLDER        compares results: two runs, or two folders of runs
 
 The runs are finch-tiny, eagle-tiny and finch-tiny-tune-state, 20 steps in one process and 10 on two ranks, with ddp,
 with zero2 and with time_ranks 2.  They need the documents of `make train` and `make tune` (data/python, data/cpp).
@@ -28,7 +28,7 @@ TWO_RANKS = {
     "time": ["distributed.time_ranks=2"],
 }
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_gb", "slowest_rank", "slowest_rank_lag"}
-"""What a step log has that the machine decides, not the code."""
+"""Entries of a step log that depend on the machine, not on the code."""
 LEARNED = ("model.pth", "state.safetensors")
 
 
@@ -79,14 +79,12 @@ def compare_with_commit(commit: str, folder: Path, only: str) -> int:
 
 
 def make_runs(tree: Path, folder: Path, only: str = "") -> None:
-    """Every case with the code of a tree; a tuned run starts from the weights of the trained one beside it."""
+    """Runs every case with the code of a tree; a tuned run starts from the weights of the trained one next to it."""
     if folder.exists() and any(folder.iterdir()):
-        sys.exit(
-            f"{folder}: holds something already; runs there would go on instead of being made: name another folder"
-        )
+        sys.exit(f"{folder}: is not empty, and runs there would resume instead of starting anew; name another folder")
     wanted = [case for case in cases() if only in case.name]
     if any("tune" in case.config for case in wanted) and "finch-tiny" not in {case.name for case in wanted}:
-        wanted.insert(0, next(cases()))  # whose weights are tuned over
+        wanted.insert(0, next(cases()))  # its weights are needed for tuning
     for case in wanted:
         print(f"{tree}: {case.name}", file=sys.stderr, flush=True)
         tunes = "tune" in case.config
@@ -105,7 +103,7 @@ def make_runs(tree: Path, folder: Path, only: str = "") -> None:
 
 
 def compare(before: Path, after: Path) -> int:
-    """One line a run; returns the exit code."""
+    """Prints one line per run; returns the exit code."""
     if (before / "steps.jsonl").is_file():
         pairs = [(before.name, before, after)]
     else:
@@ -125,7 +123,7 @@ def compare(before: Path, after: Path) -> int:
 
 
 def find_difference(before: Path, after: Path) -> str | None:
-    """The first difference of two runs' folders, in a few words."""
+    """Describes the first difference of two runs' folders; None if there is none."""
     for side in (before, after):
         if not (side / "steps.jsonl").is_file():
             return f"there is no {side / 'steps.jsonl'}"

@@ -19,7 +19,7 @@ from infctx.data.example_documents import MIN_BYTES, cpp_documents, python_docum
 
 
 def main() -> None:
-    """Write the documents to standard output."""
+    """Writes the documents to standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("python", "cpp"))
     parser.add_argument(

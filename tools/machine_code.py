@@ -1,4 +1,4 @@
-"""Compiles a CUDA source of infctx for one architecture, without a GPU: what each kernel uses, and its machine code.
+"""Compiles a CUDA source of infctx for one architecture, without a GPU: each kernel's resources and machine code.
 
 python tools/machine_code.py wkv_backward.cu --arch sm_90 --output wkv_backward.cubin
 nvdisasm --print-code wkv_backward.cubin           # in the wheel nvidia-cuda-nvdisasm, under nvidia/cu13/bin
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# A bare machine has torch, and infctx only as this folder.
+# A bare machine has torch, but infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infctx.cuda.compile import KernelsUnavailable, compile_source

@@ -14,28 +14,28 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 OPENING = """\
 # Published models
-infctx trains on from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). It does not download them itself: get a
-file once from the Hugging Face hub, put it into `models/`, and name it with `model.weights`. The files listed here are
-in bf16 and under the Apache-2.0 licence.
+infctx continues training from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). It does not download them: get
+a file once from the Hugging Face hub, put it in `models/`, and name it with `model.weights`. The files listed here are
+in bf16 and under the Apache-2.0 license.
 
 ```sh
 pip install huggingface_hub    # brings the command hf
 {command}
 ```
 
-A download that stopped is continued by the same command. infctx compares the size of a file that has one of these names
-with the published size before it trains, so half a file is noticed. `HF_ENDPOINT`, the address of a mirror, makes `hf`
-download from there.
+If a download stops, the same command continues it. Before training, infctx compares the size of a file with one of
+these names to the published size, so it notices half a file. To download from a mirror, set `HF_ENDPOINT` to its
+address.
 
 (Written by `python tools/models_page.py` from infctx/formats/published.py.)
 
 ## Files
-Each repository holds many more files than these: the name of the file matters.
+Each repository has many more files than these: the name of the file matters.
 """
 FOLDERS = """\
 ## Folders in Hugging Face's layout
-These repositories hold the weights as `model.safetensors` or `pytorch_model.bin`, whole or in parts, under Hugging
-Face's own names. Download all of one, and name the folder with `model.weights`; the Python code in it is never run.
+These repositories have the weights as `model.safetensors` or `pytorch_model.bin`, whole or in parts, under Hugging
+Face's own names. Download all of one, and name the folder with `model.weights`; its Python code is never run.
 
 ```sh
 hf download RWKV/v6-Finch-3B-HF --local-dir models/v6-Finch-3B-HF
@@ -43,16 +43,16 @@ hf download RWKV/v6-Finch-3B-HF --local-dir models/v6-Finch-3B-HF
 
 {folders}
 
-Folders and files with the tensor names of flash-linear-attention (Finch only) are read as well.
+infctx also reads folders and files with the tensor names of flash-linear-attention (Finch only).
 
 ## Not read
 - RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: other architectures.
 - RWKV-7, such as the files of `BlinkDL/rwkv7-g1`: not yet.
 
-Such a file is refused when it is opened, and the message names the tensor that shows what it is.
+infctx refuses such a file when it opens it, and the message names the tensor that gave it away.
 
 ## Back to other programs
-`infctx export MODEL OUTPUT` writes what others load. MODEL is a run's folder, a checkpoint or a weights file.
+`infctx export MODEL OUTPUT` writes files for other programs. MODEL is a run's folder, a checkpoint or a weights file.
 
 | program | command |
 |---|---|
@@ -63,17 +63,17 @@ Such a file is refused when it is opened, and the message names the tensor that 
 | tuned states: Ai00, web-rwkv | `infctx export runs/chats state.st` |
 | tuned states: the `rwkv` package | `infctx export runs/chats merged.pth --form merged` |
 
-[State tuning](state-tuning.md) says more about the last three.
+[State tuning](state-tuning.md) has more about the last three.
 
-A folder for transformers gets `model.safetensors` and `config.json`. The model's Python code and the tokenizer are not
-infctx's to hand out: take the `.py`, `.txt` and tokenizer `.json` files from a folder repository of the same
-architecture, and load it with `trust_remote_code=True`. (`--include` several times needs `hf` 1.0 or later.)
+A folder for transformers gets `model.safetensors` and `config.json`. infctx does not include the model's Python code
+and tokenizer: get the `.py`, `.txt` and tokenizer `.json` files from a folder repository of the same architecture, and
+load it with `trust_remote_code=True`. (Repeating `--include` needs `hf` 1.0 or later.)
 
 ```sh
 hf download RWKV/v6-Finch-1B6-HF --include "*.py" --include "*.txt" --include "*token*.json" --local-dir books-hf
 ```
 
-For Eagle, take them from `RWKV/rwkv-5-world-1b5`.
+For Eagle, get them from `RWKV/rwkv-5-world-1b5`.
 """
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def models_page() -> str:
-    """The whole page, Markdown."""
+    """Returns the whole page as Markdown."""
     used = _configurations()
     parts = [OPENING.format(command=PUBLISHED_FILES[1].download_command(Path("models")))]
     for repository, architecture in ((FINCH, "Finch (RWKV-6)"), (EAGLE, "Eagle (RWKV-5.2)")):
@@ -99,7 +99,7 @@ def models_page() -> str:
 
 
 def _configurations() -> dict[str, list[str]]:
-    """Name of a weights file -> the shipped configurations that start from it."""
+    """Returns, by the name of a weights file, the shipped configurations that start from it."""
     used: dict[str, list[str]] = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         weights = load_config(path).model.weights

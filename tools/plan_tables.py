@@ -1,8 +1,8 @@
-"""Prints the tables of docs/distributed.md: which strategy fits which GPUs, and what time_ranks send each other.
+"""Prints the tables of docs/distributed.md: which strategy fits which GPUs, and the traffic between time_ranks.
 
     python tools/plan_tables.py
 
-Nothing is run: the figures are planned from the sizes of the published models, as `infctx plan` does.
+Nothing is run: the figures are computed from the sizes of the published models, as in `infctx plan`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIME_RANKS = (2, 4, 8)
 
 
 def choice_table() -> str:
-    """Markdown: for published models and GPUs, the first strategy that fits, and GB on each GPU with it."""
+    """Returns Markdown: for published models and GPUs, the first strategy that fits, and its GB on each GPU."""
     counts = [f"{count} GPU{'s'[: count > 1]}" for count in CHOICE_GPUS]
     lines = [f"| model | GPU | {' | '.join(counts)} |", "|---|---:|" + "---|" * len(counts)]
     for model in CHOICE_MODELS:
@@ -42,7 +42,7 @@ def choice_table() -> str:
 
 
 def time_table() -> str:
-    """Markdown: GB that a rank of Finch 3B receives for one lane's window, by its length and the number of ranks."""
+    """Returns Markdown: GB that a rank of Finch 3B receives for one lane's window, by its length and the ranks."""
     lines = [f"| tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
     lines.append("|---:|" + "---:|" * len(TIME_RANKS))
     for tokens in TIME_WINDOWS:
@@ -55,7 +55,7 @@ def time_table() -> str:
 def example_config(
     size: str, gpus: int, *, strategy: Literal["auto", "ddp"] = "ddp", time_ranks: int = 1, window_tokens: int = 65536
 ) -> Config:
-    """The run that the tables are about: a lane for each group of ranks, segments of 4,096 tokens, bf16, blocks
+    """Returns the run of the tables: a lane for each group of ranks, segments of 4,096 tokens, bf16, blocks
     recomputed."""
     return Config(
         model=ModelSettings(size=size, recompute_blocks=True),
@@ -68,7 +68,7 @@ def example_config(
 
 
 def _choice(size: str, gigabytes: int, gpus: int) -> str:
-    """A cell of choice_table: what auto takes, or the first that fits with a part on the host, or a dash."""
+    """Returns a cell of choice_table: auto's choice, or the first strategy that fits with a part on the host, or -."""
     config, sizes, memory = example_config(size, gpus, strategy="auto"), published_sizes(size), round(gigabytes * GB)
     chosen = choose_strategy(config, sizes, "cuda", memory)
     for strategy in [Strategy(chosen), *(strategy for strategy in STRATEGIES if strategy.offload_optimizer)]:

@@ -14,9 +14,9 @@ from infctx.config import Config
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 OPENING = """\
 # Settings
-Every setting of a run, by the sections of its YAML file. The shipped files in [configs](../configs) are the place to
-start: copy the one that is closest to what you want to do and change what differs. A file only needs the settings
-marked *required*, and those that say which model it is.
+Every setting of a run, by section of its YAML file. Start from one of the shipped files in [configs](../configs): copy
+the one closest to your run and change what differs. A file only needs the settings marked *required*, and those that
+choose the model.
 
 ```yaml
 model:
@@ -39,9 +39,8 @@ On the command line, `section.setting=value` after the file changes a setting fo
 infctx train books.yaml optimizer.steps=1000 run.folder=runs/books-longer data.held_out=null
 ```
 
-A setting that does not exist, a value of the wrong type and values that do not fit together are refused before
-anything runs, in a message that names the setting and what would do. A checkpoint keeps its settings in `config.yaml`,
-every one written out.
+Unknown settings, values of the wrong type and values that do not fit together stop the run before it starts, with a
+message that names the setting and a value that would work. A checkpoint keeps all its settings in `config.yaml`.
 
 (Written by `python tools/settings_page.py` from infctx/settings.py: change the docstrings there.)
 """
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def settings_page() -> str:
-    """The whole page, Markdown: a heading for each section, a paragraph for each setting."""
+    """Returns the whole page as Markdown: a heading for each section, a paragraph for each setting."""
     schema = Config.model_json_schema()
     parts = [OPENING]
     for section, reference in schema["properties"].items():
@@ -69,7 +68,7 @@ def _setting(name: str, setting: dict[str, Any]) -> str:
 
 
 def _kind(setting: dict[str, Any]) -> str:
-    """What may be given, in words: whole number from 1, auto or cpu or cuda, ..."""
+    """Describes the allowed values: whole number from 1; auto, cpu, cuda; ..."""
     if "anyOf" in setting:
         return " or ".join(_kind(choice) for choice in setting["anyOf"])
     if "enum" in setting:
@@ -90,7 +89,7 @@ def _kind(setting: dict[str, Any]) -> str:
 
 
 def _written(value: Any) -> str:
-    """As YAML has it."""
+    """Writes a value as YAML does."""
     if value is None:
         return "`null`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

@@ -1,9 +1,9 @@
 """Prints the table of errors in infctx/cuda/README.md: the CUDA kernels of WKV on the emulator, against float64.
 
-    python tools/wkv_errors.py                           some minutes; the emulator wants g++
+    python tools/wkv_errors.py                           a few minutes; the emulator needs g++
     python tools/wkv_errors.py --tokens 256 --seeds 1
 
-Relative RMS; in brackets that of `wkv_chunked`, plain torch in fp32, from the same inputs.  One lane, two heads of 64,
+Relative RMS; in parentheses that of `wkv_chunked`, plain torch in fp32, same inputs.  One lane, two heads of 64,
 all tensors standard normal.  Decays: official is the initialisation of RWKV-6, ordinary -exp(z - 2), extreme -exp(3 z),
 slow -exp(z - 7), with z normal.
 """
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def errors(decay: str, dtype: torch.dtype, num_tokens: int, seed: int) -> list[list[float]]:
-    """Of the kernels and of plain torch: y, S_T, dr, dk, dv, dw, du, dS_0."""
+    """Returns the errors of the kernels and of plain torch: y, S_T, dr, dk, dv, dw, du, dS_0."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def errors(decay: str, dtype: torch.dtype, num_tokens: int, seed: int) -> list[l
 
 
 def columns(row: Sequence[float]) -> list[float]:
-    """Those of the table: y, S_T, the worst of dr, dk and dv, then dw, du, dS_0."""
+    """Returns the table's columns: y, S_T, the worst of dr, dk and dv, then dw, du, dS_0."""
     return [row[0], row[1], max(row[2:5]), *row[5:]]
 
 

@@ -180,4 +180,6 @@ def test_nodes_that_were_started_with_other_settings_are_refused(tmp_path):
     ]
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "rank 1 was started with different settings than rank 0: steps: 21, not steps: 20; start every node" in said[0]
+    assert (
+        "rank 1 was started with different settings than rank 0: steps: 21, not steps: 20; start every node" in said[0]
+    )

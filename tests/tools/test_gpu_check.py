@@ -211,7 +211,7 @@ def test_a_check_that_crashes_or_hangs_fails_alone(monkeypatch, capfd):
         "PASS pass: text",
         "FAIL crash: its process ended: signal SIGSEGV",
         "FAIL lose: text",
-        "FAIL hang: its process ended: it said nothing for 1.5 s",
+        "FAIL hang: its process ended: it printed nothing for 1.5 s",
         "FAIL fail: text",
         "SKIP skip: text",
     ]
@@ -294,7 +294,7 @@ def test_the_sanitizer_is_read():
         assert gpu_launches.judge_sanitizer(f"{done}========= {wrong}\n").passed is False
     assert gpu_launches.judge_sanitizer("========= ERROR SUMMARY: 0 errors").passed is False
     assert gpu_launches.judge_sanitizer("========= Error: Device not supported\n") == Verdict(
-        None, "did not run through: Error: Device not supported"
+        None, "did not finish: Error: Device not supported"
     )
 
 

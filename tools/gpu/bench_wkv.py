@@ -1,10 +1,10 @@
-"""Speed of the WKV kernels on a GPU, beside torch, fla and the memory's own speed.  Writes Markdown.
+"""Speed of the WKV kernels on a GPU, next to torch, fla and the speed of memory.  Writes Markdown.
 
     python tools/gpu/bench_wkv.py                            docs/benchmarks/wkv-<device>.md
-    python tools/gpu/bench_wkv.py --output table.md --all    fla at every size, not only where its table is compared
+    python tools/gpu/bench_wkv.py --output table.md --all    fla at every size, not only those of its published table
 
-Times are medians by CUDA events, over several sets of inputs so that none is in a cache, with the launches queued ahead
-so that the host does not count.  `docs/benchmarks/README.md` says how to read the table.
+Times are medians by CUDA events.  Several sets of inputs keep data out of the cache, and launches are queued ahead so
+that the host's time does not count.  `docs/benchmarks/README.md` explains the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-# A bare machine has torch, and infctx only as this folder.
+# A bare machine has torch, but infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -41,10 +41,10 @@ BATCHES = (1, 8)
 TOKENS = (1024, 4096, 16384, 65536)
 HEADS = (32, 40, 64)
 FLA_SHAPES = {(batch, tokens, heads) for batch in BATCHES for tokens in (4096, 16384) for heads in HEADS}
-# fla compiles and tries out its kernels at the first call.
+# fla compiles and tunes its kernels at the first call.
 FLA_FIRST_SECONDS = 90
 
-# Bytes of device memory that an element of r takes.
+# Bytes of device memory per element of r.
 SET_BYTES = 12  # r k v dy in bf16, w in fp32
 TRAINING_BYTES = 18  # y, the states of 64 tokens, the gradients, sums of u by chunk
 # A guess, to save the time of trying; OutOfMemoryError decides.
@@ -62,9 +62,9 @@ class Deadline:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks/wkv-<device>.md")
-    parser.add_argument("--minutes", type=float, default=7, help="what is not begun by then is not run")
+    parser.add_argument("--minutes", type=float, default=7, help="no cell starts after this time (default %(default)s)")
     parser.add_argument("--all", action="store_true", help="fla at every size")
-    parser.add_argument("--commit", help="to be named in the heading, where there is no git")
+    parser.add_argument("--commit", help="commit to name in the heading if there is no git")
     options = parser.parse_args(arguments)
     try:
         check_torch()
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(find_facts(options.commit), measure_copy_rate(device), processors, [])
     bench = Bench(device, deadline, report)
     report.rows += [Row(batch, tokens, heads) for batch in BATCHES for tokens in TOKENS for heads in HEADS]
-    # The row that has bars comes first; fla last, as it compiles for a while.  The file is written after each row, in
-    # case that a later one never ends.
+    # The row with bars comes first; fla last, as it compiles for a while.  The file is written after each row, in case
+    # a later one never ends.
     rows = sorted(report.rows, key=lambda row: row.shape != BAR_SHAPE)
     steps = [(bench.fill, row) for row in rows]
     steps += [(bench.fill_fla, row) for row in rows if bench.fla and (options.all or row.shape in FLA_SHAPES)]
@@ -100,7 +100,7 @@ def default_output(device_name: str) -> Path:
 
 
 def fill_or_stop(bench: Bench, fill: Callable[[Row], None], row: Row) -> None:
-    """After an error that the device does not recover from, no row is run any more."""
+    """Fills a row; after an error that the device does not recover from, ends the benchmark."""
     try:
         fill(row)
         bench.timer.synchronize()
@@ -115,7 +115,7 @@ def fill_or_stop(bench: Bench, fill: Callable[[Row], None], row: Row) -> None:
 
 
 class CudaTimer:
-    """Times of what is done on the current stream."""
+    """Measures time on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -124,7 +124,7 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
 
     def wait(self, seconds: float) -> None:
-        """Keeps the device idle, at 2 GHz for so long, while the host goes on."""
+        """Keeps the device idle for this long at 2 GHz, while the host continues."""
         torch.cuda._sleep(int(seconds * 2e9))
 
     def mark(self) -> torch.cuda.Event:
@@ -139,7 +139,10 @@ class CudaTimer:
 def median_us(
     prepare: Callable[[int], Callable[[], object]], timer: CudaTimer, seconds: float = 0.25, least: int = 3
 ) -> float:
-    """`prepare(number)` does what is not timed, and returns what is; repeated for about so many seconds."""
+    """Returns the median time of a call; repeats for about `seconds`.
+
+    prepare: prepare(number) does the untimed part and returns the function to time
+    """
     prepare(0)()
     timer.synchronize()
     began = time.perf_counter()
@@ -150,7 +153,7 @@ def median_us(
     times: list[float] = []
     while len(times) < repeats:
         count = min(16, repeats - len(times))  # the device's queue holds about a thousand launches
-        # While the device waits the host gets ahead of it; no matter for what is slow to launch, such as torch alone.
+        # While the device waits, the host gets ahead of it.  That does not help slow launches, such as torch's alone.
         timer.wait(min(2 * host_seconds * count, 0.05))
         marks = []
         for number in range(len(times), len(times) + count):
@@ -165,7 +168,7 @@ def median_us(
 
 
 def measure_copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy much larger than any cache."""
+    """Returns bytes per second, read and written, of a copy much larger than any cache."""
     size = int(min(2**31, torch.cuda.mem_get_info(device)[0] // 4))
     source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
     return 2 * size / (1e-6 * median_us(lambda number: lambda: target.copy_(source), CudaTimer(device)))
@@ -180,7 +183,7 @@ class Bench:
         self.fla, self.fla_was_called = find_fla(report.notes), False
 
     def fill(self, row: Row) -> None:
-        """Measures every cell but fla's that fits and has time; what goes wrong is a word in it and a note."""
+        """Measures every cell except fla's that fits and has time; a failure leaves a word in the cell and a note."""
         row.fla = MISSING
         sets = self.attempt(row, "inputs", lambda: self.draw_sets(row))
         if isinstance(sets, str):
@@ -222,12 +225,12 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def fits(self, row: Row, bytes_by_element: float) -> bool:
-        """In what is free now, 5 % kept back."""
+        """Returns whether this fits in free memory, keeping 5 % back."""
         elements = row.batch * row.tokens * row.heads * HEAD_SIZE
         return elements * bytes_by_element < 0.95 * torch.cuda.mem_get_info(self.device)[0]
 
     def draw_sets(self, row: Row) -> list[tuple]:
-        """Two sets at least, and four times what the cache holds, if there is memory for them beside a training run."""
+        """Draws at least two sets, and four times the size of the cache if memory allows besides a training run."""
         elements = row.batch * row.tokens * row.heads * HEAD_SIZE
         cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 50_000_000)
         wanted = max(2, min(16, -(-4 * cache // (SET_BYTES * elements))))
@@ -249,7 +252,7 @@ class Bench:
             return median_us(prepare, self.timer)
 
     def time_training(self, op: Callable, sets: Sequence[tuple], **options: Any) -> float:
-        """Forward that keeps what backward needs."""
+        """Times a forward pass that keeps tensors for the backward pass."""
 
         def prepare(number: int) -> Callable[[], object]:
             leaves = _leaves(sets[number % len(sets)][0])
@@ -272,7 +275,7 @@ class Bench:
 
     def time_fla(self, sets: Sequence[tuple]) -> float:
         fla = self.fla
-        assert fla is not None  # or nobody would ask
+        assert fla is not None  # else nobody would look
         ours, theirs = (outputs(op, *sets[0]) for op in (wkv_cuda, fla))
         error = max(relative_rms(theirs[name], ours[name]) for name in ("y", "dr"))
         if not error < 0.05:
@@ -286,7 +289,7 @@ def _leaves(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def find_errors(inputs_and_cotangents: tuple) -> tuple[float, float]:
-    """Of y and dr against float64; of two heads of the first lane, though all of them run."""
+    """Returns errors of y and dr against float64, in two heads of the first lane, though all heads run."""
     inputs, cotangents = inputs_and_cotangents
     found = outputs(wkv_cuda, inputs, cotangents)
     by_token, state = {name: inputs[name][:1, :, :2] for name in ("r", "k", "v", "w")}, inputs["state"][:1, :2]
@@ -298,13 +301,13 @@ def find_errors(inputs_and_cotangents: tuple) -> tuple[float, float]:
 
 
 def find_fla(notes: list[str]) -> Callable | None:
-    """fla's op, called as ours is; None if it is not installed."""
+    """Returns fla's op with our signature; None if it is not installed."""
     try:
         import triton
         from fla import __version__
         from fla.ops.rwkv6 import chunk_rwkv6
     except Exception as problem:
-        notes.append(f"fla is not there: {(str(problem).splitlines() or [type(problem).__name__])[0]}")
+        notes.append(f"fla is not available: {(str(problem).splitlines() or [type(problem).__name__])[0]}")
         return None
     notes.append(
         f"fla {__version__}, Triton {triton.__version__} (3.4 to 3.7.0 miscompile some of fla's backward kernels)"

@@ -1,10 +1,10 @@
-"""Checks and times the WKV kernels on this machine's GPU, within minutes; needs torch alone.
+"""Checks and times the WKV kernels on this machine's GPU, in minutes; needs only torch.
 
     make gpu-check                                        docs/benchmarks/wkv-<device>.md
     python tools/gpu/gpu_check.py --output table.md --only accuracy
 
-One line a check: PASS, FAIL, or SKIP where it cannot be made.  Exit code 0: none failed; 1: some did; 2: no GPU.
-The work is done in processes of its own: one that crashes or hangs is a FAIL, and the next check goes on in a new one.
+One line per check: PASS, FAIL, or SKIP if it cannot be made.  Exit code 0: none failed; 1: some did; 2: no GPU.
+Checks run in separate processes: if one crashes or hangs, that is a FAIL, and the next check continues in a new one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A bare machine has torch, and infctx only as this folder.
+# A bare machine has torch, but infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -41,14 +41,14 @@ from wkv_table import find_facts
 
 LONGEST_CHECK_SECONDS = 120
 LONGEST_ROW_SECONDS = 240
-"""Of the benchmark; the first of fla's compiles it."""
+"""Longest silence of the benchmark; fla's first call compiles it."""
 CHECKS_SHARE = 0.6
-"""Of the time, for the checks before the benchmark."""
+"""Share of the time for the checks before the benchmark."""
 SANITIZER_SHARE = 0.2
-"""Of the time, kept for compute-sanitizer after it."""
+"""Share of the time kept for compute-sanitizer after it."""
 WORDS = {True: "PASS", False: "FAIL", None: "SKIP"}
 DEVICE_LOST = 3
-"""Exit code of a process in which CUDA does not work any more."""
+"""Exit code of a process in which CUDA no longer works."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks/wkv-<device>.md")
-    parser.add_argument("--minutes", type=float, default=7, help="of all; what is not begun by then is not run")
-    parser.add_argument("--only", default="", metavar="WORDS", help="checks whose name has this regular expression")
+    parser.add_argument(
+        "--minutes", type=float, default=7, help="for everything; nothing starts after this time (default %(default)s)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="only checks whose name matches this regular expression"
+    )
     parser.add_argument("--no-speed", action="store_true", help="no benchmark")
     parser.add_argument("--all", action="store_true", help="benchmark: fla at every size")
-    parser.add_argument("--commit", help="to be named in the heading, where there is no git")
+    parser.add_argument("--commit", help="commit to name in the heading if there is no git")
     parser.add_argument("--checks", help=argparse.SUPPRESS)  # numbers of those that this process runs itself
     return parser.parse_args(arguments)
 
@@ -130,7 +134,7 @@ def subject() -> Subject:
 
 
 def run_checks(checks: Sequence[Check], subject: Subject) -> int:
-    """One line each; DEVICE_LOST once CUDA does not work any more."""
+    """Prints one line per check; returns DEVICE_LOST once CUDA no longer works."""
     for check in checks:
         result, lost = run_check(check, subject), False
         if subject.device.type == "cuda":
@@ -140,7 +144,7 @@ def run_checks(checks: Sequence[Check], subject: Subject) -> int:
             except RuntimeError as problem:
                 lost = True
                 if result.word != "FAIL":
-                    result = Result("FAIL", check.name, f"afterwards CUDA did not work any more: {problem}")
+                    result = Result("FAIL", check.name, f"after it CUDA no longer worked: {problem}")
         print(one_line(result), flush=True)
         if lost:
             return DEVICE_LOST
@@ -159,7 +163,7 @@ def one_line(result: Result) -> str:
     return " ".join(str(result).split())
 
 
-# ---- in the process that was asked ----
+# ---- in the user's process ----
 
 
 def run_in_processes(
@@ -168,7 +172,7 @@ def run_in_processes(
     command: Callable[[Sequence[int]], list[str]],
     seconds_left: Callable[[], float],
 ) -> list[Result]:
-    """Runs the checks of these numbers in one process, and in another one from where the first broke off."""
+    """Runs the checks with these numbers in one process; if it breaks off, continues in another."""
     results: list[Result] = []
 
     def add(result: Result) -> None:
@@ -200,7 +204,7 @@ def run_in_processes(
 
 
 class Ending(str):
-    """How a process ended: the last that `lines_of` yields."""
+    """How a process ended: the last item from `lines_of`."""
 
 
 OUT_OF_TIME = "no time was left"
@@ -209,7 +213,7 @@ OUT_OF_TIME = "no time was left"
 def lines_of(
     command: list[str], seconds_left: Callable[[], float], longest: float = LONGEST_CHECK_SECONDS
 ) -> Iterator[str]:
-    """What a process prints, line by line, and an Ending; it is killed if it says nothing for too long."""
+    """Yields a process's output, line by line, and an Ending; kills the process if it prints nothing for too long."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, errors="replace", text=True, start_new_session=True)
     output = process.stdout
     assert output is not None  # it is a pipe
@@ -229,23 +233,23 @@ def lines_of(
             try:
                 line = said.get(timeout=max(0.0, min(longest, left)))
             except queue.Empty:
-                ending = f"it said nothing for {longest:g} s" if left > longest else OUT_OF_TIME
+                ending = f"it printed nothing for {longest:g} s" if left > longest else OUT_OF_TIME
                 continue
             if line is None:
                 ended = True
             else:
                 yield line
-    finally:  # also where whoever reads the lines was interrupted
+    finally:  # also if the reader of the lines was interrupted
         stop(process, kill=not ended)
         reader.join(timeout=5)
-        if not reader.is_alive():  # what the process started may hold its output open
+        if not reader.is_alive():  # children of the process may hold its output open
             output.close()
     code = process.returncode
     yield Ending(ending or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"))
 
 
 def stop(process: subprocess.Popen, kill: bool) -> None:
-    """Waits for its end, or brings it about; with it go the processes that it started."""
+    """Waits for a process to end, or kills it; also kills the processes that it started."""
     if kill:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -257,14 +261,14 @@ def command_of(numbers: Sequence[int]) -> list[str]:
 
 
 def run_benchmark(seconds: float, options: argparse.Namespace) -> str:
-    """The Markdown of `bench_wkv.py`, as far as it came."""
+    """Returns the Markdown of `bench_wkv.py`, as far as it got."""
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "speed.md"
         command = [sys.executable, str(Path(__file__).with_name("bench_wkv.py").resolve()), "--output", str(output)]
         command += ["--minutes", f"{max(0.0, seconds) / 60:.2f}", *["--all"] * options.all]
         command += ["--commit", options.commit] if options.commit else []
-        # It ends by itself, but for a last row that may take as long as it takes.
+        # It ends by itself, except that a last row may take any time.
         for line in lines_of(command, lambda: end + 30 - time.monotonic(), longest=LONGEST_ROW_SECONDS):
             if not isinstance(line, Ending):
                 print(line, flush=True)
@@ -273,7 +277,7 @@ def run_benchmark(seconds: float, options: argparse.Namespace) -> str:
         return output.read_text(encoding="utf-8") if output.exists() else ""
 
 
-# ---- what comes out ----
+# ---- output ----
 
 
 def exit_code(results: Sequence[Result]) -> int:
@@ -286,7 +290,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def report(results: Sequence[Result], speed: str, commit: str | None) -> str:
-    """Markdown: the benchmark's, with the checks after it."""
+    """Returns the benchmark's Markdown followed by the checks."""
     if not speed:
         facts = find_facts(commit)
         lines = [f"# WKV kernels on {facts['device']}", "", "| | |", "|---|---|"]

@@ -1,4 +1,4 @@
-"""What the WKV kernels have to get right: checks on any device that has the op, judged in float64 on that device.
+"""Checks of the WKV kernels' results, on any device that has the op, judged in float64 on that device.
 
 `checks()` lists them; each takes a `Subject` and returns a `Verdict`.  `tools/gpu/gpu_check.py` runs them on a GPU, the
 tests on the CPU with the emulator.  Errors are relative RMS: that of the difference over that of the truth.
@@ -27,18 +27,18 @@ Tensors = dict[str, Tensor | None]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BF16_BARS = {"y": 2.4e-3, "S_T": 1.4e-3, "dr": 1.75e-3, "dk": 1.75e-3, "dv": 1.75e-3, "dw": 1.8e-3, "du": 1.9e-3}
 BF16_BARS |= {"dS_0": 2e-3, "d initial": 2e-3}
-"""What fla's kernels reach with bf16 inputs and ordinary decays."""
+"""Errors of fla's kernels with bf16 inputs and ordinary decays."""
 FP32_BAR = 1e-5
 EXTREME_DW_BAR = 1e-3
 CUT_BAR = 1e-6
 MOST_TIMES_CHUNKED = {"y": 2.0, "dr": 3.0, "dk": 3.0, "dv": 3.0}
-"""How many times the error of `wkv_chunked` with the same inputs: of what comes out in bf16."""
+"""Most times the error of `wkv_chunked` with the same inputs, for results in bf16."""
 GRADIENTS = {"r": "dr", "k": "dk", "v": "dv", "w": "dw", "u": "du", "state": "dS_0", "initial": "d initial"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: an op, on a device that runs so many blocks of threads at a time."""
+    """The op to judge, and how many blocks of threads its device runs at the same time."""
 
     device: torch.device
     processors: int
@@ -76,7 +76,7 @@ class Case:
 
 
 def checks() -> list[Check]:
-    """All of them, what most depends on first."""
+    """Returns all checks, the most fundamental first."""
     found = [Check("the judge: chunked in float64 is the definition", judge)]
     found += [Check(f"accuracy {case.name}", partial(accuracy, case)) for case in accuracy_cases()]
     for dtype in (FP32, BF16):
@@ -108,7 +108,7 @@ def accuracy_cases() -> Iterator[Case]:
         for shape in ((2, 300, 3, 16), (1, 200, 2, 32), (2, 130, 2, 80), (1, 150, 2, 128), (2, 333, 2, 256)):
             yield Case(shape, dtype, documents=True)
             yield Case(shape, dtype, "extreme")
-        # Those of fla's tests; the number is their gate: w = logsigmoid(z) / gate.
+        # Decays of fla's tests; the number is their gate: w = logsigmoid(z) / gate.
         yield Case((1, 15, 2, 60), dtype, "gate 1")
         yield Case((3, 60, 3, 64), dtype, "gate 0.1")
         yield Case((3, 64, 2, 64), dtype, "gate 1")
@@ -122,7 +122,7 @@ def accuracy_cases() -> Iterator[Case]:
 
 
 def draw(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, tuple[Tensor, Tensor]]:
-    """Inputs by the names of the op's arguments, and cotangents of both outputs."""
+    """Returns inputs by the names of the op's arguments, and cotangents of both outputs."""
     g = torch.Generator(device).manual_seed(seed)
     batch, tokens, heads, size = case.shape
 
@@ -139,7 +139,7 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensors, tupl
 
 
 def log_decay(name: str, z: Tensor) -> Tensor:
-    """From normal numbers, which may be changed: large ones leave no memory for copies."""
+    """Returns log decays from normal numbers, changing those in place: large ones leave no memory for copies."""
     if name.startswith("gate "):
         return F.logsigmoid(z) / float(name.removeprefix("gate "))
     if name == "constant":
@@ -149,7 +149,7 @@ def log_decay(name: str, z: Tensor) -> Tensor:
 
 
 def outputs(op: Op, inputs: Mapping[str, Tensor | None], cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """y, the final state, and the gradients of all inputs under both outputs' cotangents."""
+    """Returns y, the final state, and the gradients of all inputs under both outputs' cotangents."""
     leaves = {name: x.detach().requires_grad_() for name in GRADIENTS if (x := inputs[name]) is not None}
     y, final = op(**{**inputs, **leaves})
     gradients = torch.autograd.grad((y, final), list(leaves.values()), cotangents)
@@ -158,7 +158,7 @@ def outputs(op: Op, inputs: Mapping[str, Tensor | None], cotangents: Sequence[Te
 
 
 def given(inputs: Mapping[str, Tensor | None], name: str) -> Tensor:
-    """An input that is never left out."""
+    """Returns an input that is never None."""
     found = inputs[name]
     assert found is not None, name
     return found
@@ -169,7 +169,7 @@ def in_float64(tensors: Mapping[str, Tensor | None]) -> Tensors:
 
 
 def relative_rms(found: Tensor, truth: Tensor) -> float:
-    """0 where both are all zeros; not a number if anything found is none."""
+    """Returns the relative RMS error: 0 if both are all zeros; NaN if any number found is NaN."""
     difference = (found.to(FP64) - truth.to(FP64)).square().mean().sqrt().item()
     scale = truth.to(FP64).square().mean().sqrt().item()
     if difference == 0:
@@ -182,13 +182,13 @@ def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str
 
 
 def bf16_bars(truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """The bars, but where results in bf16 are few enough for the truth, rounded, to miss them: 1.05 times its error."""
+    """Returns the bars; 1.05 times the error of the rounded truth if so few bf16 results would make it miss them."""
     rounded = {name: 1.05 * relative_rms(truth[name].to(BF16), truth[name]) for name in MOST_TIMES_CHUNKED}
     return {name: max(BF16_BARS[name], rounded.get(name, 0.0)) for name in truth}
 
 
 def judged(errors: Mapping[str, float], bars: Mapping[str, float]) -> Verdict:
-    """By what is worst against its bar; a NaN is worst of all."""
+    """Judges by the error that is largest relative to its bar; a NaN is the largest."""
 
     def share(name: str) -> float:
         return math.inf if math.isnan(errors[name]) else errors[name] / bars[name]
@@ -198,7 +198,7 @@ def judged(errors: Mapping[str, float], bars: Mapping[str, float]) -> Verdict:
 
 
 def bits_differ(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The names of what is not the same bit for bit."""
+    """Returns the names of tensors that differ in any bit."""
     return [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
@@ -211,7 +211,7 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Verdict
 
 
 def judge(subject: Subject) -> Verdict:
-    """`wkv_chunked` in float64, which judges all else, against the loop over time."""
+    """Checks `wkv_chunked` in float64, the judge of everything else, against the loop over time."""
     inputs, cotangents = draw(Case((2, 100, 2, 16), FP32, "extreme", documents=True), subject.device)
     inputs, precise = in_float64(inputs), [x.to(FP64) for x in cotangents]
     found, truth = (outputs(op, inputs, precise) for op in (wkv_chunked, wkv_reference))
@@ -223,7 +223,7 @@ def accuracy(case: Case, subject: Subject) -> Verdict:
     truth = outputs(wkv_chunked, in_float64(inputs), [x.to(FP64) for x in cotangents])
     found = errors(outputs(subject.op, inputs, cotangents), truth)
     plain = errors(outputs(wkv_chunked, inputs, cotangents), truth)
-    # A hundred-millionth is no error of either: both may find a zero exactly.
+    # Ignore errors of a hundred-millionth: either may find a zero exactly.
     ratios = {name: found[name] / max(plain[name], 1e-8) for name in found}
     bars = bf16_bars(truth) if case.dtype == BF16 else dict.fromkeys(truth, FP32_BAR)
     if case.decay == "extreme":
@@ -233,7 +233,7 @@ def accuracy(case: Case, subject: Subject) -> Verdict:
     if case.dtype == BF16:
         too_many = [name for name, most in MOST_TIMES_CHUNKED.items() if not ratios[name] <= most]
     r, largest = given(inputs, "r"), HEAD_SIZES[-1]
-    # Heads above 64 channels are cut up before the kernels see them.
+    # Heads above 64 channels are split before the kernels see them.
     spans = Layout.of(r, subject.processors).spans if r.shape[3] <= largest else "of pieces"
     beside = " ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
     text = f"{verdict.text}; spans {spans}; times chunked: {beside}"
@@ -241,7 +241,7 @@ def accuracy(case: Case, subject: Subject) -> Verdict:
 
 
 def same_bits(case: Case, subject: Subject) -> Verdict:
-    """Three times in a row."""
+    """Checks that three calls give the same bits."""
     inputs, cotangents = draw(case, subject.device)
     first, second, third = (outputs(subject.op, inputs, cotangents) for _ in range(3))
     verdict = same(second, first)
@@ -249,7 +249,7 @@ def same_bits(case: Case, subject: Subject) -> Verdict:
 
 
 def memory_of_nan(case: Case, subject: Subject) -> Verdict:
-    """Nothing is read before it is written, and all is written."""
+    """Checks that nothing is read before it is written, and that everything is written."""
     inputs, cotangents = draw(case, subject.device)
     expected = outputs(subject.op, inputs, cotangents)
     with nan_in_new_memory(subject.device):
@@ -259,9 +259,9 @@ def memory_of_nan(case: Case, subject: Subject) -> Verdict:
 
 @contextlib.contextmanager
 def nan_in_new_memory(device: torch.device) -> Iterator[None]:
-    """Freed blocks of torch's allocator hold NaN, and torch fills what is allocated with NaN once more."""
+    """A context in which freed blocks of torch's allocator hold NaN, and torch fills new tensors with NaN."""
     if device.type == "cuda":
-        sizes = [2**10] * 256 + [2**18] * 64 + [2**23] * 8 + [2**26]  # floats: small blocks have a pool of their own
+        sizes = [2**10] * 256 + [2**18] * 64 + [2**23] * 8 + [2**26]  # floats: small blocks have a separate pool
         blocks = [torch.full((size,), math.nan, device=device) for size in sizes]
         torch.cuda.synchronize(device)
         del blocks
@@ -273,7 +273,7 @@ def nan_in_new_memory(device: torch.device) -> Iterator[None]:
 
 
 def any_strides(case: Case, subject: Subject) -> Verdict:
-    """Inputs that lie head by head, a cotangent that is expanded."""
+    """Checks inputs stored head by head, and an expanded cotangent."""
     inputs, (_, dfinal) = draw(case, subject.device)
     dy = torch.ones((), dtype=case.dtype, device=subject.device).expand(case.shape)
     by_head = dict(inputs)
@@ -284,7 +284,7 @@ def any_strides(case: Case, subject: Subject) -> Verdict:
 
 
 def expanded_decay(case: Case, subject: Subject) -> Verdict:
-    """A decay that is the same for all tokens, as RWKV-5 has it: stride 0, and the gradient is their sum."""
+    """Checks a decay that is the same for all tokens, as in RWKV-5: stride 0, and the gradient is their sum."""
     inputs, cotangents = draw(case, subject.device)
     inputs["w"] = given(inputs, "w")[:1, :1]
 
@@ -304,7 +304,7 @@ def expanded_decay(case: Case, subject: Subject) -> Verdict:
 
 
 def cut_anywhere(case: Case, subject: Subject) -> Verdict:
-    """Two pieces, the second from the state that the first leaves: the values and gradients of the whole."""
+    """Checks that two parts, the second from the first one's state, give the values and gradients of the whole."""
     inputs, cotangents = draw(case, subject.device)
     whole = outputs(subject.op, inputs, cotangents)
     tokens = case.shape[1]
@@ -324,19 +324,19 @@ def cut_anywhere(case: Case, subject: Subject) -> Verdict:
 
 
 def two_halves(case: Case, gradients: bool, subject: Subject) -> Verdict:
-    """So many elements that their count needs more than 32 bits, against two halves whose counts do not.
+    """Checks more elements than 32 bits can count, against two halves that they can.
 
-    Compared are 4,096 tokens at both ends and around the middle, where both runs are not the same code by far.
+    Compares 4,096 tokens at both ends and around the middle, where the two calls do very different work.
     """
     elements = math.prod(case.shape)
-    # Bytes an element: inputs 10, y 2; with gradients also states 4 (of 64 tokens, heads of 64) and the gradients 10;
-    # then, beside what is compared, what a half of the elements takes.
+    # Bytes per element: inputs 10, y 2; with gradients also states 4 (of 64 tokens, heads of 64) and the gradients 10;
+    # then the same for half of the elements.
     needed = elements * (30 if gradients else 13) + 2**30
     if subject.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(subject.device)[0]
         if free < needed:
-            return Verdict(None, f"takes {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+            return Verdict(None, f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB is free")
     g = torch.Generator(subject.device).manual_seed(0)
     r, k, v = (torch.randn(case.shape, generator=g, device=subject.device, dtype=case.dtype) for _ in range(3))
     w = log_decay(case.decay, torch.randn(case.shape, generator=g, device=subject.device))
@@ -359,19 +359,19 @@ def two_halves(case: Case, gradients: bool, subject: Subject) -> Verdict:
     else:
         found = _gradients_of_halves(subject, (r, k, v, w, u), halves, state, dfinal, window)
     exact = {name: 1e-5 for name in found if name.startswith(("S_T", "dw", "dS"))}
-    # Two roundings to bf16 of nearly the same number seldom differ.
+    # Two roundings to bf16 of nearly the same number rarely differ.
     return judged(found, dict.fromkeys(found, 1e-3) | exact)
 
 
 def _gradients_of_halves(
     subject: Subject, inputs: Sequence[Tensor], halves: list[list[Tensor]], state: Tensor, dfinal: Tensor, window: int
 ) -> dict[str, float]:
-    """The gradients of the whole against those of each half, which hands the state's to the half before."""
+    """Returns the errors of the whole's gradients against those of the halves, the second half first."""
     *tokens, u = inputs
 
     def backward(tokens: Sequence[Tensor], state: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (*tokens, state)]
-        # v is as good a cotangent of y as any, and takes no memory.
+        # v is as good a cotangent of y as any, and needs no memory.
         y, final = subject.op(*leaves[:4], u, leaves[4])
         return torch.autograd.grad((y, final), leaves, (tokens[2], dfinal))
 

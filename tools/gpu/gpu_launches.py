@@ -1,7 +1,7 @@
-"""How the WKV kernels are launched on a GPU: streams, graphs, torch.compile, threads, devices; how fast they compile.
+"""Checks launches of the WKV kernels on a GPU: streams, graphs, torch.compile, threads, devices; and compile times.
 
-`checks()` are those of `tools/gpu/gpu_check.py` that need CUDA itself.  As a program it is the small run that
-compute-sanitizer watches:
+`checks()` are the checks of `tools/gpu/gpu_check.py` that need CUDA itself.  As a program, this file is the small run
+for compute-sanitizer to watch:
 
     compute-sanitizer --tool racecheck python tools/gpu/gpu_launches.py
 """
@@ -23,7 +23,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-# A bare machine has torch, and infctx only as this folder.
+# A bare machine has torch, but infctx only as this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -41,7 +41,7 @@ WARM_SECONDS_BAR = 0.010
 SANITIZER_SECONDS = 60
 SMALL = Case((2, 300, 3, 64), BF16, documents=True)
 
-# Without torch, so that many of them start at once.
+# Without torch, so that many processes start quickly.
 COMPILE = """
 import sys
 from pathlib import Path
@@ -77,7 +77,7 @@ for source in sys.argv[1].split(","):
 
 
 def compile_checks() -> list[Check]:
-    """To be run first: later checks find all kernels in the cache."""
+    """Returns the checks to run first: later ones find all kernels in the cache."""
     first_use = [Check(f"first use {name}", partial(first_use_of, dtype)) for name, dtype in _DTYPES.items()]
     return [Check("all kernels compile", compile_all), *first_use]
 
@@ -99,7 +99,7 @@ def checks() -> list[Check]:
 
 
 def sanitizer_checks() -> list[Check]:
-    """To be run last: they are slow."""
+    """Returns the checks to run last: they are slow."""
     return [Check(f"compute-sanitizer {tool}", partial(sanitized, tool)) for tool in ("memcheck", "racecheck")]
 
 
@@ -107,7 +107,7 @@ def sanitizer_checks() -> list[Check]:
 
 
 def compile_all(subject: Subject) -> Verdict:
-    """Into the user's cache, side by side in processes: the compiler does one source at a time."""
+    """Compiles into the user's cache, in parallel processes: the compiler does one source at a time."""
     major, minor = torch.cuda.get_device_capability(subject.device)
     variants = {find_layout(1, 1, 1, size, dtype, 1).options for size in HEAD_SIZES for dtype in (BF16, FP32)}
     programs = [(source, f"sm_{major}{minor}", *options) for source in reversed(SOURCES) for options in variants]
@@ -125,7 +125,7 @@ def compile_all(subject: Subject) -> Verdict:
 
 
 def first_use_of(dtype: torch.dtype, subject: Subject) -> Verdict:
-    """In new processes: with an empty cache, then with what the first one left; heads of 64."""
+    """Times first use in new processes, with an empty cache, then with the cache of the first one; heads of 64."""
     options = find_layout(1, 1, 1, 64, dtype, 1).options
     with tempfile.TemporaryDirectory() as cache:
         lines = []
@@ -139,7 +139,10 @@ def first_use_of(dtype: torch.dtype, subject: Subject) -> Verdict:
 
 
 def judge_first_use(cold: Sequence[tuple], warm: Sequence[tuple]) -> Verdict:
-    """Each: by source, seconds until the machine code is there, until it can be launched, resources by kernel."""
+    """Judges times of first use.
+
+    cold, warm: by source, seconds until the machine code is ready, until it can be launched, resources by kernel
+    """
 
     def listed(rows: Sequence[tuple], scale: float, digits: int) -> str:
         return " + ".join(f"{row[0] * scale:.{digits}f}" for row in rows)
@@ -168,7 +171,7 @@ def _run_python(
 
 
 def side_stream(case: Case, subject: Subject) -> Verdict:
-    """Inputs come late there: a launch on any other stream would read zeros."""
+    """Checks a side stream whose inputs arrive late: a launch on any other stream would read zeros."""
     inputs, cotangents = draw(case, subject.device)
     expected = outputs(subject.op, inputs, cotangents)
     late = {name: x if x is None or not x.is_floating_point() else torch.zeros_like(x) for name, x in inputs.items()}
@@ -187,7 +190,7 @@ def side_stream(case: Case, subject: Subject) -> Verdict:
 
 
 def graph(case: Case, gradients: bool, subject: Subject) -> Verdict:
-    """Captured once; replayed with other inputs in the same places."""
+    """Checks a graph captured once and replayed with other inputs in the same places."""
     inputs, cotangents = draw(case, subject.device)
     inputs = {name: None if x is None else x.clone() for name, x in inputs.items()}
 
@@ -226,7 +229,7 @@ def _copy_into(places: Mapping[str, Tensor | None], values: Mapping[str, Tensor 
 
 
 def threads(case: Case, subject: Subject) -> Verdict:
-    """Four at a time, each with its own inputs and, on a GPU, its own stream."""
+    """Checks four threads, each with its own inputs and, on a GPU, its own stream."""
     drawn = [draw(case, subject.device, seed) for seed in range(4)]
     expected = [outputs(subject.op, *each) for each in drawn]
     found: dict[int, list[dict[str, Tensor]]] = {number: [] for number in range(4)}
@@ -258,14 +261,14 @@ def threads(case: Case, subject: Subject) -> Verdict:
 
 
 def compiled(case: Case, subject: Subject) -> Verdict:
-    """Whole, with operations around the op; by inductor, or by aot_eager where that does not work."""
-    # One process compiles; a pool of them starts slowly, and ends noisily.
+    """Checks torch.compile as a full graph with operations around the op: inductor, or aot_eager without it."""
+    # One process compiles; a pool starts slowly and ends noisily.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     inputs, cotangents = draw(case, subject.device)
 
     op = subject.op
 
-    # Powers of two: exact in any dtype, so that it does not matter what is fused with what.
+    # Powers of two are exact in any dtype, so fusion changes nothing.
     def step(r, k, v, w, u, state, starts, initial):
         y, final = op(2 * r, k, 0.5 * v, w, u, state, starts, initial)
         return 4 * y, 2 * final
@@ -277,7 +280,7 @@ def compiled(case: Case, subject: Subject) -> Verdict:
 
 
 def _inductor_works(device: torch.device) -> bool:
-    """It needs Triton and a C compiler on a GPU, and g++ on a CPU, which is no place to wait for it."""
+    """Returns whether inductor works: it needs Triton and a C compiler on a GPU; on a CPU we do not wait for it."""
     if device.type != "cuda":
         return False
     x = torch.randn(1000, device=device)
@@ -289,7 +292,7 @@ def _inductor_works(device: torch.device) -> bool:
 
 
 def shared_memory(subject: Subject) -> Verdict:
-    """Heads of 64 need more than the 48 KB that a kernel has without asking; in turn with heads of 32."""
+    """Checks heads of 64, which need more than a kernel's default 48 KB, in turn with heads of 32."""
     texts, passed = [], True
     for size in (64, 32, 64):
         for dtype in (BF16, FP32):
@@ -304,10 +307,10 @@ def shared_memory(subject: Subject) -> Verdict:
 
 
 def every_device(subject: Subject) -> Verdict:
-    """From a thread whose current device is another one."""
+    """Checks each device from a thread whose current device is another one."""
     count = torch.cuda.device_count()
     if count < 2:
-        return Verdict(None, "there is one device")
+        return Verdict(None, "there is only one device")
     verdicts = {}
     for index in range(count):
         processors = torch.cuda.get_device_properties(index).multi_processor_count
@@ -321,13 +324,13 @@ def has_sanitizer() -> bool:
 
 
 def sanitized(tool: str, subject: Subject) -> Verdict:
-    """The small run of this file, in a process that compute-sanitizer watches."""
+    """Runs this file's small run under compute-sanitizer."""
     if not has_sanitizer():
         return Verdict(None, "compute-sanitizer is not on PATH")
     prefix = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=wkv"]
     if tool == "memcheck":
-        prefix += ["--report-api-errors", "no"]  # torch asks the driver for what it may not have
-    # Each tensor gets memory of its own, or what is out of bounds would be within a block of torch's allocator.
+        prefix += ["--report-api-errors", "no"]  # torch calls the driver for features that may be missing
+    # Each tensor gets separate memory; else an access out of bounds could still be inside a block of torch's allocator.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = _run_python([str(Path(__file__).resolve())], SANITIZER_SECONDS, variables, prefix)
@@ -341,13 +344,13 @@ def judge_sanitizer(said: str) -> Verdict:
     if not summaries or "small run: done" not in said:
         lines = [line.strip("= ") for line in said.splitlines() if line.strip("= ")]
         ours = [line for line in lines if "Error" in line or "rror:" in line] or lines
-        return Verdict(False if summaries else None, f"did not run through: {ours[-1] if ours else 'it said nothing'}")
+        return Verdict(False if summaries else None, f"did not finish: {ours[-1] if ours else 'it printed nothing'}")
     clean = all(re.search("SUMMARY: 0 (errors|hazards)", line) for line in summaries)
     return Verdict(clean, "; ".join(summaries))
 
 
 def small_run(op: Callable = wkv_cuda, device: str = "cuda") -> None:
-    """Forward and backward in both dtypes, with several spans, and with a head in pieces."""
+    """Runs forward and backward in both dtypes, with several spans, and with a split head."""
     for dtype in (BF16, FP32):
         for shape in ((2, 150, 2, 64), (1, 70, 1, 128)):
             outputs(op, *draw(Case(shape, dtype, documents=True), torch.device(device)))

@@ -1,4 +1,4 @@
-"""The Markdown that `tools/gpu/bench_wkv.py` writes: what was measured, where, and against which bars."""
+"""Writes the Markdown of `tools/gpu/bench_wkv.py`: results, machine and bars."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass
 class Report:
-    """What the Markdown is made from; copy_rate: bytes a second, read and written, of a copy on the device."""
+    """The content of the Markdown; copy_rate: bytes per second, read and written, of a copy on the device."""
 
     facts: dict[str, str]
     copy_rate: float
@@ -101,19 +101,19 @@ def layout_of(row: Row, report: Report) -> Layout:
 
 
 def roofline_us(row: Row, report: Report, bytes_by_token_head: float) -> float:
-    """The bytes of all tokens and heads, at the speed of a copy."""
+    """Returns the time for the bytes of all tokens and heads at the speed of a copy."""
     return 1e6 * bytes_by_token_head * row.batch * row.tokens * row.heads / report.copy_rate
 
 
 def times_fla(row: Row) -> Cell:
-    """fla's forward and backward together, over ours."""
+    """Returns fla's time over ours, forward and backward together."""
     if isinstance(row.fla, float) and isinstance(row.training, float) and isinstance(row.backward, float):
         return row.fla / (row.training + row.backward)
     return row.fla if isinstance(row.fla, str) else MISSING
 
 
 def bars(report: Report) -> list[str]:
-    """One line each: the bars of an H100 at B=1 T=4096 H=40, whatever the device is."""
+    """Returns a line for each bar of an H100 at B=1 T=4096 H=40, whatever the device is."""
     row = next((row for row in report.rows if row.shape == BAR_SHAPE), Row(*BAR_SHAPE))
     where = "B={} T={} H={}".format(*BAR_SHAPE)
     figures = (
@@ -131,7 +131,7 @@ def bars(report: Report) -> list[str]:
 
 
 def find_facts(commit: str | None) -> dict[str, str]:
-    """Of the current device, and of the software."""
+    """Returns facts about the current device and the software."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} processors"
     return {
@@ -152,7 +152,7 @@ def find_driver() -> str:
 
 
 def find_commit() -> str:
-    """The checkout's, with -dirty if it has changes; unknown without git, or outside of a checkout."""
+    """Returns the checkout's commit, with -dirty if it has changes; unknown without git or outside a checkout."""
     folder = str(Path(__file__).resolve().parent)
     commit = _answer(["git", "-C", folder, "rev-parse", "--short", "HEAD"]) if shutil.which("git") else ""
     if not commit:
@@ -161,7 +161,7 @@ def find_commit() -> str:
 
 
 def _answer(command: list[str]) -> str:
-    """What a program prints; nothing if it fails."""
+    """Returns a program's output; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
