@@ -1,4 +1,4 @@
-"""Settings for all tests: threads pinned, so that numbers and times do not depend on the machine's load; the judge."""
+"""Settings for all tests: pinned threads, so that numbers and times do not depend on load, and the rwkv package."""
 
 import sys
 
@@ -20,10 +20,10 @@ MADE_ONCE = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Whole files of MADE_ONCE first, then the other tests one by one, to whichever worker is free.
+    """Schedules whole files of MADE_ONCE first, then the other tests one by one, on any free worker.
 
-    xdist's own marks for this (--dist loadgroup) are without effect in pytest 9: it writes into an id that pytest no
-    longer reads.
+    xdist's marks for this (--dist loadgroup) have no effect in pytest 9: xdist writes to an id that pytest no longer
+    reads.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture
 def rwkv_package(monkeypatch):
-    """The judge: RWKV of the rwkv package, for the CPU and without its own compilation."""
+    """RWKV of the rwkv package, the judge: for the CPU, without compiling its kernels."""
     for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RWKV_V7_ON", raising=False)

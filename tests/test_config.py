@@ -31,7 +31,7 @@ run:
 
 
 def write(tmp_path, *changes, text=WHOLE):
-    """The file above with some lines changed: ("  width: 128", "  width: 64")."""
+    """Writes the file above with some lines changed: ("  width: 128", "  width: 64")."""
     for old, new in changes:
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -40,7 +40,7 @@ def write(tmp_path, *changes, text=WHOLE):
 
 
 def refusal(path, *overrides):
-    """The one line of what is refused."""
+    """Returns the one line of an InputError."""
     (line,) = problems(path, *overrides)
     return line
 
@@ -139,7 +139,7 @@ MISTAKES = {
     ),
     "not a number": ("1.0e-3", ".nan", 13, "optimizer.peak_lr: nan does not fit"),
     "nothing": ("steps: 20", "steps:", 12, "optimizer.steps: is empty; give a whole number"),
-    "misspelt and so missing": (
+    "misspelled and so missing": (
         "peak_lr",
         "peak_rl",
         13,
@@ -253,7 +253,7 @@ def test_what_is_missing(tmp_path):
 
 
 def test_all_problems_at_once(tmp_path):
-    """Those of several sections, those of one whose settings do not fit together, and those of the command line."""
+    """Problems of several sections, of settings that do not fit together, and of the command line."""
     path = write(
         tmp_path,
         ("  width: 128", "  widht: 128"),
@@ -307,7 +307,7 @@ def test_what_yaml_cannot_make_values_of(tmp_path, value, says):
 
 
 def test_yaml_that_multiplies_is_refused_at_once(tmp_path):
-    """A billion laughs, in a file and in an override."""
+    """Tries a billion laughs, in a file and in an override."""
     laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnop"))
     assert "aliases (*name) are not read" in refusal(write(tmp_path, text=laughs + WHOLE))
     assert "aliases (*name) are not read" in refusal(write(tmp_path), "run.folder={a: &a [1], b: [*a, *a]}")

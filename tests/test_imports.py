@@ -1,4 +1,4 @@
-"""The rule of the house: imports go only to the left, in no circle; tests import what they share, never each other."""
+"""The rule of the house: imports go only to the left and in no circle; tests never import each other."""
 
 import ast
 from pathlib import Path
@@ -39,7 +39,7 @@ def room_of(module):
 
 
 def imported_by(path, known):
-    """The modules of ours that a file imports, anywhere in it: (module, line)."""
+    """Yields our modules that a file imports, anywhere in it: (module, line)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
@@ -50,7 +50,7 @@ def imported_by(path, known):
 
 
 def arrows_of(root):
-    """(file, line, importing module, imported module) of a tree of ours."""
+    """Yields (file, line, importing module, imported module) of a tree."""
     files = {module_of(path, root): path for path in sorted((root / "infctx").rglob("*.py"))}
     return [
         (path.relative_to(root), line, module, other)
@@ -70,7 +70,7 @@ def wrong_arrows(arrows):
 
 
 def circles(arrows):
-    """Modules that import themselves by way of others, each with the way."""
+    """Returns modules that import themselves through others, each with the path."""
     graph = {}
     for _, _, module, other in arrows:
         graph.setdefault(module, set()).add(other)

@@ -37,7 +37,7 @@ def test_deepspeed_imports_on_a_cpu():
 
 
 def test_pytest_does_not_read_the_id_that_xdist_writes(request):
-    """Where this fails, xdist's --dist loadgroup may work again, in the place of what tests/conftest.py does."""
+    """If this fails, xdist's --dist loadgroup may work again and replace the scheduling in tests/conftest.py."""
     assert not hasattr(request.node, "_nodeid")
 
 

@@ -1,4 +1,4 @@
-"""The command line: each mistake of a user is one line that says where and what to do, and exit code 2."""
+"""The command line: each user's mistake is one line with the place and the remedy, and exit code 2."""
 
 import gzip
 import os
@@ -22,7 +22,7 @@ from runs import infctx_command, infctx_here, write_config, write_store
 
 
 def refused(capfd, *arguments):
-    """Runs a command that must be refused; returns its message, mostly one line."""
+    """Runs a command that must fail; returns its message, usually one line."""
     code = main([str(argument) for argument in arguments])
     output, errors = capfd.readouterr()
     assert code == 2, errors
@@ -154,7 +154,7 @@ def test_disk_full_while_exporting(tmp_path, tiny_weights):
         assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
 
 
-def test_a_machine_that_lacks_things_hears_it_all_at_once(capfd):
+def test_everything_missing_is_reported_together(capfd):
     line = refused(capfd, "train", ROOT / "configs" / "finch-3b-64k.yaml")
     for thing in ("model.weights: there is no ", "data.store: there is no ", "finds no GPU here", "GB"):
         assert thing in line
@@ -278,7 +278,7 @@ def test_more_than_one_node_is_for_other_starters(capfd, tmp_path, tiny_weights,
     assert f"--nproc-per-node 2 ... -m infctx {command} {config} {' '.join(words)} or srun; see docs/" in line
 
 
-def test_what_many_ranks_lack_is_said_once(tmp_path):
+def test_what_is_missing_for_many_ranks_is_reported_once(tmp_path):
     words = ["distributed.devices=2", "data.store=gone", "data.held_out=gone_too"]
     code, output, errors = infctx_command("train", write_config(tmp_path), *words)
     assert (code, output) == (2, "")

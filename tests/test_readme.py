@@ -40,10 +40,10 @@ HANDED_ON = {
 
 
 def make(*arguments, cwd=ROOT):
-    """A make target with this environment as its .venv, taken as set up."""
+    """Runs a make target with this environment as its .venv."""
     stamps = [f"--assume-old={sys.prefix}/{name}" for name in ("installed", "installed-test")]
     command = ["make", *stamps, *arguments, f"VENV={sys.prefix}"]
-    # `make test` hands its own variables and options on; these are commands of their own.
+    # `make test` would pass its variables and options on to these commands.
     environment = {name: value for name, value in os.environ.items() if name not in HANDED_ON}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=False, env=environment)
 
@@ -59,7 +59,7 @@ def test_the_first_screen_says_what_for_whom_how_long_and_what_is_proven():
 
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory):
-    """`make train` as the README has it, with fewer steps, into a folder of the test's own."""
+    """Runs `make train` as in the README, with fewer steps, into the test's folder."""
     folder = tmp_path_factory.mktemp("demonstration") / "run"
     done = make("train", f"ARGS=optimizer.steps=6 run.threads=1 run.folder={folder} run.evaluate_tokens=20000")
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ print(milliseconds, "cuda.pathfinder" in sys.modules, "libnvrtc" in Path("/proc/
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """Compiles the source above through a cache of this test; `build.compilations` counts what was not a hit."""
+    """Compiles the source above through this test's cache; `build.compilations` counts the misses."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     compiler._warn_once.cache_clear()
@@ -240,7 +240,7 @@ def test_an_error_is_one_line(change, options, reason):
 
 
 def test_what_reports_no_kernels_is_refused_and_not_kept(build, tmp_path, monkeypatch):
-    """As NVRTC's own cache does, which keeps machine code without its log; it is switched off as well."""
+    """NVRTC's cache does this: it keeps machine code without its log.  We also turn it off."""
     fetch = compiler._fetch
     monkeypatch.setattr(compiler, "_fetch", lambda nvrtc, what, program: fetch(nvrtc, what, program)[: what == "CUBIN"])
     with pytest.raises(CompileError, match=r"^shift.cu: NVRTC .* reports no kernels in it$"):
@@ -248,7 +248,7 @@ def test_what_reports_no_kernels_is_refused_and_not_kept(build, tmp_path, monkey
     assert not list(tmp_path.rglob("shift-*"))
 
 
-def test_the_cache_of_nvrtc_is_not_asked(build, monkeypatch):
+def test_the_cache_of_nvrtc_is_off(build, monkeypatch):
     nvrtc, words = compiler._load_nvrtc(), []
 
     class Listening:

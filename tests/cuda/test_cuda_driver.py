@@ -1,4 +1,4 @@
-"""Launches against a stand-in for the driver's library, which tells what it was called with; and on a GPU, if any."""
+"""Launches against a stand-in for the driver's library, which records its calls; and on a GPU, if there is one."""
 
 import ctypes
 import dataclasses
@@ -29,7 +29,7 @@ COMPILED = Compiled("add.cu", "sm_90", "NVRTC 13.0", LOG, b"machine code\0\1\2")
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """Paths of the stand-in: of a new driver, of one without cuKernelGetParamInfo, of one without cuLibrary*."""
+    """Paths of the stand-ins: for a new driver, one without cuKernelGetParamInfo, one without cuLibrary*."""
     if shutil.which("g++") is None:
         pytest.skip("the stand-in for the driver is compiled by g++")
     folder = tmp_path_factory.mktemp("driver")
@@ -40,7 +40,7 @@ def libraries(tmp_path_factory):
 
 
 class StandIn:
-    """A driver and what it was asked."""
+    """A driver and its calls."""
 
     def __init__(self, path):
         self.driver = Driver(str(path))
@@ -181,7 +181,7 @@ def test_threads_do_not_share_their_arguments(stand_in):
     assert len(launches) == 800 and set(launches) == expected
 
 
-def test_shared_memory_is_asked_for_once_and_only_upward(stand_in):
+def test_shared_memory_is_requested_once_and_only_upward(stand_in):
     add, x = stand_in.load()["add"], torch.zeros(1)
     asked = []
     for shared_bytes in (48 * 1024 - 256, 48 * 1024, 99 * 1024, 64 * 1024, 99 * 1024):
@@ -238,7 +238,7 @@ def test_drivers_that_are_missing_or_too_old(libraries):
 
 @pytest.fixture
 def pretended_gpu(stand_in, tmp_path, monkeypatch):
-    """torch says that there is a GPU; the driver is the stand-in; the cache is the test's own."""
+    """torch reports a GPU; the driver is the stand-in; the cache belongs to the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -303,7 +303,7 @@ def on_gpu(tmp_path, monkeypatch):
 
 
 def add_on_gpu(kernels, x, y, scale=0.5):
-    """y becomes y + 2 * scale * x: with the default, y + x."""
+    """Replaces y with y + 2 * scale * x: with the default, y + x."""
     kernels.launch("add", -(-x.numel() // 96), 96, 0, [x, y, x.numel(), scale])
 
 

@@ -1,4 +1,4 @@
-"""The emulator: the primitives do what the PTX manual says, right kernels are right in every order, bugs are seen."""
+"""The emulator: primitives follow the PTX manual, correct kernels are correct in every order, bugs are found."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 @pytest.fixture(scope="session")
 def sample():
-    """Builds of sample.cu, each made once: sample(*planted bugs, sanitize=False)."""
+    """Builds sample.cu, each variant once: sample(*planted bugs, sanitize=False)."""
     return functools.cache(
         lambda *bugs, sanitize=False: build(SAMPLE, [f"PLANT_{bug}" for bug in bugs], sanitize=sanitize)
     )
@@ -142,7 +142,7 @@ def test_shared_memory_is_nan_until_written(sample, sanitize, what):
 
 
 def planted_lines(bug):
-    """Numbers of the lines that a bug plants."""
+    """Returns the numbers of the lines that a bug plants."""
     lines = SAMPLE.read_text().splitlines()
     start = lines.index(f"#ifdef PLANT_{bug}")
     end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith("#"))
@@ -246,7 +246,7 @@ def test_ldmatrix(sample, order):
 
 
 def many_floats():
-    """Every upper half of a float, with lower halves at, beside and between the ties of bf16 and tf32."""
+    """Returns every upper half of a float, with lower halves at, next to and between the ties of bf16 and tf32."""
     random = np.random.default_rng(3)
     upper = np.arange(2**16, dtype=np.uint32) << 16
     lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
@@ -256,7 +256,7 @@ def many_floats():
 
 
 def nearest_tf32(x):
-    """Rounded by arithmetic in float64: 10 bits behind the leading one, or multiples of 2^-136; ties away from zero."""
+    """Rounds by arithmetic in float64: 10 bits after the leading one, or multiples of 2^-136; ties away from zero."""
     quantum = np.exp2(np.maximum(np.frexp(x)[1] - 11.0, -136.0))
     rounded = np.copysign(np.floor(np.abs(x) / quantum + 0.5) * quantum, x)
     return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, x), rounded)
@@ -345,14 +345,14 @@ def test_views_of_one_storage_stay_so(sample, sanitize):
         ({"shared_bytes": 101377}, "101377 bytes of dynamic shared memory"),
     ],
 )
-def test_wrong_launch_is_said(sample, change, message):
+def test_wrong_launch_is_reported(sample, change, message):
     launch = {"kernel": "hand_round", "grid": 1, "block": 128, "arguments": (torch.zeros(128), 1)}
     with pytest.raises(EmulatorError, match=re.escape(message)):
         sample().launch(**(launch | change))
 
 
 @needs_compiler
-def test_source_that_does_not_compile_is_said(tmp_path):
+def test_source_that_does_not_compile_is_reported(tmp_path):
     (tmp_path / "broken.cu").write_text(
         '#include "primitives.cuh"\nextern "C" __global__ void broken(int32 x) { x = y; }\n'
     )
@@ -368,7 +368,7 @@ def test_source_that_does_not_compile_is_said(tmp_path):
 
 @pytest.fixture(scope="session")
 def cubins(tmp_path_factory):
-    """Compiles sample.cu for an architecture, once: (file, ptxas's words)."""
+    """Compiles sample.cu for an architecture, once: (file, ptxas's output)."""
 
     @functools.cache
     def compile_for(architecture):

@@ -1,6 +1,6 @@
 """The CUDA WKV op on the emulator, judged in float64: accuracy, shapes, document starts, cuts, strides, torch.compile.
 
-What goes wrong with a fault in the kernels is in test_wkv_cuda_faults.py.
+test_wkv_cuda_faults.py shows that faults in the kernels are found.
 """
 
 import shutil
@@ -161,7 +161,7 @@ def test_odd_lengths_and_numbers(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunks", [[0], [20], [4, 8, 12, 16], [5, 6, 7, 8], [0, 1, 3, 11, 19, 20], range(21)])
 def test_starts_in_every_place(chunks, dtype):
-    """Of 21 chunks, the last of 13 tokens; spans of 64 tokens begin at each fourth."""
+    """Tries 21 chunks, the last of 13 tokens; spans of 64 tokens begin at every fourth."""
     inputs, starts, cotangents = make_inputs(5, dtype, (2, 333, 2, 32), "slow")  # what leaks is seen far away
     starts = torch.zeros_like(starts)
     starts[1, list(chunks)] = True
@@ -251,7 +251,7 @@ def test_decay_constant_in_time_is_read_where_it_stands(dtype):
 
 
 def _beside(x):
-    """The same numbers in a storage where they begin one element later."""
+    """Returns the same numbers in a storage where they begin one element later."""
     return F.pad(x.flatten(), (1, 0))[1:].view(x.shape)
 
 

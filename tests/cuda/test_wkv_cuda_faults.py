@@ -1,5 +1,5 @@
-"""What the tests of the CUDA WKV op would see: every order of threads gives the same bits, no output is left unwritten,
-faults planted in the kernels' sources are caught, sanitizers are silent, and offsets do not overflow."""
+"""The tests of the CUDA WKV op find faults: every order of threads gives the same bits, every output is written,
+faults planted in the kernels' sources are caught, sanitizers find nothing, and offsets do not overflow."""
 
 import itertools
 import re
@@ -90,16 +90,16 @@ FORWARD_FAULTS = {
     "sums do not wait for values": "wait<span_stages - 2> => wait<span_stages - 1>",
     "decays of spans pass over starts": "cut ? 0.0f : => false ? 0.0f :",
     "another span's beginning": "ends[(backward ? span + 1 : span) => ends[(backward ? span : span + 1)",
-    "reads tokens behind the end": "if (places.inside(group, which)) { loaded => if (true) { loaded",
-    "copies tokens behind the end": "const bool inside = token < end; => const bool inside = true;",
-    "writes tokens behind the end": "if (token < end) { => if (true) {",
+    "reads tokens after the end": "if (places.inside(group, which)) { loaded => if (true) { loaded",
+    "copies tokens after the end": "const bool inside = token < end; => const bool inside = true;",
+    "writes tokens after the end": "if (token < end) { => if (true) {",
     "half a decay": "decay_of(decays.log_whole[channel]) => decay_of(decays.eight[channel][0])",
     "decay before a token twice": "return which == 0 ? since : since * => return since *",
     "no decay of the first group": "group == 0 ? since : since * eight[channel][0] => since",
 }
 BACKWARD_FAULTS = {
     "a tile is overwritten": "end = span.place.end_token; sync_roles(); => end = span.place.end_token;",
-    "no barrier behind a tile": "cp_async_wait<0>(); sync_roles(); => cp_async_wait<0>();",
+    "no barrier after a tile": "cp_async_wait<0>(); sync_roles(); => cp_async_wait<0>();",
     "a tile is not waited for": "cp_async_wait<0>(); sync_roles => cp_async_wait<1>(); sync_roles",
     "values miss a barrier": "sync_roles(); SumFragment => SumFragment",
     "keys miss a barrier": "sync_roles(); scale_outside => scale_outside",
@@ -107,7 +107,7 @@ BACKWARD_FAULTS = {
         "sync_roles(); find_scores => find_scores",
         "sync_roles(); scale_outside => scale_outside",
     ],
-    "no barrier behind scores": [
+    "no barrier after scores": [
         "sync_roles(); SumFragment => SumFragment",
         "sync_roles(); find_inner => find_inner",
     ],
@@ -123,13 +123,13 @@ BACKWARD_FAULTS = {
     "decay of the wrong side": "*= decays.until( => *= decays.since(",
     "paths do not decay": "d.w.x[channel][0][0] * decays.whole[channel] => d.w.x[channel][0][0]",
     "a level is left out": "meet_halves<2>(d, dscores, r, k, decays); =>",
-    "writes tokens behind the end": "if (places.inside(group, which)) { store => if (true) { store",
+    "writes tokens after the end": "if (places.inside(group, which)) { store => if (true) { store",
 }
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """`planted(fault)`: a copy of the kernels with it, and a cache for what is compiled from such copies."""
+    """`planted(fault)`: a copy of the kernels with the fault, and a cache for such copies."""
     cache = tmp_path_factory.mktemp("cache")
 
     def plant(fault):
@@ -150,7 +150,7 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problem():
-    """A call of each op with three spans, and what it gives in float64."""
+    """Returns a call of each op with three spans, and its results in float64."""
     inputs, starts, cotangents = make_inputs(4, torch.float32, (2, 149, 2, 32), "slow")  # what leaks is seen far away
     starts = torch.zeros_like(starts)
     starts[0, [1, 2, 6]] = True  # two documents begin in the first span, one in the second
@@ -170,7 +170,7 @@ def problem():
 
 
 def how_caught(op, call, truth, **kernels):
-    """By order of threads: an EmulatorError's words, or the worst error, where there is one."""
+    """Returns, by order of threads, an EmulatorError's message or the worst error, if there is one."""
     caught = {}
     for order in ORDERS:
         try:
@@ -193,7 +193,7 @@ def test_nothing_is_caught_without_a_fault(problem):
 
 
 def one_of_six(faults):
-    """Every sixth of them; the others are slow."""
+    """Picks every sixth fault; the others are marked slow."""
     slow = [pytest.mark.slow]
     return [pytest.param(fault, marks=slow if number % 6 else []) for number, fault in enumerate(faults)]
 

@@ -55,7 +55,7 @@ DIVISIONS = {"__cuda_sm20_div_s64", "__cuda_sm20_div_u64"}
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation: channels as the caller has them."""
+    """One compilation, with the caller's number of channels."""
 
     arch: str
     source: str
@@ -88,7 +88,7 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Takes launches for the kernels of one source, and runs nothing."""
+    """Records launches of one source's kernels, and runs nothing."""
 
     options: tuple[str, ...] = ()
     launches: dict[str, Launch] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Recorder:
 
 @functools.cache
 def launches_of(channels: int, dtype: torch.dtype) -> dict[str, Recorder]:
-    """How both directions launch their kernels over several spans, and what each source is compiled with."""
+    """Returns both directions' launches over several spans, and each source's options."""
     recorders = {source: Recorder() for source in KERNELS}
 
     def load(source, options):
@@ -127,7 +127,7 @@ def headers() -> dict[str, str]:
 
 
 def resource_problems(used: Resources, launch: Launch) -> list[str]:
-    """Why a kernel cannot be launched so, or not at its full speed."""
+    """Returns reasons why a kernel cannot be launched this way, or not at full speed."""
     problems = [
         f"{count} bytes of {what}"
         for what, count in [
@@ -155,7 +155,7 @@ def find_disassembler() -> Path:
 
 
 def disassemble(code: bytes) -> dict[str, list[tuple[str, str]]]:
-    """The instructions of each kernel: name, such as LDG.E.128, and operands."""
+    """Returns each kernel's instructions: name, such as LDG.E.128, and operands."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
@@ -167,7 +167,7 @@ def disassemble(code: bytes) -> dict[str, list[tuple[str, str]]]:
 
 
 def code_problems(instructions: Sequence[tuple[str, str]], wanted: set[str], may_call: set[str]) -> list[str]:
-    """What should not be among the instructions, and what should but is not."""
+    """Returns instructions that should not be there, and missing ones that should."""
     found = {name.split(".")[0] for name, _ in instructions}
     problems = [f"no {name}" for name in sorted(wanted - found)]
     for reason, pattern in UNWANTED.items():
@@ -201,7 +201,7 @@ def test_the_right_instructions_do_the_work(build):
         assert code_problems(instructions, wanted, DIVISIONS if name in JOINS else SHUFFLES) == [], name
 
 
-def test_what_is_tried_here_is_what_is_launched():
+def test_the_launches_here_are_the_real_ones():
     options = {
         (channels, dtype): launches_of(channels, dtype) for channels in (16, 32, 64) for dtype in wkv_cuda.DTYPES
     }
@@ -276,7 +276,7 @@ def test_what_is_wrong_is_found(arch):
             assert any(expected in problem for problem in problems), (name, problems)
 
 
-def test_spills_for_want_of_registers_are_found():
+def test_spills_without_enough_registers_are_found():
     options = launches_of(64, torch.bfloat16)["wkv_backward.cu"].options
     source = (FOLDER / "wkv_backward.cu").read_text()
     for_two_blocks = source.replace("__launch_bounds__(backward_threads)", "__launch_bounds__(backward_threads, 2)")

@@ -1,4 +1,4 @@
-"""Runs on many ranks are the run of one: time shared over ranks, state tuning, and resuming on other numbers."""
+"""Runs on many ranks equal the run on one: time over ranks, state tuning, and resuming on other numbers of ranks."""
 
 import functools
 
@@ -41,7 +41,7 @@ TUNING = {
 
 
 class Recorded:
-    """Lanes that keep which documents they gave."""
+    """Lanes that record the documents they returned."""
 
     def __init__(self, lanes):
         self.lanes, self.documents = lanes, []
@@ -53,7 +53,7 @@ class Recorded:
 
 
 def finished(config_path, overrides):
-    """What a run has behind its steps, on this rank."""
+    """Returns a run's results after its steps, on this rank."""
     run = open_run(load_config(config_path, overrides))
     lanes = run.lanes.lanes
     run.lanes = Recorded(run.lanes)
@@ -78,7 +78,7 @@ def all_finished(config_path, cases):
 
 
 def on_ranks(count, config_path, cases, folder):
-    """The cases for so many ranks, each in a run's folder of its own; what every rank found."""
+    """Runs the cases for this number of ranks, each in a separate folder; returns every rank's results."""
     cases = {
         name: [*overrides, f"distributed.devices={count}", f"run.folder={folder / str(number)}"]
         for number, (name, (ranks, overrides)) in enumerate(cases.items())
@@ -108,7 +108,7 @@ def alone(config_path):
 
 @pytest.fixture(scope="module")
 def over_time(config_path, tmp_path_factory):
-    """over_time(case): what each rank found."""
+    """over_time(case): each rank's results."""
 
     @functools.cache
     def of_case(case):
@@ -136,7 +136,7 @@ def test_time_over_ranks_trains_the_same_model(over_time, alone, case):
 
 @pytest.fixture(scope="module")
 def tune_path(tmp_path_factory):
-    """A frozen model, documents that start in both slices of segments."""
+    """Tunes a frozen model on documents that start in both slices of segments."""
     folder = tmp_path_factory.mktemp("tune")
     sizes = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
     infctx.save_weights(random_model(6, noise=0.05, **sizes), folder / "base.pth")
@@ -173,7 +173,7 @@ def test_state_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
     "strategies", [("zero2", "ddp", "zero3"), pytest.param(("zero3", "zero1", "ddp"), marks=pytest.mark.slow)]
 )
 def test_resuming_on_two_one_and_four_ranks_is_one_run(tmp_path, strategies):
-    """The same documents, losses and carried states, over changes of ranks, strategies and time ranks."""
+    """Expects the same documents, losses and carried states when ranks, strategy and time ranks change."""
     write_store(tmp_path / "train", lengths=[700, 40, 333, 1500, 90, 17, 2, 2, 600], seed=2)
     path = write_config(tmp_path, window__lanes=4, window__segment_tokens=64, optimizer__schedule="constant")
     alone = finished(path, ["optimizer.steps=9", f"run.folder={tmp_path / 'alone'}"])

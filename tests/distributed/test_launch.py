@@ -1,4 +1,4 @@
-"""The launcher, with small programs for ranks: what they are started with, and how each way to end ends all of them."""
+"""The launcher, with small programs as ranks: how it starts them, and that every way to end ends all of them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SAYS = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 def say(*words):
-    os.write(1, " ".join(map(str, (f"{rank}:", *words))).encode() + b"\\n")  # in one piece
+    os.write(1, " ".join(map(str, (f"{rank}:", *words))).encode() + b"\\n")  # in one write
 """
 STEPS = """
 def handle(number, frame):
@@ -34,7 +34,7 @@ SLEEPS = "say('ready', os.getpid())\ntime.sleep(100)"
 
 @pytest.fixture
 def start_launcher():
-    """Starts a launcher of ranks that run SAYS and the lines given; it is killed behind the test."""
+    """Starts a launcher of ranks that run SAYS and the given lines; it is killed after the test."""
     launchers = []
 
     def start(count, lines):
@@ -51,7 +51,7 @@ def start_launcher():
 
 
 def await_ready(launcher, count):
-    """The process ids of the ranks, each of which says that it is ready."""
+    """Returns the process IDs of the ranks once each has printed that it is ready."""
     said = [launcher.stdout.readline().split() for _ in range(count)]
     assert [words[1] for words in said] == ["ready"] * count, launcher.stderr.read()
     return {int(words[0][:-1]): int(words[2]) for words in said}
@@ -63,7 +63,7 @@ def finish(launcher):
 
 
 def have_ended(process_ids):
-    """Whether they are no more, within a few seconds; a zombie is no more."""
+    """Returns whether the processes are gone within a few seconds; a zombie counts as gone."""
     deadline = time.monotonic() + 5
     while alive := [each for each in process_ids if _status(each) not in ("", "Z")]:
         if time.monotonic() > deadline:
@@ -130,7 +130,7 @@ def test_others_may_name_a_rank_that_a_signal_killed(start_launcher):
 
 
 @pytest.mark.parametrize("all_die", [True, False])
-def test_what_no_rank_can_say_the_launcher_says(all_die, capfd, tmp_path):
+def test_the_launcher_reports_what_no_rank_can(all_die, capfd, tmp_path):
     lines = f"import os, time\nif os.environ['RANK'] == '1' or {all_die}: os.kill(os.getpid(), 11)\ntime.sleep(100)"
     began = time.monotonic()
     assert launch([], 2, program=(sys.executable, "-c", lines), watch_seconds=2.0) == 1

@@ -24,7 +24,7 @@ GONE = re.compile(
 
 
 def ranks_of(process):
-    """rank -> its process, of those that `process` has started."""
+    """Returns rank -> process, for the children of `process`."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         if "LOCAL_RANK" in child.environ():
@@ -33,7 +33,7 @@ def ranks_of(process):
 
 
 @pytest.mark.parametrize("how", ["launcher", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
+def test_a_killed_rank_is_named_and_one_rank_resumes(tmp_path, how):
     config = write_config(tmp_path, optimizer__schedule="constant", run__evaluate_tokens=0)
     settings = ["optimizer.steps=1000", "distributed.devices=2", "distributed.strategy=zero2"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -41,7 +41,7 @@ def test_a_killed_rank_is_named_and_one_rank_goes_on(tmp_path, how):
     process = start("train", config, *settings, **program)
     wait_for_steps(tmp_path / "run", 5, process)
     assert process.poll() is None, process.communicate()
-    time.sleep(2.5)  # ranks tell each other once a second where they are
+    time.sleep(2.5)  # ranks exchange their places once a second
     killed_at = time.monotonic()
     ranks_of(process)[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
@@ -82,7 +82,7 @@ def test_sigterm_finishes_the_step_on_all_ranks_and_saves(tmp_path):
 
 @pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_from_start_to_export(tmp_path, strategy):
-    """All that a user reads and gets, and that every other command takes it."""
+    """Checks everything that a user reads and gets, and that every other command accepts it."""
     sizes = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
     infctx.save_weights(random_model(6, noise=0.05, **sizes), tmp_path / "base.pth")
     config = write_config(tmp_path, model={"weights": str(tmp_path / "base.pth")}, optimizer__steps=5)
@@ -91,7 +91,7 @@ def test_from_start_to_export(tmp_path, strategy):
     assert code == 0, errors
     assert f"2 ranks on cpu, {strategy}, each document's time over 2" in errors
     lines = [line for line in errors.splitlines() if not line.startswith("step ")]
-    assert len(lines) == 5, errors  # the model, the ranks, the WKV backend, the loss before (2): said once
+    assert len(lines) == 5, errors  # the model, the ranks, the WKV backend, the loss before (2): logged once
     assert sum(line.startswith("held-out loss before training") for line in lines) == 2
     assert "held-out loss by position" in output and "before training   after training" in output
     assert "trained 5 steps, 1,280 tokens, in 0:" in output
@@ -141,7 +141,7 @@ def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_is_told_once_with_its_documents(tmp_path, strategy):
+def test_a_loss_that_is_not_finite_is_reported_once_with_its_documents(tmp_path, strategy):
     config = write_config(tmp_path, run__save_every_steps=1)
     settings = [f"distributed.strategy={strategy}", "distributed.devices=2"]
     broken = ["optimizer.peak_lr=1.0e+30", "optimizer.clip_norm=null"]

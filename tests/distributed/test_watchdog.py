@@ -1,4 +1,4 @@
-"""The watchdog, in real processes: whoever dies, stops or fails is named by one line, and nobody is left behind."""
+"""The watchdog, in real processes: a rank that dies, stops or fails is named in one line, and all ranks end."""
 
 import os
 import re
@@ -44,14 +44,14 @@ watchdog = Watchdog(rank, world_size, store, describe_remedy=lambda: "Run it aga
 if os.environ["RANK"] != os.environ.get("ABSENT"):
     watchdog.start()
 """
-"""What a rank runs before the lines of its test: `work` tells that it is there, `collective` waits for all ranks."""
+"""A rank runs this before the lines of its test: `work` reports that it is ready, `collective` waits for all ranks."""
 
 ENDS = "work(12, 3, 'backward')\nif rank == GONE: time.sleep(100)\ncollective()"
 
 
 @pytest.fixture
 def start_ranks(tmp_path):
-    """Starts ranks that run RANK and the lines given; what is left of them is killed behind the test."""
+    """Starts ranks that run RANK and the given lines; those still running after the test are killed."""
     ranks = []
 
     def start(world_size, lines, **environment):
@@ -75,14 +75,14 @@ def await_ready(ranks):
         assert line == "ready\n", line or rank.stderr.read()
 
 
-def go_on(*ranks):
+def resume(*ranks):
     for rank in ranks:
         rank.stdin.write("\n")
         rank.stdin.flush()
 
 
 def finish(ranks):
-    """What the ranks end with: exit codes, the lines of infctx (who printed it, what), all of standard output."""
+    """Returns how the ranks ended: exit codes, infctx's lines with the rank that printed each, all standard output."""
     ends = [rank.communicate(timeout=30) for rank in ranks]
     said = [(rank, line) for rank, (_, errors) in enumerate(ends) for line in errors.splitlines() if "infctx: " in line]
     assert "Traceback" not in "".join(errors for _, errors in ends), ends
@@ -144,7 +144,7 @@ def test_ranks_that_are_gone_together_are_named_together(start_ranks):
 
 
 @pytest.mark.parametrize(("failed", "speaker"), [(1, 0), (0, 1)])
-def test_a_rank_that_fails_is_named_at_once_with_its_reason(start_ranks, failed, speaker):
+def test_a_rank_that_fails_is_named_immediately_with_its_reason(start_ranks, failed, speaker):
     lines = f"""
 work(12, 3, "backward")
 if rank == {failed}:
@@ -157,7 +157,7 @@ time.sleep(100)
     ranks = start_ranks(3, lines)
     await_ready(ranks)
     began = time.monotonic()
-    go_on(ranks[failed])
+    resume(ranks[failed])
     codes, said, _ = finish(ranks)
     assert time.monotonic() - began < 3
     assert codes == [5 if rank == failed else 1 for rank in range(3)]
@@ -165,7 +165,7 @@ time.sleep(100)
     assert said == [(speaker, here(line))]
 
 
-def test_ranks_that_all_fail_have_nobody_to_speak_for_them(start_ranks):
+def test_if_all_ranks_fail_each_reports_for_itself(start_ranks):
     ranks = start_ranks(2, "dist.barrier()\nsaid = watchdog.leave('no room')\nwatchdog.close()\nsys.exit(6)")
     codes, said, _ = finish(ranks)
     assert (codes, said) in [([6, 6], []), ([6, 1], said[:1]), ([1, 6], said[:1])]  # one may see it in the other first
@@ -199,7 +199,7 @@ def test_a_rank_that_never_comes_is_named(start_ranks):
     assert (codes, said) == ([1], [(0, "infctx: rank 1 is gone: it never reported. Run it again")])
 
 
-def test_a_stall_names_the_rank_that_is_behind(start_ranks):
+def test_a_stall_names_the_slowest_rank(start_ranks):
     lines = """
 for segment in range(5 if rank == 1 else 6):
     watchdog.mark(12, segment, "forward")
@@ -217,9 +217,9 @@ done()
         "the others are in step 12, segment 5\n"
     )
     assert "no progress for 2 seconds; rank 1" in ranks[0].stderr.readline()
-    go_on(ranks[1])
+    resume(ranks[1])
     assert ranks[0].stderr.readline() == "no progress for 1 seconds; every rank is in step 12, segment 5 (forward)\n"
-    go_on(ranks[0], ranks[2], *ranks)
+    resume(ranks[0], ranks[2], *ranks)
     codes, said, _ = finish(ranks)
     assert (codes, said) == ([0, 0, 0], [])
 
@@ -242,12 +242,12 @@ done()
         for rank in ranks:
             rank.send_signal(number)
         time.sleep(4)
-    go_on(*ranks)
+    resume(*ranks)
     codes, said, _ = finish(ranks)
     assert (codes, said) == ([0, 0], [])
 
 
-def test_a_remedy_that_can_not_be_told_does_not_hold_up_the_end(start_ranks):
+def test_a_remedy_that_hangs_does_not_hold_up_the_end(start_ranks):
     lines = "watchdog.describe_remedy = lambda: time.sleep(100)\nwork(1, 0, 'forward')\ntime.sleep(100)"
     ranks = start_ranks(2, lines)
     await_ready(ranks)

@@ -26,7 +26,7 @@ STEPS = 5
 
 
 class Masked:
-    """Lanes that lose all their targets in some windows: those of whole ranks, of half a rank, and once of all."""
+    """Lanes that lose all their targets in some windows: lanes of whole ranks, of half a rank, and once all of them."""
 
     def __init__(self, lanes, all_lanes):
         self.lanes, self.all_lanes, self.windows = lanes, all_lanes, 0
@@ -44,7 +44,7 @@ class Masked:
 
 
 def trained(config_path, overrides):
-    """Losses' sum, whole weights and carried states behind the steps of a run, on this rank."""
+    """Returns this rank's sum of losses, whole weights and carried states after the steps of a run."""
     config = load_config(config_path, overrides)
     run = open_run(config)
     lanes = tuple(run.lanes.lanes)
@@ -71,7 +71,7 @@ def trained_on_ranks(config_path, cases):
 
 
 def groups_without_moments(config_path, overrides):
-    """Whether DeepSpeed can find the moments of each group of parameters by itself behind a step."""
+    """Returns whether DeepSpeed can find each parameter group's moments by itself after a step."""
     run = open_run(load_config(config_path, overrides))
     run.engine.begin_step(1, 1, run.plan.config.rank_backwards)
     gradients_of_step(run, next(run.lanes)[0])
@@ -113,7 +113,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def found(config_path, tmp_path_factory):
-    """found(count, slow): what each of so many ranks found, by case."""
+    """found(count, slow): results of each of `count` ranks, by case."""
 
     @functools.cache
     def on_ranks(count, slow):
@@ -125,7 +125,7 @@ def found(config_path, tmp_path_factory):
 
 
 def is_slow(count, case):
-    """Four ranks; and of two what ddp and zero3 do not show."""
+    """Compares four ranks, and on two ranks the cases that ddp and zero3 do not cover."""
     return count > 2 or (case[1] and case[0] not in ("ddp", "zero3"))
 
 
@@ -146,8 +146,8 @@ def test_weights_are_those_of_one_process(found, alone, count, case):
             assert torch.allclose(part, whole[:, list(rank[case]["lanes"])], rtol=1e-4, atol=1e-5)
 
 
-# Bytes a parameter that a rank of two receives in a step of two segments: gradients are all-reduced (4; gloo makes the
-# reduce-scatter of zero3 one too), weights are gathered behind the step (2), or for zero3 when they are needed.
+# Bytes per parameter that a rank of two receives in a step of two segments: gradients are all-reduced (4; gloo also
+# turns zero3's reduce-scatter into one), weights are gathered after the step (2), or for zero3 when they are needed.
 WIRE = {
     ("ddp", "step"): 4,
     ("zero1", "step"): 4 + 2,
@@ -164,7 +164,7 @@ def test_gradients_are_reduced_once_a_step_or_by_segment(found, strategy, reduct
 
 
 def test_deepspeed_still_loses_the_moments_of_all_groups_but_the_first(config_path, tmp_path):
-    """Where this fails, `ZeroEngine._link_moments` has nothing left to mend: remove it."""
+    """If this fails, `ZeroEngine._link_moments` is no longer needed: remove it."""
     overrides = overrides_of(tmp_path, 2, "zero1", False)
     for found in run_ranks(2, groups_without_moments, config_path, overrides, folder=tmp_path):
         assert found == [False, True, True]

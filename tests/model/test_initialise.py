@@ -1,4 +1,4 @@
-"""New weights: the formulas of the official initialisation, written out once more in numpy."""
+"""New weights: the formulas of the official initialization, written out again in numpy."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def new_weights(version, num_layers, seed=3, **changed):
 
 
 def curves(version, layer, num_layers):
-    """Official name -> values over the channels (D,), for one block."""
+    """Returns official name -> values over the channels (D,), for one block."""
     a = layer / (num_layers - 1) if num_layers > 1 else 0.0
     b = 1 - layer / num_layers
     n = np.arange(WIDTH)
@@ -72,7 +72,7 @@ def test_curves_norms_and_zeros(version, num_layers):
 
 
 def assert_orthogonal(matrix, gain):
-    """Of the shorter side, every row has the length `gain` and stands at right angles to the others."""
+    """Checks that rows of the shorter side have length `gain` and are orthogonal to each other."""
     matrix = matrix.astype(np.float64)
     rows, columns = matrix.shape
     gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix

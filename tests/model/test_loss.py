@@ -31,7 +31,7 @@ def random_case(seed=0, dtype=torch.float64, masked=0.3):
 
 
 def judge(hidden, head, targets, l2wrap=0.0):
-    """torch's cross entropy over whole logits, and l2wrap / 2 times the squares of the largest ones."""
+    """Returns torch's cross entropy over whole logits, plus l2wrap / 2 times the squares of the largest ones."""
     logits = (hidden @ head.T).flatten(0, 1)
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=MASKED, reduction="sum")
     largest = logits.max(dim=1).values[targets.flatten() != MASKED]
@@ -91,7 +91,7 @@ def test_bfloat16(slices, head_dtype):
 
 
 class Shapes(TorchDispatchMode):
-    """Keeps the shapes of all tensors that torch's operators make, but for views of what they were given."""
+    """Records the shapes of all tensors that torch's operators make, except views of their inputs."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ def test_token_losses(slices):
 @pytest.mark.parametrize("version", [5, 6])
 @pytest.mark.parametrize("offset", [0, 1, 7, 15])
 def test_a_segment_begins_anywhere_on_the_grid(version, offset):
-    """Document starts stand on the window's multiples of 16, wherever the segment begins."""
+    """Document starts are at the window's multiples of 16, wherever the segment begins."""
     model = random_model(version, dtype=torch.float64, with_state=True)
     segment_loss = SegmentLoss(model)
     for num_tokens in (1, 10, 16 - offset, 17 - offset, 50):

@@ -30,7 +30,7 @@ BARS = {
 
 @functools.cache
 def golden(name):
-    """The arrays of one golden file, by their names there."""
+    """Returns the arrays of one golden file by name."""
     return {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"{name}-tiny.npz").items()}
 
 
@@ -41,7 +41,7 @@ def golden_gradients(name):
 
 @pytest.fixture(scope="session")
 def golden_paths(tmp_path_factory):
-    """(name, tag) -> the weights; for the tuned state, one file of weights and state as an official one would be."""
+    """(name, tag) -> the weights; for the tuned state, one file with weights and state, like an official one."""
     paths = {}
     for name in NAMES:
         paths[name, ""] = GOLDEN / f"{name}-tiny.pth"
@@ -58,7 +58,7 @@ def assert_state_is(state, name, tag, after, bars):
 
 
 def run_in_pieces(model, tokens, borders):
-    """Logits (T, V), and the state after each piece, for tokens cut at the borders."""
+    """Returns logits (T, V) and the state after each part, for tokens cut at the borders."""
     state, logits, states = None, [], []
     for begin, end in zip([0, *borders], [*borders, len(tokens)], strict=True):
         hidden, state = model(tokens[None, begin:end], state)
@@ -87,7 +87,7 @@ def test_equals_the_golden_files_cut_at_every_place(golden_paths, name, tag, bac
 
 
 def stored_gradients(model):
-    """The gradients under the official names, that of the initial state value-major as it is stored."""
+    """Returns gradients by official name; the initial state's is value-major, as stored."""
     names = stored_names(model.sizes)
     gradients = {names[ours]: p.grad for ours, p in model.named_parameters() if ours in names}
     if model.initial_wkv is not None:
@@ -162,10 +162,10 @@ def test_a_start_is_a_new_document(version, backend):
     starts = torch.tensor([[0, 0, 1, 0, 0, 0]], dtype=torch.bool)
     hidden, last = model(tokens, None, starts)
     before, _ = model(tokens[:, :32])
-    behind, last_behind = model(tokens[:, 32:])
-    assert torch.allclose(hidden, torch.cat([before, behind], dim=1), rtol=0, atol=1e-12)
-    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(last, last_behind, strict=True))
-    assert not torch.allclose(model(tokens)[0][:, 32:], behind, rtol=0, atol=1e-3)
+    after, last_after = model(tokens[:, 32:])
+    assert torch.allclose(hidden, torch.cat([before, after], dim=1), rtol=0, atol=1e-12)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(last, last_after, strict=True))
+    assert not torch.allclose(model(tokens)[0][:, 32:], after, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("version", [5, 6])

@@ -1,4 +1,4 @@
-"""Sizes: every published model has exactly the parameters it is known for."""
+"""Sizes: every published model has exactly its published number of parameters."""
 
 import math
 

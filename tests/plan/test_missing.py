@@ -1,4 +1,4 @@
-"""What is said of weights that are not there, or of which only a part is; and what the shipped files say of memory."""
+"""Missing or half-downloaded weights are reported; the shipped files state the planned memory."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from places import CONFIGS
 from plans import planned_bytes
 
 
-def test_a_download_that_stopped_is_said_before_it_is_read(tmp_path, monkeypatch):
+def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "finch-3b-64k.yaml")
     weights = config.model.weights
@@ -32,7 +32,7 @@ def test_a_frozen_model_is_read_by_a_resumed_run_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["eagle-1b5-tune-state", "finch-3b-tune-state"])
-def test_a_shipped_file_says_what_is_planned(name):
+def test_a_shipped_file_states_the_planned_memory(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     planned = planned_bytes(config, published_sizes(config.model.size), "cuda").device
     assert f"({planned / 1e9:.1f} GB planned)" in (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run lacks is said before it runs, all at once; and the memory it is said to take is what it takes."""
+"""Everything missing for a run is reported together before it starts; planned memory equals real memory."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def missing(config):
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """These tests are about machines without one, wherever they run."""
+    """Pretends that there is no GPU, wherever the tests run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -54,7 +54,7 @@ def given_bytes(monkeypatch, available):
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory)
 
 
-def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
+def test_everything_missing_is_reported_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = missing(load_config(CONFIGS / "finch-3b-64k.yaml"))
     name = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
@@ -72,7 +72,7 @@ def test_all_that_lacks_is_said_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch, path):
+def test_every_shipped_file_reports_what_is_missing_and_builds(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     config = load_config(path)
     message = missing(config)
@@ -87,7 +87,7 @@ def test_every_shipped_file_says_what_it_lacks_and_builds(tmp_path, monkeypatch,
     assert (f"no {config.model.weights}" in message) == (config.model.weights is not None)
 
 
-def test_nothing_lacks(tmp_path):
+def test_nothing_is_missing(tmp_path):
     make_plan(load_config(write_config(tmp_path)))
 
 
@@ -99,7 +99,7 @@ def test_half_a_store_is_none(tmp_path, name, suffix):
     assert {"train": "data.store", "held_out": "data.held_out"}[name] in missing(config)
 
 
-def test_memory_is_said_with_its_number(tmp_path, monkeypatch):
+def test_memory_is_reported_with_its_number(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path))
     needed = planned_bytes(config, model_sizes(config), "cpu").device
     given_bytes(monkeypatch, needed)
@@ -112,7 +112,7 @@ def test_memory_is_said_with_its_number(tmp_path, monkeypatch):
     assert "model.recompute_blocks" in message
 
 
-def test_memory_is_said_for_a_published_model(tmp_path, monkeypatch):
+def test_memory_is_reported_for_a_published_model(tmp_path, monkeypatch):
     write_store(tmp_path / "train")
     given_bytes(monkeypatch, 1e9)
     config = load_config(
@@ -124,7 +124,7 @@ def test_memory_is_said_for_a_published_model(tmp_path, monkeypatch):
     assert message.count(";") == 1
 
 
-def test_memory_is_said_though_data_lack(tmp_path, monkeypatch):
+def test_memory_is_reported_though_data_is_missing(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path))
     (tmp_path / "train.idx").unlink()
     given_bytes(monkeypatch, 1e6)
@@ -133,7 +133,7 @@ def test_memory_is_said_though_data_lack(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [{}, {"size": "eagle-0.4b"}])
-def test_weights_are_not_needed_behind_a_checkpoint(tmp_path, size):
+def test_weights_are_not_needed_after_a_checkpoint(tmp_path, size):
     config = load_config(write_config(tmp_path))
     config = type(config)(**config.model_dump() | {"model": {"weights": tmp_path / "none.pth"} | size})
     assert "model.weights: there is no" in missing(config)
@@ -169,7 +169,7 @@ def test_devices():
 
 
 def saved_bytes(version, low, backend, frozen, width, num_tokens):
-    """What autograd saves in one block, in bytes a token and channel: storages once, weights and their copies not."""
+    """Returns what autograd saves in one block, in bytes per token and channel; storages count once, weights do not."""
     sizes = {"num_layers": 1, "width": width, "vocab_size": 16}
     model = infctx.build_model(version=version, **sizes, backend=backend)
     dtype = torch.bfloat16 if low else torch.float32
@@ -206,7 +206,7 @@ def test_activations_take_what_the_plan_says(kind, frozen):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_of_a_model(tmp_path, precision, recompute):
-    """All blocks, embedding and last norm: what stands between the passes, and with recomputing one block at work."""
+    """Measures all blocks, embedding and last norm between the passes; when recomputing, plus the current block."""
     changes = {"model__num_layers": 4, "model__width": 128, "model__head_size": 64}
     config = load_config(write_config(tmp_path, **changes, run__precision=precision, model__recompute_blocks=recompute))
     sizes = model_sizes(config)
@@ -273,7 +273,7 @@ def test_processes_on_a_cpu_share_its_memory(tmp_path, monkeypatch):
     assert f"memory: the run needs {needed / 1e9:.1f} GB on cpu for 2 ranks with distributed.strategy: ddp" in message
 
 
-def test_what_would_fit_is_said(tmp_path, monkeypatch):
+def test_settings_that_would_fit_are_named(tmp_path, monkeypatch):
     given_bytes(monkeypatch, 10**12)
     write_config(tmp_path)
     data = {"data__store": tmp_path / "train"}
@@ -320,7 +320,7 @@ def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
 
 
 def enough_for(*option, reduction="segment"):
-    """Memory of a GPU that nine tenths of are just enough."""
+    """Returns the memory of a GPU of which nine tenths are just enough."""
     return -(-bytes_of(many(4), *option, reduction=reduction).device * 10 // 9)
 
 
@@ -336,7 +336,7 @@ def test_auto():
     assert choose_strategy(many(4, distributed__strategy="zero1"), FINCH, "cuda", 1) == "zero1"
 
 
-def test_auto_counts_with_the_reduction_that_is_asked_for():
+def test_auto_counts_with_the_configured_reduction():
     asked = many(4, distributed__strategy="auto", distributed__gradient_reduction="step")
     for strategy, less in (("zero1", "zero3"), ("zero3", "zero3")):  # zero2 takes what zero1 takes
         assert choose_strategy(asked, FINCH, "cuda", enough_for(strategy, reduction="step")) == strategy
@@ -355,7 +355,7 @@ def test_reduction_is_once_a_step_where_that_fits(option):
         assert choose_reduction(with_distributed(config, gradient_reduction=asked), FINCH, "cuda", enough) == asked
 
 
-def test_reduction_is_once_a_step_where_nothing_tells_otherwise():
+def test_reduction_is_once_a_step_by_default():
     for strategy in ("ddp", "zero1"):
         assert choose_reduction(with_strategy(many(4), Strategy(strategy)), FINCH, "cuda", 1) == "step"
     sharded = with_strategy(many(4), Strategy("zero2"))

@@ -1,5 +1,5 @@
-"""What is planned for many ranks: hand-computed bytes, what DeepSpeed and the time ranks really hold and send, and the
-report."""
+"""The plan for many ranks: bytes computed by hand, the bytes that DeepSpeed and time ranks really hold and send, and
+the report."""
 
 import gc
 import os
@@ -69,7 +69,7 @@ def no_gpu(monkeypatch):
     ],
 )
 def test_what_a_parameter_takes(option, reduction, every, shared, host):
-    """By differences: between numbers of ranks for what is shared out, between strategies for what is not."""
+    """Compares differences: between numbers of ranks for divided bytes, between strategies for the others."""
     four, eight = (bytes_of(many(count), *option, reduction=reduction) for count in (4, 8))
     parameters, embedding = FINCH.num_parameters, FINCH.vocab_size * FINCH.width
     assert four.device - eight.device == pytest.approx(parameters * shared / 8)
@@ -114,7 +114,7 @@ def test_time_ranks_share_activations_and_keep_what_was_sent():
     assert planned_bytes(alone, FINCH, "cuda").device - planned_bytes(shared, FINCH, "cuda").device == activations
 
 
-# --- what really is held and sent -------------------------------------------------------------------------------------
+# --- bytes really held and sent ---------------------------------------------------------------------------------------
 
 WIDTH, LAYERS = 256, 12
 COUNTED = [
@@ -126,7 +126,7 @@ COUNTED = [
 
 
 class OursOver(ZeroEngine):
-    """The engine of ZeRO over one of DeepSpeed that has no Fabric around it."""
+    """The engine of ZeRO over DeepSpeed's, without Fabric around it."""
 
     def __init__(self, engine, reduction):
         self.deepspeed, self.zero, self.reduction = engine, engine.optimizer, reduction
@@ -134,7 +134,7 @@ class OursOver(ZeroEngine):
 
 
 def deepspeed_bytes():
-    """Bytes a parameter of all tensors of this rank, on the CPU, behind a backward call in the middle of a step."""
+    """Returns bytes per parameter of all of this rank's tensors, on the CPU, after a backward call inside a step."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
     import deepspeed.ops
 
@@ -171,7 +171,7 @@ def deepspeed_bytes():
 
 
 def storages():
-    """Of all tensors of this process: place -> storage."""
+    """Returns address -> storage for all tensors of this process."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -184,7 +184,7 @@ def storages():
 
 @pytest.mark.slow
 def test_deepspeed_holds_what_is_planned(tmp_path):
-    """ZeRO 1 and 2 also have the gradient that is just being reduced, which is gone behind the call or comes later."""
+    """ZeRO 1 and 2 also hold the gradient that is being reduced, which is gone after the call or comes later."""
     one, two = run_ranks(2, deepspeed_bytes, folder=tmp_path)
     matrix = 4 / LAYERS
     for reduction, option in COUNTED:
@@ -196,7 +196,7 @@ def test_deepspeed_holds_what_is_planned(tmp_path):
 
 
 def sent_and_kept():
-    """Of one rank: bytes received in a window of four segments, and bytes that it kept of a segment."""
+    """Returns one rank's bytes received in a window of four segments, and bytes kept of a segment."""
     received = []
 
     class Counting(TimeRanks):
@@ -269,7 +269,7 @@ def test_bytes_of_gradients_and_weights_by_hand():
 
 
 def rows_of(report):
-    """(name, step or segment) -> (GB on a device, GB of a host, fits, received, marks) of the table of strategies."""
+    """Reads the table of strategies: (name, step or segment) -> (GB per device, GB per host, fits, received, marks)."""
     table = report.split("\n\n")[1].splitlines()
     cells = [re.split(r"\s{2,}", line) for line in table[1:]]
     assert len({line.index(cell) + len(cell) for line, (_, _, cell, *_) in zip(table[1:], cells, strict=True)}) == 1
@@ -291,7 +291,7 @@ ROWS = [(option, reduction) for option in STRATEGIES for reduction in REDUCTIONS
 
 @pytest.mark.parametrize("gigabytes", [24.0, 40.0, 80.0, None])
 @pytest.mark.parametrize("strategy", ["auto", "zero1", "zero3"])
-def test_the_report_says_what_the_functions_say(strategy, gigabytes):
+def test_the_report_has_the_functions_numbers(strategy, gigabytes):
     config = many(8, distributed__strategy=strategy)
     report = plan_report(config, gigabytes).text
     assert "Finch, 3,099,863,040 parameters, 32 layers of width 2560; the weights learn" in report
@@ -355,7 +355,7 @@ def test_the_report_of_a_run_on_a_cpu(tmp_path):
 
 
 def test_a_run_that_does_not_fit_gets_settings_that_do(tmp_path):
-    """As printed, they are overrides of a run that fits; every line is at most 100 columns wide."""
+    """Uses the printed settings as overrides of a run, which fits; every line is at most 100 columns wide."""
     text, fits = plan_report(many(1, window__lanes=4), 24)
     assert fits is False
     changed = dict(re.findall(r"^  distributed.(\w+)=(\w+)$", text, re.M))

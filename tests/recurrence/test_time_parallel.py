@@ -29,7 +29,7 @@ CASES = {
 
 
 def window_of(case, ranks=None, dtype=torch.float64):
-    """The model, the window and the state before it: all that a rank needs."""
+    """Makes the model, the window and the state before it: everything that a rank needs."""
     version, num_tokens, segment_tokens, start_rate, gradient_segments, recompute = CASES[case]
     compute = Compute(recompute_blocks=recompute, time_ranks=ranks)
     model = random_model(version, dtype=dtype, with_state=True, seed=num_tokens, compute=compute)
@@ -45,22 +45,22 @@ def window_of(case, ranks=None, dtype=torch.float64):
 
 
 def through_window(case, ranks=None):
-    """Loss sum, state behind, gradients of all weights and of the state before, of one rank or of many together."""
+    """Returns loss sum, state after, gradients of all weights and of the state before; for one rank or all together."""
     model, window, segment_tokens, gradient_segments, state = window_of(case, ranks)
     place = () if ranks is None else (ranks.rank, ranks.size)
     segments = cut_window(*window, segment_tokens, *place)
     state = state.leaf()
-    loss, behind = backward_through_window(SegmentLoss(model), segments, state, PlainBackward(0.01), gradient_segments)
+    loss, after = backward_through_window(SegmentLoss(model), segments, state, PlainBackward(0.01), gradient_segments)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if ranks is not None:
         for tensor in (loss, *gradients.values()):
             dist.all_reduce(tensor)
     gradients |= {f"before.{name}": part for name, part in state.gradient()._asdict().items()}
-    return {"loss": loss, "behind": tuple(behind), "gradients": gradients}
+    return {"loss": loss, "after": tuple(after), "gradients": gradients}
 
 
 def hidden_of(case, ranks=None):
-    """The hidden vectors of a window run as one segment: of the whole, or of this rank's slice."""
+    """Returns hidden vectors of a window run as one segment: the whole, or this rank's slice."""
     model, (tokens, _, starts), _, _, state = window_of(case, ranks)
     slices = ranks.size if ranks else 1
     (piece,) = cut_window(tokens, tokens, starts, tokens.shape[1], ranks.rank if ranks else 0, slices)
@@ -92,16 +92,16 @@ def test_all_that_one_rank_finds(found, case):
     assert_same(torch.cat([rank[case]["hidden"] for rank in found], dim=1), hidden_of(case), "hidden")
     for rank in found:
         assert_same(rank[case]["loss"], truth["loss"], "loss")
-        for name, part, whole in zip(State._fields, rank[case]["behind"], truth["behind"], strict=True):
+        for name, part, whole in zip(State._fields, rank[case]["after"], truth["after"], strict=True):
             assert_same(part, whole, name)
         for name, gradient in truth["gradients"].items():
             assert_same(rank[case]["gradients"][name], gradient, name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_all_ranks_know_is_the_same_bit_for_bit(found, case):
+def test_shared_states_are_the_same_bit_for_bit_on_all_ranks(found, case):
     for rank in found[1:]:
-        for part, first in zip(rank[case]["behind"], found[0][case]["behind"], strict=True):
+        for part, first in zip(rank[case]["after"], found[0][case]["after"], strict=True):
             assert torch.equal(part, first)
         for name in State._fields:
             gradients = (each[case]["gradients"][f"before.{name}"] for each in (rank, found[0]))
@@ -113,7 +113,7 @@ WIRE_SEGMENTS, WIRE_SEGMENT_TOKENS, WIRE_BATCH = 3, 128, 3
 
 
 def formula(time_ranks, element_bytes):
-    """docs/distributed.md: bytes that a rank receives for a layer and segment, forward and backward."""
+    """Returns bytes that a rank receives per layer and segment, forward and backward (docs/distributed.md)."""
     width, channels = WIRE_SIZES["width"], WIRE_SIZES["head_size"]
     heads, shifts = width // channels, 2 * width * element_bytes
     forward = 4 * heads * channels * (channels + 1) + shifts
@@ -122,7 +122,7 @@ def formula(time_ranks, element_bytes):
 
 
 def wire_of(low, recompute):
-    """Bytes a layer that this rank receives: of a forward pass, of it again, of the backward pass, of a window."""
+    """Returns bytes per layer that this rank receives: in a forward pass, in its repetition, backward, in a window."""
     ranks = TimeRanks(dist.group.WORLD)
     compute = Compute(torch.bfloat16 if low else None, recompute, time_ranks=ranks)
     model = random_model(6, **WIRE_SIZES, compute=compute)
@@ -143,8 +143,8 @@ def wire_of(low, recompute):
         return model(segments[0].tokens, zeros.leaf(), segments[0].starts, received)
 
     measured("forward", run)
-    hidden, behind = measured("again", run)
-    scalar = hidden.float().sum() + behind.dot(behind.detach())
+    hidden, after = measured("again", run)
+    scalar = hidden.float().sum() + after.dot(after.detach())
     measured("backward", scalar.backward)
     window = (SegmentLoss(model), segments, zeros, PlainBackward(0.01))
     measured("window", lambda: backward_through_window(*window))
@@ -158,7 +158,7 @@ def all_wires():
 
 @pytest.mark.parametrize("time_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
-    """As the kernel counts them over TCP; what was sent is not asked for again, by a repetition or a recomputation."""
+    """Counts bytes over TCP as the kernel does; computing again must not send anything twice."""
     for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):
         for (low, _), found in rank.items():
             forward, backward = formula(time_ranks, 2 if low else 4)

@@ -20,7 +20,7 @@ NAMES = ("r", "k", "v", "w", "u", "state", "initial")
 
 
 def outputs_and_gradients(backend, inputs, starts, cotangents, names=NAMES):
-    """y, S_T and the gradients of all named inputs under both outputs' cotangents."""
+    """Returns y, S_T and the gradients of all named inputs under both outputs' cotangents."""
     leaves = {name: (x[:1, :1] if name == "w" and x.stride(1) == 0 else x) for name, x in inputs.items()}
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
     full = {name: x.expand(inputs[name].shape) for name, x in leaves.items()}
@@ -164,7 +164,7 @@ def test_inputs_that_do_not_fit_are_named():
         infctx.wkv(**inputs, backend="cuda12")
 
 
-def test_the_choice_is_said_once(caplog):
+def test_the_choice_is_logged_once(caplog):
     pick_backend.cache_clear()
     with caplog.at_level("INFO", logger="infctx"):
         for _, device in itertools.product(range(3), ["cpu"]):
@@ -181,7 +181,7 @@ def test_the_cuda_kernels_are_for_gpus():
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """What the kernels are compiled for, instead of a GPU; with a reason in `refuse` they cannot be had."""
+    """Records what the kernels are compiled for, instead of a GPU; with a reason in `refuse` they are unavailable."""
     for function in (pick_backend, wkv_module._cuda_or_chunked, wkv_module._warn_once):
         function.cache_clear()
 

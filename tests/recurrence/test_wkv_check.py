@@ -17,7 +17,7 @@ from wkv_emulated import SOURCES, emulated
 def test_kernels_that_are_right_agree(dtype, channels):
     with emulated(processors=40) as launched:
         assert find_disagreement("cpu", dtype, channels) is None
-    if channels == 64:  # and not so many pieces that time is not cut
+    if channels == 64:  # few enough heads that time is cut into spans
         assert "wkv_sum_spans" in launched and "wkv_sum_span_gradients" in launched
 
 
@@ -48,8 +48,8 @@ def test_random_numbers_of_the_user_stay_as_they_were():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_the_caller_has_switched_on_has_no_part_in_it(dtype, monkeypatch):
-    """TF32, which is for products in fp32 only, is modelled: 13 bits less of every operand."""
+def test_the_callers_modes_have_no_effect(dtype, monkeypatch):
+    """Models TF32, which affects only products in fp32: 13 bits less of every operand."""
 
     def chunked_in_tf32(r, k, v, w, u, state, starts, initial):
         if state.dtype == torch.float32:
@@ -66,8 +66,8 @@ def test_what_the_caller_has_switched_on_has_no_part_in_it(dtype, monkeypatch):
         assert find_disagreement("cpu", dtype, 32) is None
 
 
-def test_a_block_that_is_run_again_may_be_the_first_to_ask():
-    """As on a GPU with recompute_blocks, in a window of one segment: the check is made once, in the first run alone."""
+def test_a_recomputed_block_may_be_the_first_to_check():
+    """Models recompute_blocks on a GPU, in a window of one segment: the check runs once, in the first pass."""
     answers = []
 
     def block(x):

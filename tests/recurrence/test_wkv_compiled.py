@@ -33,7 +33,7 @@ def extreme(*shape):
 
 
 def make_inputs(B, T, H, N, dtype=torch.float64, decays=ordinary, w_over=("B", "T"), start_rate=0.3):
-    """Inputs that are leaves, `starts`, and how the tensors that go in are made from the leaves."""
+    """Returns leaf inputs, `starts`, and a function that makes the op's inputs from the leaves."""
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     tokens = [torch.randn(B, T, H * N).to(dtype) for _ in range(3)]
     w = decays(B if "B" in w_over else 1, T if "T" in w_over else 1, H, N)
@@ -44,7 +44,7 @@ def make_inputs(B, T, H, N, dtype=torch.float64, decays=ordinary, w_over=("B", "
 
 
 def run(function, leaves, starts, shape, cotangents):
-    """Outputs and gradients; r, k, v are views of (B, T, H N), w and initial are expanded."""
+    """Returns outputs and gradients; r, k, v are views of (B, T, H N), w and initial are expanded."""
     B, T, H, N = shape
     r, k, v, w, u, state, initial = leaves
     r, k, v = (x.view(shape) for x in (r, k, v))
@@ -56,7 +56,7 @@ def run(function, leaves, starts, shape, cotangents):
 
 
 def judged(inputs):
-    """Pairs (compiled, loop in float64) of every output and gradient, by name."""
+    """Returns pairs (compiled, loop in float64) of every output and gradient, by name."""
     leaves, starts, shape = inputs
     B, T, H, N = shape
     y_cotangent = torch.randn(shape).to(leaves[0].dtype)

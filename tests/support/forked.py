@@ -1,7 +1,7 @@
-"""Second processes that begin where torch and infctx have been imported: an import takes seconds, times the processes.
+"""Processes that start with torch and infctx already imported, which saves seconds for each.
 
-They are forked from a server that has imported everything and done nothing.  `Forked` is what tests use of
-`subprocess.Popen`.
+They are forked from a server that has imported everything and done nothing else.  `Forked` has the part of
+`subprocess.Popen` that tests use.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ IMPORTED = ["infctx.train.loop", "infctx.__main__", "infctx.formats.export", "de
 
 
 def fork_server():
-    """The server, as a context of multiprocessing."""
+    """Returns the server, as a context of multiprocessing."""
     multiprocessing.set_forkserver_preload(IMPORTED)
     return multiprocessing.get_context("forkserver")
 
@@ -65,7 +65,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout=None):
-        """All of standard output and standard error, once both have ended."""
+        """Returns all of standard output and standard error, once both have ended."""
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
         found = {}
@@ -87,7 +87,7 @@ class Forked:
 
 
 def run_infctx(arguments):
-    """`python -m infctx`, forked."""
+    """Runs `python -m infctx`, forked."""
     from infctx.__main__ import main
 
     sys.argv = ["infctx", *arguments]
@@ -95,7 +95,7 @@ def run_infctx(arguments):
 
 
 def run_script(text):
-    """A program of some lines, as `python file` would run it."""
+    """Runs a few lines of Python like `python file`."""
     exec(compile(text, "script", "exec"), {"__name__": "__main__"})
 
 

@@ -1,4 +1,4 @@
-"""Runs of many GPUs that are planned and not made."""
+"""Runs on many GPUs that are planned but not started."""
 
 from infctx.model.sizes import published_sizes
 from infctx.plan.memory import Strategy, rank_memory, with_distributed, with_strategy
@@ -11,7 +11,7 @@ FINCH = published_sizes("finch-3b")
 
 
 def many(gpus=8, **changes):
-    """Finch 3B on several GPUs, without a file; changes are section__setting=value."""
+    """Returns Finch 3B on several GPUs, without a file; changes are section__setting=value."""
     config = example_config("finch-3b", gpus)
     for name, value in changes.items():
         section, setting = name.split("__")
@@ -29,7 +29,7 @@ def bytes_of(config, *strategy, reduction="segment"):
 
 
 def planned_bytes(config, sizes, device):
-    """Of a rank, with what "auto" stands for where the device's memory is not known."""
+    """Returns a rank's memory, with "auto" resolved for a device of unknown memory."""
     return rank_memory(resolve_strategy(config, sizes, device), sizes, device)
 
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with a process group of torch, and what each of them found."""
+"""Real ranks for tests: processes with a torch process group, and their results."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ TCPI_BYTES_RECEIVED = 128
 
 
 def run_ranks(count, function, *arguments, folder):
-    """function(*arguments) on each of `count` ranks of a gloo process group: what they returned, by rank.
+    """Runs function(*arguments) on each of `count` ranks of a gloo process group; returns their results by rank.
 
     function must be importable: at the top of a module.  Its results go through `torch.save` into `folder`.
     """
@@ -29,7 +29,7 @@ def run_ranks(count, function, *arguments, folder):
 
 
 def bytes_received():
-    """What has come in over all TCP connections of this process, as the kernel counts it (Linux): the wire's bytes."""
+    """Returns the bytes received over all TCP connections of this process, as the kernel counts them (Linux)."""
     total = 0
     for descriptor in os.listdir("/proc/self/fd"):
         try:

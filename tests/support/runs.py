@@ -33,7 +33,7 @@ COMMAND = (sys.executable, "-m", "infctx")
 
 
 def write_store(path, lengths=(700, 40, 333, 1500, 90), seed=0, vocab_size=257):
-    """A token store of documents of random ids, which a model can learn nothing from but their frequencies."""
+    """Writes a token store of documents of random ids; a model can only learn their frequencies."""
     random = np.random.default_rng(seed)
     with TokenStoreWriter(path) as writer:
         for length in lengths:
@@ -44,7 +44,7 @@ def write_store(path, lengths=(700, 40, 333, 1500, 90), seed=0, vocab_size=257):
 
 
 def write_config(folder, **changes):
-    """A configuration of a tiny Finch in `folder`; changes are section__setting=value, or section=..."""
+    """Writes a configuration of a tiny Finch to `folder`; changes are section__setting=value, or section=..."""
     content = {
         "model": {"version": 6, "num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257},
         "data": {"store": str(folder / "train"), "held_out": str(folder / "held_out")},
@@ -67,30 +67,30 @@ def write_config(folder, **changes):
 
 
 def open_run(config):
-    """The run of a configuration, in this process or as this rank."""
+    """Opens the run of a configuration, in this process or as this rank."""
     return open_run_on(open_devices(make_plan(config)))
 
 
 def run_of(model, optimizer, config, carry, progress):
-    """A run of one CPU in the middle of its work, without documents."""
+    """Makes a run on one CPU that is already training, without documents."""
     engine = plain_engine(model, optimizer)
     tuned_over = fingerprint(model) if config.model.freezes_weights else None
     return Run(plan_of(config), model, engine, None, carry, progress, tuned_over, None)
 
 
 def plain_engine(model, optimizer):
-    """The engine of one CPU for a model and its optimizer."""
+    """Makes the engine of one CPU for a model and its optimizer."""
     devices = Devices(Fabric(accelerator="cpu", devices=1), Ranks(), plan_of(None))
     return Engine(devices, SegmentLoss(model), optimizer, None)
 
 
 def plan_of(config):
-    """The plan of a run on one CPU, nothing of it looked up."""
+    """Makes the plan of a run on one CPU without checking anything."""
     return Plan(config, torch.device("cpu"), None, None, "ddp", "step")
 
 
 def start(*arguments, program=COMMAND, **options):
-    """The command line in a process of its own, its output collected: forked, unless something about it is special."""
+    """Starts the command line in a separate process and collects its output; forks if there are no special options."""
     if program == COMMAND and not options:
         return Forked(run_infctx, [str(argument) for argument in arguments], cwd=ROOT)
     command = [*program, *map(str, arguments)]
@@ -106,7 +106,7 @@ def infctx_command(*arguments, **options):
 
 
 def infctx_here(*arguments):
-    """The same in this process, seconds faster: for what needs no second one."""
+    """The same in this process, which is seconds faster."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     root, ours, handle = logging.getLogger(), logging.getLogger("infctx"), signal.getsignal(signal.SIGTERM)
     handlers, root.handlers = root.handlers, []  # the command brings its own
@@ -125,14 +125,14 @@ def infctx_here(*arguments):
 
 
 def losses_of(folder):
-    """The losses of all steps of a run, from the first on without a gap."""
+    """Returns the losses of all steps of a run, from the first without a gap."""
     log = read_step_log(folder)
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
     return [entry["loss"] for entry in log]
 
 
 def wait_for_steps(folder, at_least, process):
-    """Until the step log has so many lines, or the process has ended."""
+    """Waits until the step log has this many lines, or the process has ended."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         path = folder / "steps.jsonl"

@@ -13,7 +13,7 @@ RANKS = {"mix_rank": 3, "decay_rank": 5}
 def random_model(
     version, *, dtype=torch.float32, seed=0, with_state=False, noise=0.2, backend="auto", compute=None, **sizes
 ):
-    """A model of SIZES (or others) whose weights are the initial ones and noise; with_state: a learned state too."""
+    """Makes a model of SIZES (or others) with initial weights plus noise; with_state: a learned state too."""
     ranks = RANKS if version == 6 else {}
     wanted = make_sizes(version=version, **(SIZES | ranks | sizes))
     model = new_model(wanted, "cpu", dtype, seed, compute or Compute(backend=backend))

@@ -37,10 +37,11 @@ def emulated(
     cache: Path | None = None,
     arguments: dict[str, Sequence[Argument]] | None = None,
 ) -> Iterator[list[str]]:
-    """Runs `wkv_cuda` on a machine of so many processors (which decides into how many spans time is cut), with threads
-    in one of the emulator's orders; yields the names of the kernels that were launched.  Kernels of another folder,
-    compiled into another cache, may stand in; `arguments` becomes what each kernel was launched with last.
-    `infctx.wkv` takes the backend cuda on a CPU as long as this lasts."""
+    """A context in which `wkv_cuda` runs on the emulator; yields the names of the kernels that were launched.
+
+    `processors` decides the number of spans, `order` is the emulator's order of threads.  Kernels may come from another
+    folder, with another cache.  `arguments` collects each kernel's last arguments.  `infctx.wkv` accepts the backend
+    cuda on a CPU inside."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
@@ -77,7 +78,7 @@ def values_and_gradients(
     starts: Tensor | None,
     cotangents: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """y, S_T, and the gradients of all inputs under both outputs' cotangents; `initial` may be left out."""
+    """Returns y, S_T, and the gradients of all inputs under both outputs' cotangents; `initial` may be left out."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     initial = leaves.get("initial")
     y, state = op(*(leaves[name] for name in NAMES), starts, initial)
@@ -90,7 +91,7 @@ def values_and_gradients(
 def make_inputs(
     seed: int, dtype: torch.dtype, shape: Sequence[int], decay: str | float = "ordinary"
 ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
-    """`random_inputs` with r, k, v and the cotangent of y in `dtype`, all else in fp32."""
+    """Returns `random_inputs` with r, k, v and the cotangent of y in `dtype`, everything else in fp32."""
     known = decay if decay in ("ordinary", "extreme") else "ordinary"
     inputs, starts, cotangents = random_inputs(seed, known, torch.float32, shape)
     if decay == "slow":

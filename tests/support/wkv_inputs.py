@@ -1,10 +1,10 @@
-"""Random inputs of the WKV op, and the error that results are judged by."""
+"""Random inputs of the WKV op, and the error measure for results."""
 
 import torch
 
 
 def random_inputs(seed, decay="ordinary", dtype=torch.float64, shape=None):
-    """Inputs of a random shape; `shape` fixes (B, T, H, N)."""
+    """Returns inputs of a random shape; `shape` fixes (B, T, H, N)."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size):

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels without a GPU: the emulator computes, memory and times are pretended."""
+"""The benchmark of the kernels without a GPU: the emulator computes, memory and times are faked."""
 
 import re
 
@@ -16,7 +16,7 @@ FACTS = {"device": "NVIDIA H100", "driver": "580", "torch": "2.11", "date": "202
 
 
 class PretendedTimer:
-    """Counts: what is timed takes as many us as it was called times."""
+    """A fake timer: a call takes as many us as there were calls."""
 
     def __init__(self, device=None):
         self.calls = 0
@@ -54,7 +54,7 @@ def test_the_median_of_what_is_timed():
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A bench on the CPU with the emulator, heads of 16; memory and times are pretended."""
+    """A bench on the CPU with the emulator, heads of 16; memory and times are faked."""
     monkeypatch.setattr(bench_wkv, "HEAD_SIZE", 16)
     monkeypatch.setattr(bench_wkv, "CudaTimer", PretendedTimer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))

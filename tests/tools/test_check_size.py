@@ -1,4 +1,4 @@
-"""The check of sizes finds what it is for."""
+"""The check of sizes finds files, functions and parameter lists that are too long."""
 
 import pytest
 
@@ -17,7 +17,7 @@ import check_size
         ("class A:\n    def f(self, a, b, c, d, e, f): ...\n", None),
     ],
 )
-def test_what_has_outgrown_one_head_is_named(tmp_path, text, said):
+def test_what_is_too_long_is_named(tmp_path, text, said):
     file = tmp_path / "infctx" / "room.py"
     file.parent.mkdir()
     file.write_text(text)

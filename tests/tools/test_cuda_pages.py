@@ -1,4 +1,4 @@
-"""The programs that print what infctx/cuda/README.md shows, and its commands for looking at machine code."""
+"""The programs that print the tables of infctx/cuda/README.md, and its commands for machine code."""
 
 import re
 
@@ -12,7 +12,7 @@ PAGE = (ROOT / "infctx" / "cuda" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_errors_has_the_rows_and_sizes_of_the_page(capsys):
-    """A seed alone is some tenths off the mean of two; rows of 1,024 tokens take too long here."""
+    """One seed is a few tenths off the mean of two; rows of 1,024 tokens would take too long here."""
     wkv_errors.main(["--tokens", "256", "--seeds", "1"])
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 8 and f"{head}\n{rule}\n" in PAGE
@@ -28,7 +28,7 @@ def numbers(line):
     return [float(word) for word in re.findall(r"\d\.\de-\d+", line)]
 
 
-def test_machine_code_is_written_and_what_it_uses_is_said(tmp_path, capsys):
+def test_machine_code_is_written_and_its_resources_are_printed(tmp_path, capsys):
     assert machine_code.main(["wkv_forward.cu", "--head-size", "16", "--output", str(tmp_path / "out.cubin")]) == 0
     said = capsys.readouterr().out
     assert {line.split()[0] for line in said.splitlines()[:3]} == {"wkv_sum_spans", "wkv_join_spans", "wkv_forward"}

@@ -1,4 +1,4 @@
-"""The tool that checks the kernels on a GPU, as far as it goes without one: with the emulator."""
+"""The tool that checks the kernels on a GPU, as far as possible without one: with the emulator."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def subject():
 
 
 def broken(subject, which, change):
-    """The same, but `change` is done to one of the outputs or, with a hook, to the gradient of an input."""
+    """The same, but `change` is applied to one of the outputs or, with a hook, to the gradient of an input."""
 
     def op(r, k, v, w, u, state, starts=None, initial=None):
         inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state, "starts": starts, "initial": initial}
@@ -148,7 +148,7 @@ def test_torch_compile(subject):
 
 
 def test_threads():
-    """With plain torch: the emulator runs one kernel at a time."""
+    """Uses plain torch: the emulator runs one kernel at a time."""
     subject = Subject(torch.device("cpu"), 40, wkv_chunked)
     assert gpu_launches.threads(TINY, subject).passed
     calls = itertools.count()
@@ -230,7 +230,7 @@ def test_checks_end_with_the_time(capfd):
 
 
 def test_the_whole_command(monkeypatch, capfd, tmp_path):
-    """Of a machine that says it has a GPU, where the benchmark then finds none."""
+    """Pretends to be a machine that reports a GPU, but the benchmark then finds none."""
     monkeypatch.setattr(gpu_check, "check_torch", lambda: None)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "find_facts", lambda commit: {"device": "Some GPU", "commit": commit})
@@ -335,7 +335,7 @@ def refused(command):
 
 
 def test_torch_is_all_that_is_needed():
-    """Of this project's dependencies; a machine with a GPU may have no others."""
+    """Hides this project's other dependencies; a machine with a GPU may not have them."""
     others = "numpy numba pydantic yaml lightning deepspeed safetensors tensorboard tqdm psutil pytest zstandard rwkv"
     program = f"""
 import sys

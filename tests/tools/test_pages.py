@@ -1,4 +1,4 @@
-"""The pages of docs/ that are written from the code say what the code says."""
+"""The generated pages of docs/ match the code."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_page_is_what_its_tool_writes(tool, made):
     assert tool.PAGE.read_text(encoding="utf-8") == made(), f"run `python tools/{name}.py` and commit what it writes"
 
 
-def test_the_file_that_the_page_shows_is_one(tmp_path):
+def test_the_file_on_the_page_loads(tmp_path):
     page = settings_page.settings_page()
     shown = page.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "books.yaml").write_text(shown)
@@ -48,5 +48,5 @@ def test_every_setting_has_its_docstring_and_its_place_on_the_page():
         "- **seed** (whole number from 0; default `0`): ",
     ],
 )
-def test_what_a_setting_takes_is_said_as_a_person_would(line):
+def test_allowed_values_are_described_in_words(line):
     assert f"\n{line}" in settings_page.settings_page()

@@ -1,4 +1,4 @@
-"""The tables of docs/distributed.md are those that the tool prints, and a cell of each kind is right by hand."""
+"""The tables of docs/distributed.md are those that the tool prints, and a cell of each kind is checked by hand."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_the_tables_of_the_page_are_what_its_command_prints():
 
 
 def test_the_table_of_choices_by_hand():
-    """A cell of each kind."""
+    """Checks a cell of each kind."""
     rows = {tuple(line.split(" | ")[:2]): line.strip(" |").split(" | ")[2:] for line in choice_table().splitlines()[2:]}
     cells = rows["| finch-3b", "40 GB"]
     assert cells[3] == f"zero1, {bytes_of(many(8), 'zero1').device / GB:.1f} GB"

@@ -1,7 +1,7 @@
-// What the primitives do: shared memory and its poison, asynchronous copies, lane to lane, tensor cores, conversions.
+// The primitives: shared memory and its poison, asynchronous copies, lane to lane, tensor cores, conversions.
 //
-// A lane's memory is read when the lane arrives, not when all have: what another lane wrote without a barrier between
-// is then not there yet in some order of the lanes, as the PTX memory model allows.
+// A lane's memory is read when the lane arrives, not when all have.  In some order of the lanes, another lane's write
+// without a barrier in between is then not there yet, as the PTX memory model allows.
 
 #include <stdint.h>
 #include <string.h>
@@ -28,7 +28,7 @@ struct DynamicShared {
 
 DynamicShared dynamic;
 
-// Not memset: ASan lays its own zones between the variables of the section, and would object.
+// Not memset: ASan puts zones between the variables of the section, and would object.
 __attribute__((no_sanitize("address"))) void poison_static_shared() {
     for (volatile unsigned char* byte = __start_emulated_shared; byte < __stop_emulated_shared; ++byte) *byte = poison;
 }
@@ -48,7 +48,7 @@ void require_shared_16(const void* address, const char* what, Place place) {
     require_aligned(address, 16, what, place);
 }
 
-// The place where ASan is to find a bad source: here and not at the wait.
+// Lets ASan find a bad source here, not at the wait.
 void read_16(const void* source) {
     unsigned char bytes[16];
     memcpy(bytes, source, 16);
@@ -61,7 +61,7 @@ void read_16(const void* source) {
 
 unsigned char* dynamic_shared() { return dynamic.start; }
 
-// The start is a multiple of 16 and of no more: DYNAMIC_SHARED promises no more.
+// The start is a multiple of exactly 16: DYNAMIC_SHARED promises no more.
 void prepare_shared(size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(dynamic.memory.data(), dynamic.memory.size());
@@ -83,7 +83,7 @@ void poison_shared() {
 }
 
 std::string damage_to_shared() {
-#ifndef __SANITIZE_ADDRESS__  // which has said so already
+#ifndef __SANITIZE_ADDRESS__  // ASan has already reported it
     const unsigned char* end = dynamic.memory.data() + dynamic.memory.size();
     for (const unsigned char* byte = dynamic.memory.data(); byte < end; ++byte) {
         if (byte == dynamic.start) byte += dynamic.bytes;
@@ -139,7 +139,7 @@ void copy_async_wait(size_t groups_left) {
 
 namespace {
 
-// given[0] is the value, given[1] the lane that is asked for; outside of the warp a lane keeps its own.
+// given[0] is the value, given[1] the wanted lane; outside the warp a lane keeps its own value.
 void give_values(Exchange* const* lanes) {
     for (int lane = 0; lane < warp_size; ++lane) {
         const int source = static_cast<int>(lanes[lane]->given[1]);
@@ -187,7 +187,7 @@ constexpr int left_words = 4, right_words = 2, sum_words = 4;
 
 float half_of(unsigned packed, int half) { return bits_float(half ? packed & 0xffff0000u : packed << 16); }
 
-// sum += left right; 8 columns at once, so that the compiler can use its vectors.
+// sum += left right; 8 columns together, so that the compiler can vectorize.
 template <int depth>
 void multiply(Exchange* const* lanes, const float (&left)[16][depth], const float (&right)[depth][8]) {
     float sum[16][8];
@@ -240,7 +240,7 @@ void mma(const char* name, Operation operation, float* sum, const unsigned* left
     memcpy(sum, exchange.taken, 4 * sum_words);
 }
 
-// given[0..3] is the row whose address the lane gave.
+// given[0..3] is the row at the lane's address.
 void spread_rows(Exchange* const* lanes) {
     for (int lane = 0; lane < warp_size; ++lane)
         for (int matrix = 0; matrix < 4; ++matrix)
@@ -307,7 +307,7 @@ unsigned short float_to_bf16(float x) {
     return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// The 13 lowest bits, of which PTX promises nothing, are set: who takes the register for a float sees it.
+// Sets the 13 lowest bits, which PTX leaves unspecified, so that using the register as a float is noticed.
 unsigned float_to_tf32(float x) {
     const unsigned bits = float_bits(x);
     if (x != x) return 0x7fffffffu;

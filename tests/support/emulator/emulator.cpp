@@ -1,4 +1,4 @@
-// Runs kernels: a fiber a CUDA thread, the order of threads, barriers and the meetings of warps, reports of divergence.
+// Runs kernels: one fiber per CUDA thread, the order of threads, barriers and warp primitives, reports of divergence.
 //
 // Fibers are entered once by setcontext and switched by _setjmp/_longjmp, which make no system call.
 
@@ -41,12 +41,12 @@ struct Stack {
 struct Thread {
     Index index;
     State state = State::ready;
-    bool entered = false;  // its stack holds a place to go on from
+    bool entered = false;  // its stack holds a place to resume from
     ucontext_t entry;
     jmp_buf position;
     Stack stack;
 
-    const char* primitive = nullptr;  // what it waits at, and where
+    const char* primitive = nullptr;  // the primitive it waits at, and where
     Place place = {};
     Operation operation = nullptr;
     Exchange exchange;
@@ -128,7 +128,7 @@ void resume(Thread& thread) {
 
 void make_fiber(Thread& thread) {
     if (!thread.stack.bottom) {
-        // The lowest page stays closed: a stack that is too small is a fault, not a neighbour's wrong numbers.
+        // The lowest page stays closed: a stack overflow is a fault, not wrong numbers in another stack.
         void* memory = mmap(nullptr, page_bytes + stack_bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of the threads");
@@ -164,7 +164,7 @@ std::string ranges(const std::vector<size_t>& numbers) {
     return result;
 }
 
-// Nobody can go on: says who waits where.
+// No thread can continue: reports where each waits.
 [[noreturn]] void report_divergence() {
     bool in_warp = false;
     std::map<std::string, std::vector<size_t>> groups;
@@ -203,7 +203,7 @@ bool same_place(Place one, Place other) {
     return one.line == other.line && (one.file == other.file || !strcmp(one.file, other.file));
 }
 
-// Lets each lane that can go on do so once; then the primitive at which all have met, if they have.
+// Lets each lane that can continue do so once; then runs the primitive at which all have met, if they have.
 bool run_warp(size_t first, std::vector<size_t>& lanes) {
     put_in_order(lanes.begin(), lanes.end());
     bool went_on = false;
@@ -234,8 +234,8 @@ bool run_warp(size_t first, std::vector<size_t>& lanes) {
     return went_on;
 }
 
-// Opens the barrier if all threads are at the same one, that of roles being the same wherever a whole warp meets it;
-// false if all have ended.
+// Opens the barrier if all threads are at the same one; the barrier of roles counts as the same wherever a whole warp
+// meets it.  Returns false if all threads have ended.
 bool open_barrier() {
     const Thread& one = *launch.threads[0];
     const auto end = launch.threads.begin() + launch.num_threads;
@@ -252,8 +252,8 @@ bool open_barrier() {
     return true;
 }
 
-// A warp runs until its lanes are all at the barrier before the next one starts, so that a missing barrier shows in one
-// of forward and reverse; in the random order it changes over early, after any number of its meetings.
+// A warp runs until all its lanes are at the barrier before the next warp starts, so a missing barrier shows in either
+// the forward or the reverse order.  The random order switches earlier, after any number of warp primitives.
 void run_block() {
     for (size_t i = 0; i < launch.num_threads; ++i) {
         launch.threads[i]->state = State::ready;

@@ -1,6 +1,7 @@
-// CUDA's words for g++, and what infctx/cuda/primitives.cuh calls where the PTX would be.  Goes before a .cu file.
+// CUDA's keywords for g++, and the functions that infctx/cuda/primitives.cuh calls instead of PTX.  Included before a
+// .cu file.
 //
-// A CUDA thread is a fiber, blocks run one after the other.  Between two rendezvous (a barrier, a warp primitive) a
+// A CUDA thread is a fiber; blocks run one by one.  Between two rendezvous (a barrier, a warp primitive) a
 // fiber runs alone, so nothing here is locked.  `extern __shared__` is DYNAMIC_SHARED(name) of primitives.cuh.
 
 #pragma once
@@ -17,15 +18,15 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
-// One copy is enough, since blocks run in sequence; a section of their own, so that they can be found and poisoned.
+// One copy is enough, since blocks run in sequence; a separate section, so that they can be found and poisoned.
 #define __shared__ static __attribute__((section("emulated_shared"), used))
-#ifndef __global__  // emulator.py looks for the kernels' names by a meaning of its own
+#ifndef __global__  // emulator.py redefines it to find the kernels' names
 #define __global__
 #endif
 #define __syncthreads() emulator::sync_block({__FILE__, __LINE__})
 #define __syncwarp() emulator::sync_warp({__FILE__, __LINE__})
 
-// CUDA has them without a header; of floats they would differ for NaN, so for those there is fminf.
+// CUDA has them without a header.  For floats they would differ for NaN; use fminf for those.
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }
@@ -89,7 +90,7 @@ constexpr char parameter_kind() {
     return std::is_pointer_v<T> ? 'p' : std::is_integral_v<T> ? 'i' : 'f';
 }
 
-// 0 for what is not checked: void, and targets of more bytes than one element has.
+// 0 if unchecked: void, and targets larger than one element.
 template <class T>
 constexpr char parameter_bytes() {
     using Target = std::remove_cv_t<std::remove_pointer_t<T>>;

@@ -5,13 +5,13 @@
 
 Arguments are those of cuLaunchKernel: CPU tensors for pointers (any strides; the kernel writes into them), ints and
 floats for the rest, None for a null pointer.  The kernel sees copies, laid out as CUDA would (storages at multiples of
-512 bytes) between guard zones of NaN.  Everything that goes wrong is an `EmulatorError`.
+512 bytes) between guard zones of NaN.  Every problem is an `EmulatorError`.
 
-`order` is that in which threads run between two rendezvous: a kernel is right if all orders agree.  `sanitize` builds
-with ASan and UBSan, some twenty times slower: an access outside of a buffer or of shared memory is found at its line.
+`order` is the order of threads between two rendezvous: a kernel is correct if all orders agree.  `sanitize` builds with
+ASan and UBSan, about twenty times slower: they report the line of an access outside a buffer or shared memory.
 
-What it cannot see: weak ordering of memory (here every warp primitive makes all visible, on a GPU only the barriers
-do), bank conflicts, registers and spills, bugs of the GPU's compiler, blocks that wait for each other.
+It cannot show weak memory ordering (here every warp primitive makes all writes visible, on a GPU only barriers do),
+bank conflicts, registers and spills, bugs of the GPU's compiler, or blocks that wait for each other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Argument = Tensor | int | float | None
 
 
 class EmulatorError(Exception):
-    """A kernel did what a GPU would not forgive, or does not compile."""
+    """A kernel did something that would fail on a GPU, or does not compile."""
 
 
 def build(
@@ -99,7 +99,7 @@ class Emulation:
         order: str = "forward",
         seed: int = 0,
     ) -> None:
-        """Runs a kernel to its end; `seed` is of the random order.  Raises EmulatorError."""
+        """Runs a kernel to its end; `seed` is for the random order.  Raises EmulatorError."""
         if kernel not in self.kernels:
             raise EmulatorError(f"no kernel {kernel}; there are: {', '.join(self.kernels)}")
         parameters = re.findall("..", self.kernels[kernel])
@@ -132,11 +132,11 @@ class _Launch:
 
 
 class _PlainEmulation(Emulation):
-    """A library in this process."""
+    """Runs kernels from a library in this process."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._running = threading.Lock()  # the device is one, and autograd may launch from threads of its own
+        self._running = threading.Lock()  # there is one device, and autograd may launch from its own threads
         self._library.emulator_kernels.restype = ctypes.c_char_p
         self.kernels = _parse_kernels(self._library.emulator_kernels().decode())
 
@@ -165,7 +165,7 @@ class _PlainEmulation(Emulation):
 
 
 class _SanitizedEmulation(Emulation):
-    """A program that is started for each launch."""
+    """Runs kernels in a program that is started for each launch."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
@@ -191,7 +191,7 @@ class _SanitizedEmulation(Emulation):
 
 @dataclass
 class _Region:
-    """The bytes of a storage that the tensors of a call reach, from the first to the last."""
+    """The range of bytes of a storage that the tensors of a call cover."""
 
     storage: int
     low: int
@@ -220,7 +220,7 @@ class _Region:
 
 @dataclass
 class _Lent:
-    """A copy of a region with NaN before and behind it."""
+    """A copy of a region with NaN before and after it."""
 
     memory: np.ndarray
     start: int
@@ -234,14 +234,14 @@ class _Lent:
         return self.memory[self.start : self.start + self.size].tobytes()
 
     def damage(self) -> int | None:
-        """The first byte outside that was written, counted from the region's start."""
+        """Returns the first byte outside that was written, counted from the region's start."""
         outside = self.memory != 0xFF
         outside[self.start : self.start + self.size] = False
         return int(outside.argmax()) - self.start if outside.any() else None
 
 
 def _regions(tensors: Iterable[Tensor]) -> dict[int, _Region]:
-    """By the addresses of the storages, so that views of one tensor stay views of one."""
+    """Returns regions by storage address, so that views of one tensor stay views of one."""
     regions: dict[int, _Region] = {}
     for x in tensors:
         storage, low = x.untyped_storage().data_ptr(), x.data_ptr()
@@ -262,7 +262,7 @@ def _check_tensor(what: str, parameter: str, x: Tensor) -> None:
 
 
 def _bits(what: str, parameter: str, value: int | float | None) -> int:
-    """The number as the first bytes of 8, as the parameter's type has it."""
+    """Returns a number in its parameter's type, as the first of 8 bytes."""
     kind, size = parameter[0], int(parameter[1])
     if kind == "p" and value is None:
         return 0
@@ -287,7 +287,7 @@ def _parse_kernels(lines: str) -> dict[str, str]:
 
 
 def _summary(errors: str) -> str:
-    """What matters of a sanitizer's report: the fault, its line in the kernel's source, which memory, which thread."""
+    """Shortens a sanitizer's report: the fault, its line in the kernel's source, the memory, the thread."""
     patterns: tuple[str, ...] = ()
     if "runtime error:" in errors:
         patterns = (r"(\S+: runtime error: .*)",)
@@ -318,7 +318,7 @@ def _runtime_object(file: Path, sanitize: bool, cache: Path) -> Path:
 
 
 def _cached(file: Path, make: Callable[[str], object]) -> Path:
-    """Makes `file` under another name and then renames it, so that two processes can."""
+    """Makes `file` under another name and then renames it, so that two processes can do this at the same time."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:

@@ -1,4 +1,4 @@
-// What the emulator's own files share: emulator.cpp runs the threads, device.cpp does what the primitives say.
+// Shared by the emulator's files: emulator.cpp runs the threads, device.cpp has the primitives.
 
 #pragma once
 
@@ -16,7 +16,7 @@ namespace emulator {
 
 constexpr int warp_size = 32;
 
-// One lane's part in a warp primitive: what it brings, and what it is given once all 32 lanes are there.
+// One lane's part in a warp primitive: its input, and its result once all 32 lanes are there.
 struct Exchange {
     unsigned given[10];
     unsigned taken[4];
@@ -37,7 +37,7 @@ std::string describe(Place place);
 // Kernel, block and thread that run now.
 std::string where_now();
 
-// A thread's copies under way, oldest first: `ends` are the lengths of the list at the commits.
+// A thread's copies in flight, oldest first: `ends` are the lengths of the list at the commits.
 struct Copies {
     struct Copy {
         void* shared;
@@ -54,9 +54,9 @@ Copies& this_thread_copies();
 
 void prepare_shared(size_t bytes);
 void poison_shared();
-// What a block did to the guard zones, or nothing.
+// Describes damage to the guard zones by a block, or is empty.
 std::string damage_to_shared();
-// Where an address beside dynamic shared memory lies, or nothing.
+// Describes an address outside dynamic shared memory, or is empty.
 std::string place_beside_shared(const void* address);
 
 }  // namespace emulator
@@ -68,5 +68,5 @@ EMULATOR_EXPORT int emulator_launch(const char* name, const unsigned* grid, cons
                                     void** arguments, int order, unsigned long long seed, char* message,
                                     size_t message_bytes);
 
-// One line a kernel: its name and its parameters.
+// One line per kernel: its name and parameters.
 EMULATOR_EXPORT const char* emulator_kernels();

@@ -1,5 +1,5 @@
-// The sanitized build is a program of its own, into which nobody else's allocations are mixed: one launch, read from
-// standard input as emulator.py writes it.  Each buffer is allocated to the byte, so that ASan sees any other access.
+// The sanitized build is a separate program, so that no other allocations are mixed in: one launch, read from standard
+// input as emulator.py writes it.  Each buffer is allocated to the byte, so that ASan sees any other access.
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,10 +45,10 @@ void say_where() {
 
 }  // namespace
 
-// Fibers that a failed launch leaves behind are no leaks.
+// Fibers of a failed launch are not leaks.
 EMULATOR_EXPORT const char* __asan_default_options() { return "detect_leaks=0:detect_stack_use_after_return=0"; }
 
-// UBSan calls this, where ASan calls the death callback.
+// UBSan calls this; ASan calls the death callback.
 EMULATOR_EXPORT void __ubsan_on_report() { say_where(); }
 
 int main(int argc, char** argv) {

@@ -7,7 +7,7 @@ constexpr int32 block_threads = 128;
 constexpr int32 tile_rows = 64;     // of the result: 16 a warp
 constexpr int32 tile_columns = 32;  // of the result
 constexpr int32 tile_depth = 32;
-constexpr int32 pitch = 40;  // elements from row to row in shared memory: 80 bytes, so that 8 rows meet no bank twice
+constexpr int32 pitch = 40;  // elements from row to row in shared memory: 80 bytes, so 8 rows have no bank conflict
 constexpr int32 stage_elements = (tile_rows + tile_depth) * pitch;
 constexpr int32 num_stages = 2;
 // Shared memory: the stages, then tile_rows * pitch elements of results; 20480 bytes.
@@ -17,7 +17,7 @@ struct Matrix {
     int32 rows, columns;
 };
 
-// A tile of `rows` x 32 from (first_row, first_column) on, zeros outside of the matrix: by 16 bytes where it can be.
+// Copies a tile of `rows` x 32 from (first_row, first_column), zeros outside the matrix; by 16 bytes where possible.
 __device__ void start_copy(bf16* tile, int32 rows, const Matrix& matrix, int32 first_row, int32 first_column) {
     for (int32 chunk = threadIdx.x; chunk < rows * 4; chunk += block_threads) {
         const int32 row = first_row + chunk / 4, column = first_column + chunk % 4 * 8;
@@ -68,7 +68,7 @@ __device__ void multiply_tile(SumFragment (&sums)[4], bf16* stages, const Matrix
         cp_async_commit();
         if (step < 0) continue;
 #ifdef PLANT_LATE_WAIT
-        cp_async_wait<2>();  // the copies of this step may still be under way
+        cp_async_wait<2>();  // the copies of this step may still be in flight
 #elif !defined(PLANT_MISSING_WAIT)
         cp_async_wait<1>();
 #endif
@@ -229,7 +229,7 @@ __device__ float neighbours_value(float x) {
     return neighbours;
 }
 
-// Hands the values round the block `steps` times: as many barriers, twice.
+// Passes the values around the block `steps` times, with two barriers for each.
 extern "C" __global__ void hand_round(float* x, int32 steps) {
     float value = x[threadIdx.x];
     for (int32 step = 0; step < steps; ++step) value = neighbours_value<block_threads>(value);
