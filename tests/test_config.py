@@ -107,7 +107,7 @@ def test_numbers_are_dumped_as_yaml_reads_them(tmp_path, value):
 
 
 MISTAKES = {
-    # what is wrong: (line, replaced by, line number in the message, what the message says)
+    # mistake: (line, its replacement, line number in the message, part of the message)
     "unknown setting": ("  lanes: 4", "  lames: 4", 10, "window.lames: unknown setting; did you mean lanes?"),
     "unknown setting, nothing near": (
         "  lanes: 4",

@@ -136,7 +136,7 @@ def test_no_room_is_crowded():
 def test_tests_import_what_they_share_and_never_each_other():
     files = sorted((ROOT / "tests").rglob("*.py"))
     names = {path.stem: path for path in files}
-    assert len(names) == len(files)  # pytest and processes of ranks know test files by their names alone
+    assert len(names) == len(files)  # pytest and processes of ranks know test files only by name
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

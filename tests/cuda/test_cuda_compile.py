@@ -35,7 +35,7 @@ extern "C" __global__ void keep(const float* x, float* y) {
 }
 """
 OPTIONS = ("-DOFFSET=1.0f",)
-# Another process: the cache's folder comes as an argument, what happened goes out as words.
+# Another process: the cache's folder is an argument, results are printed.
 PROGRAM = f"""
 import logging, sys, time
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_compiles_for_every_architecture(arch):
     started = time.perf_counter()
     compiled = compile_source(SOURCE, "shift.cu", arch, OPTIONS, HEADERS)
     print(f"{arch}: {time.perf_counter() - started:.2f} s, {len(compiled.cubin)} bytes")
-    assert compiled.cubin.startswith(b"\x7fELF") and b".target" not in compiled.cubin  # machine code, no PTX beside it
+    assert compiled.cubin.startswith(b"\x7fELF") and b".target" not in compiled.cubin  # machine code, and no PTX
     assert set(compiled.resources) == {"shift", "keep"}
     shift, keep = compiled.resources["shift"], compiled.resources["keep"]
     assert shift.static_shared_bytes == 96 * 4 and keep.static_shared_bytes == 0
@@ -212,7 +212,7 @@ def test_processes_that_build_the_same_at_once_then_a_hit_without_nvrtc(tmp_path
         said, problems = process.communicate(timeout=300)
         assert process.returncode == 0 and "damaged" not in problems, problems
         assert said.split()[1:] in (["True", "True"], ["False", "False"])
-    assert len(list(tmp_path.iterdir())) == 1  # and nothing temporary is left
+    assert len(list(tmp_path.iterdir())) == 1  # and no temporary file is left
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     milliseconds, searched, loaded = done.stdout.split()
     print(f"a cache hit, the first in its process: {float(milliseconds):.1f} ms")
@@ -261,7 +261,7 @@ def test_the_cache_of_nvrtc_is_off(build, monkeypatch):
 
     monkeypatch.setattr(compiler, "_load_nvrtc", Listening)
     compile_source(SOURCE, "shift.cu", "sm_90", OPTIONS, HEADERS)
-    monkeypatch.setattr(compiler, "_version", lambda nvrtc: (12, 8))  # which does not know the option
+    monkeypatch.setattr(compiler, "_version", lambda nvrtc: (12, 8))  # an older NVRTC does not know the option
     compile_source(SOURCE, "shift.cu", "sm_90", OPTIONS, HEADERS)
     assert ["--no-cache" in each for each in words] == [True, False]
 
@@ -283,7 +283,7 @@ def test_without_nvrtc_one_line_says_what_to_install(build, monkeypatch):
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", missing)
     compiler._load_nvrtc.cache_clear()
     try:
-        build()  # what is in the cache needs no compiler
+        build()  # a hit in the cache needs no compiler
         with pytest.raises(KernelsUnavailable) as caught:
             build(arch="sm_80")
     finally:

@@ -17,10 +17,10 @@ from infctx.cuda.compile import Compiled, KernelsUnavailable
 from infctx.cuda.driver import Driver, DriverError, Kernel, launch, load_kernels
 from infctx.errors import InputError
 
-# CPU tensors say that their device is -1, so this is the device that the stand-in's kernels are on.
+# The device of CPU tensors is -1, so the stand-in's kernels are on that device.
 DEVICE = -1
 STREAM = 0x51
-# Context and handles as the stand-in gives them out.
+# The stand-in's context and handles.
 CONTEXT = 0xC000 + DEVICE
 STAND_IN = Path(__file__).with_name("cuda_driver_stand_in.cpp")
 LOG = "".join(f"Compiling entry function '{name}' for 'sm_90'\nUsed 8 registers\n" for name in ("add", "empty"))
@@ -132,7 +132,7 @@ def test_arguments_that_do_not_fit_are_refused(stand_in, libraries):
         with pytest.raises(ValueError, match="out of range"):
             attempt([x, x, 1, 1.0], add, grid, block, shared_bytes)
     assert stand_in.calls() == []
-    # an older driver does not know the parameters; arguments still go through
+    # an older driver does not report the parameters; arguments still work
     old = Driver(str(libraries / "12.0.so")).load(COMPILED, DEVICE)["add"]
     assert old.parameter_bytes is None
     attempt([x, x, 1, 1.0], old)
@@ -146,7 +146,7 @@ def test_the_context_is_set_only_where_it_is_another(stand_in):
         return stand_in.calls()
 
     here = expected_launch(f"{x.data_ptr()} {x.data_ptr()} 1 0.5")
-    # no context, as in a thread that has not used the GPU yet; and that of another device
+    # no context, as in a thread that has not used the GPU yet; and another device's context
     for other in (None, 0xC001):
         stand_in.driver.call("cuCtxSetCurrent", other)
         stand_in.calls()
@@ -190,7 +190,7 @@ def test_shared_memory_is_requested_once_and_only_upward(stand_in):
         asked += [call for call in calls if call.startswith("cuKernelSetAttribute")]
         assert expected_launch(f"{x.data_ptr()} {x.data_ptr()} 1 0.5", shared_bytes) in calls
     assert asked == [f"cuKernelSetAttribute(8, {size}, 20, 99)" for size in (48 * 1024, 99 * 1024)]
-    # refused: no launch, and it is asked for again the next time
+    # refused: no launch, and the next launch tries again
     stand_in.plant("cuKernelSetAttribute", 1)
     for _ in range(2):
         with pytest.raises(DriverError, match=r"cuKernelSetAttribute \(add, 300000 bytes of dynamic shared memory\): "):
@@ -209,7 +209,7 @@ def test_errors_are_one_line_with_name_and_description(stand_in):
         "CUDA_ERROR_PLANTED (700): this was planted"
     )
     assert caught.value.name == "CUDA_ERROR_PLANTED" and not isinstance(caught.value, InputError)
-    assert stand_in.driver.current_context() is None  # put back all the same
+    assert stand_in.driver.current_context() is None  # restored anyway
     stand_in.plant("cuLaunchKernel", 999)
     with pytest.raises(DriverError, match=r"CUresult \(999\): unknown to this driver"):
         launch(add, (5, 4, 3), (128, 2, 1), 64, [x, x, 1, 0.5])
@@ -345,7 +345,7 @@ def test_launches_are_captured_in_a_graph(on_gpu):
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         add_on_gpu(kernels, x, y)
-        turned = turn_on_gpu(kernels, x)  # 80 KB, asked for while capturing
+        turned = turn_on_gpu(kernels, x)  # 80 KB, requested while capturing
     assert (y == 0).all()
     for step in range(1, 4):
         x.copy_(torch.arange(20_000, device="cuda") + step)
@@ -380,7 +380,7 @@ def test_launches_from_other_threads(on_gpu):
 
         @staticmethod
         def backward(ctx, gradient):
-            add_on_gpu(kernels, gradient, result)  # the first that its thread does on the GPU
+            add_on_gpu(kernels, gradient, result)  # its thread's first work on the GPU
             return result
 
     result = torch.ones(1000, device="cuda")

@@ -82,7 +82,7 @@ def test_bug_is_reported(sample, bug):
     if bug == "DIVERGENT_BARRIER":
         lines = [int(line) for line in re.findall(r"sample.cu:(\d+)", str(report.value))]
         assert len(lines) == 2 and set(lines) <= set(planted_lines(bug))
-    # What went wrong once is forgotten: the same library runs the next kernel right.
+    # An error leaves no trace: the same library runs the next kernel correctly.
     values = torch.arange(128.0)
     sample(bug).launch("hand_round", 1, 128, arguments=(values, 3))
     assert torch.equal(values, (torch.arange(128.0) + 3) % 128)
@@ -127,7 +127,7 @@ def test_memory_that_must_not_be_touched(sample, name):
     what, position, message = TOUCHES[name]
     with pytest.raises(EmulatorError, match=message):
         sample(sanitize=True).launch("touch", 1, 32, 32, (torch.zeros(32), what, position))
-    if message.startswith(r"sample.cu:\d+: "):  # the emulator itself has said so, not a sanitizer
+    if message.startswith(r"sample.cu:\d+: "):  # reported by the emulator, not by a sanitizer
         with pytest.raises(EmulatorError, match=message):
             sample().launch("touch", 1, 32, 32, (torch.zeros(32), what, position))
 

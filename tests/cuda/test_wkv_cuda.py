@@ -19,9 +19,9 @@ from wkv_inputs import relative_rms
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles with g++")
 
-ROUNDED = ("y", "dr", "dk", "dv")  # to bf16, where the inputs are
+ROUNDED = ("y", "dr", "dk", "dv")  # to bf16, if the inputs are
 BF16_BARS = {"y": 2.4e-3, "S_T": 1.4e-3, "dr": 1.7e-3, "dk": 1.7e-3, "dv": 1.7e-3, "dw": 1.8e-3, "du": 1.9e-3}
-BF16_BARS |= {"dstate": 2.0e-3, "dinitial": 2.0e-3}  # what the best peer reaches with bf16 inputs
+BF16_BARS |= {"dstate": 2.0e-3, "dinitial": 2.0e-3}  # the best peer's errors with bf16 inputs
 
 
 def without_initial(inputs):
@@ -86,7 +86,7 @@ def test_no_decay_makes_nan(log_decay, dtype):
 
 # ---- shapes ----
 
-# The cases that fla tests: B, T, H, N, and w = logsigmoid(randn) / g.
+# fla's test cases: B, T, H, N, and w = logsigmoid(randn) / g.
 FLA_CASES = [(1, 15, 2, 60, 1), (3, 60, 3, 64, 0.1), (3, 64, 2, 64, 1), (4, 1000, 4, 64, 10), (4, 2048, 4, 64, 1)]
 LARGE_FLA_CASES = [(4, 500, 3, 256, 1), (4, 2048, 4, 256, 1)]  # one and four minutes on the emulator
 
@@ -98,7 +98,7 @@ def assert_accurate_as_fla(case, dtype, device="cpu"):
     inputs["w"] = F.logsigmoid(noise) / divisor
     inputs = {name: x.to(device) for name, x in inputs.items()}
     starts, cotangents = starts.to(device), [x.to(device) for x in cotangents]
-    truth = in_float64(inputs, starts, cotangents, judge=wkv_chunked)  # which in float64 is exact to 1e-12
+    truth = in_float64(inputs, starts, cotangents, judge=wkv_chunked)  # exact to 1e-12 in float64
     assert_accurate(values_and_gradients(wkv_cuda, inputs, starts, cotangents), truth, dtype)
 
 
@@ -162,7 +162,7 @@ def test_odd_lengths_and_numbers(shape, dtype):
 @pytest.mark.parametrize("chunks", [[0], [20], [4, 8, 12, 16], [5, 6, 7, 8], [0, 1, 3, 11, 19, 20], range(21)])
 def test_starts_in_every_place(chunks, dtype):
     """Tries 21 chunks, the last of 13 tokens; spans of 64 tokens begin at every fourth."""
-    inputs, starts, cotangents = make_inputs(5, dtype, (2, 333, 2, 32), "slow")  # what leaks is seen far away
+    inputs, starts, cotangents = make_inputs(5, dtype, (2, 333, 2, 32), "slow")  # a leak shows far away
     starts = torch.zeros_like(starts)
     starts[1, list(chunks)] = True
     expanded = inputs | {"initial": inputs["initial"][:1]}
@@ -225,7 +225,7 @@ def test_cut_anywhere(cut, with_starts):
             assert relative_rms(parts[name], whole[name]) <= 1e-6, name
 
 
-# ---- how tensors lie in memory ----
+# ---- layouts in memory ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -329,7 +329,7 @@ def test_gradients_that_are_not_asked_for_are_none(wanted):
 @pytest.mark.parametrize("output", ["y", "S_T"])
 def test_one_output_alone_has_a_gradient(output, dtype):
     inputs, starts, cotangents = make_inputs(13, dtype, (2, 150, 2, 32))
-    starts[:, 6:] = False  # or nothing but the end would have a gradient from the final state
+    starts[:, 6:] = False  # else only the end would have a gradient from the final state
     starts[0, 5] = True
     which = ["y", "S_T"].index(output)
     silent = [x if which == i else torch.zeros_like(x) for i, x in enumerate(cotangents)]

@@ -76,7 +76,7 @@ def test_sanitizers_find_nothing(dtype):
 
 # ---- planted faults ----
 
-# By name: a text of one of the files => what is put in its place, however its lines are broken.
+# By name: text in one of the files => its replacement; line breaks may differ.
 FORWARD_FAULTS = {
     "no barrier at the end of a chunk": "cp_async_wait<2>(); sync_block(); => cp_async_wait<2>();",
     "values are not waited for": "cp_async_wait<2>(); => cp_async_wait<3>();",
@@ -151,7 +151,7 @@ def planted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def problem():
     """Returns a call of each op with three spans, and its results in float64."""
-    inputs, starts, cotangents = make_inputs(4, torch.float32, (2, 149, 2, 32), "slow")  # what leaks is seen far away
+    inputs, starts, cotangents = make_inputs(4, torch.float32, (2, 149, 2, 32), "slow")  # a leak shows far away
     starts = torch.zeros_like(starts)
     starts[0, [1, 2, 6]] = True  # two documents begin in the first span, one in the second
     starts[1, 9] = True
@@ -180,7 +180,7 @@ def how_caught(op, call, truth, **kernels):
             assert not str(error).startswith("g++ failed"), error
             caught[order] = str(error)
         else:
-            errors = [relative_rms(found, true) for found, true in zip(results, truth, strict=False)]  # but for kept
+            errors = [relative_rms(found, true) for found, true in zip(results, truth, strict=False)]  # except kept
             if not all(error <= FP32_BAR for error in errors):
                 caught[order] = f"relative errors {errors}"
     return caught

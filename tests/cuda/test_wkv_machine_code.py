@@ -30,25 +30,25 @@ KERNELS = {
     "wkv_forward.cu": {"wkv_sum_spans", "wkv_join_spans", "wkv_forward"},
     "wkv_backward.cu": {"wkv_sum_span_gradients", "wkv_join_span_gradients", "wkv_backward"},
 }
-# They add up matrices, one thread an element.
+# They add up matrices, one thread per element.
 JOINS = {"wkv_join_spans", "wkv_join_span_gradients"}
 
-# Of a multiprocessor and of a block, on every architecture from sm_80 on.
+# Per multiprocessor and per block, on every architecture from sm_80 up.
 BLOCK_REGISTERS = 65_536
 THREAD_REGISTERS = 255
-# What a block may have on sm_86, sm_89 and sm_120, the least of all; sm_80, sm_90 and sm_100 have more.
+# Limit of a block on sm_86, sm_89 and sm_120, the smallest of all; sm_80, sm_90 and sm_100 have more.
 BLOCK_SHARED_BYTES = 99 * 1024
 
-# Instructions that no kernel wants, by their names in machine code.
+# Instructions that no kernel should have, by their names in machine code.
 UNWANTED = {
     "memory of the thread's own, which is that of spills": r"(LDL|STL)\b",
-    # but not a byte, which is whether a document starts: that pointer may be null, and then its memory is not known
+    # but not a byte, a document's start flag: that pointer may be null, and then its memory is unknown
     "memory of a kind that the compiler did not find out": r"LD\b(?!\.E\.U8)|ST\b",
     "an order of additions that changes from run to run": r"(ATOM|RED\b|REDG|REDAS)",
     "fp64, which has a 64th of the speed": r"D(ADD|MUL|FMA|MMA|SETP|MNMX)\b|.*\.F64|.*64H",
 }
-# What the compiler itself may call: where it does not see that all lanes of a warp meet at a shuffle, code aside of the
-# loop for those cases; and 64-bit division, once a thread.
+# Functions that the compiler may call: code outside the loop for shuffles where it cannot see that all lanes of a warp
+# meet; and 64-bit division, once per thread.
 SHUFFLES = {"__cuda_sm70_shflsync_bfly"}
 DIVISIONS = {"__cuda_sm20_div_s64", "__cuda_sm20_div_u64"}
 
@@ -196,7 +196,7 @@ def test_the_right_instructions_do_the_work(build):
     for name, instructions in kernels.items():
         wanted = set() if name in JOINS else {"HMMA", "LDGSTS"}  # tensor cores, asynchronous copies
         if wanted and build.dtype == torch.bfloat16:
-            wanted.add("LDSM")  # ldmatrix, which takes elements of two bytes
+            wanted.add("LDSM")  # ldmatrix, for elements of two bytes
         assert len(instructions) > 100
         assert code_problems(instructions, wanted, DIVISIONS if name in JOINS else SHUFFLES) == [], name
 
@@ -211,7 +211,7 @@ def test_the_launches_here_are_the_real_ones():
     assert len({recorders["wkv_forward.cu"].options for recorders in options.values()}) == len(options)
 
 
-# What the checks above are there for, one kernel for each.
+# One bad kernel for each check above.
 WRONG = """
 extern "C" __global__ void spills(float* x, const int* which) {
   float kept[500];

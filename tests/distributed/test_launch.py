@@ -82,7 +82,7 @@ def _status(process_id):
 
 def test_what_a_rank_is_started_with(tmp_path, monkeypatch):
     monkeypatch.setenv("KEPT", "yes")
-    monkeypatch.setenv("RANK", "7")  # of something else
+    monkeypatch.setenv("RANK", "7")  # set for something else
     lines = """
 import json, os, sys
 from pathlib import Path
@@ -188,7 +188,7 @@ def test_ranks_end_with_their_launcher(start_launcher):
     launcher = start_launcher(2, WATCHED)
     ranks = await_ready(launcher, 2)
     launcher.kill()
-    assert finish(launcher)[1:] == ([], [])  # and nobody holds the pipes any more
+    assert finish(launcher)[1:] == ([], [])  # and nobody holds the pipes anymore
     assert have_ended(ranks.values())
 
 

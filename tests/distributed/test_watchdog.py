@@ -168,7 +168,11 @@ time.sleep(100)
 def test_if_all_ranks_fail_each_reports_for_itself(start_ranks):
     ranks = start_ranks(2, "dist.barrier()\nsaid = watchdog.leave('no room')\nwatchdog.close()\nsys.exit(6)")
     codes, said, _ = finish(ranks)
-    assert (codes, said) in [([6, 6], []), ([6, 1], said[:1]), ([1, 6], said[:1])]  # one may see it in the other first
+    assert (codes, said) in [
+        ([6, 6], []),
+        ([6, 1], said[:1]),
+        ([1, 6], said[:1]),
+    ]  # one may see the other's failure first
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -181,7 +185,7 @@ def test_ranks_that_are_done_may_end_in_any_order(start_ranks, order):
     ends = [float(output.split()[1]) for output in outputs]
     assert ends[0] > max(ends) - 0.3  # rank 0 keeps the store for the others
     others = sorted((1, 2), key=order.index)
-    assert ends[others[1]] - ends[others[0]] > 1  # who wait for nobody
+    assert ends[others[1]] - ends[others[0]] > 1  # they wait for nobody
 
 
 def test_a_rank_that_dies_while_rank_0_is_done_is_named(start_ranks):

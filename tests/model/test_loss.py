@@ -47,7 +47,7 @@ def test_value_and_gradients(slices, masked, l2wrap):
     truth = torch.autograd.grad(3 * regularised, (hidden, head))
     found = cross_entropy_sum(hidden, head, targets, l2wrap)
     assert found.dtype == torch.float64
-    assert torch.allclose(found, value, rtol=1e-13)  # L2Wrap is no part of the value
+    assert torch.allclose(found, value, rtol=1e-13)  # L2Wrap does not change the value
     for gradient, wanted in zip(torch.autograd.grad(3 * found, (hidden, head)), truth, strict=True):
         assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-14)
 

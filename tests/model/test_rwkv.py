@@ -200,7 +200,7 @@ def test_bfloat16_is_near(golden_paths, name, low_weights):
     assert hidden.dtype == logits.dtype == torch.bfloat16
     assert {part.dtype for part in state} == {torch.float32}
     error = relative_rms(logits[0].detach(), golden(name)["logits_ref64"])
-    assert 1e-4 < error < 0.02  # bf16 rounds at 2^-9 = 0.002; some tens of roundings in a row
+    assert 1e-4 < error < 0.02  # bf16 rounds at 2^-9 = 0.002, dozens of times in a row
     assert relative_rms(state.wkv[:, 0].detach(), golden(name)["state64_ref64_S"]) < 0.02
     F.cross_entropy(logits[0, :-1].float(), golden(name)["tokens"][1:]).backward()
     weight_dtype = torch.bfloat16 if low_weights else torch.float32

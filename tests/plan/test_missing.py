@@ -20,7 +20,7 @@ def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeyp
     weights.write_bytes(b"PK and no more")
     with pytest.raises(InputError, match=f"^model.weights: {weights} has 14 bytes, the published file 6,199,859,158; "):
         missing_files(config)
-    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes, and reads no weights
+    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes and reads no weights
     assert not any("model.weights" in line for line in missing_files(config))
 
 

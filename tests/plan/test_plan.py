@@ -68,7 +68,9 @@ def test_everything_missing_is_reported_together(tmp_path, monkeypatch):
     sizes = published_sizes("finch-3b")
     needed = planned_bytes(load_config(CONFIGS / "finch-3b-64k.yaml"), sizes, "cuda").device / 1e9
     assert f"needs one with {needed:.1f} GB" in message
-    assert 16 * sizes.num_parameters / 1e9 < needed < 80  # weights and optimizer alone; the file says one of 80 GB
+    assert (
+        16 * sizes.num_parameters / 1e9 < needed < 80
+    )  # weights and optimizer alone; the file is for one GPU of 80 GB
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -78,7 +80,7 @@ def test_every_shipped_file_reports_what_is_missing_and_builds(tmp_path, monkeyp
     message = missing(config)
     assert f"data.store: there is no {config.data.store}.idx" in message
     sizes = model_sizes(config)
-    if sizes is None:  # they are in a file that another run makes
+    if sizes is None:  # another run makes this file
         assert config.model.weights == Path("runs/finch-tiny/model.pth")
         sizes = model_sizes(load_config(CONFIGS / "finch-tiny.yaml"))
     settings = {name: value for name, value in vars(sizes).items() if value is not None}
@@ -244,7 +246,7 @@ def test_the_parts_of_the_memory(tmp_path):
     assert needed("cuda", window__seam_store="device") - needed("cuda") == seams
     assert needed() - needed(window__gradient_segments=1) == seams * 3 / 4
     longer = needed(window__window_tokens=256) - needed()
-    assert longer == seams  # a longer window costs its seams and nothing else
+    assert longer == seams  # a longer window costs only its seams
     a_lane = 32 * activation_bytes(base, sizes, "cpu") + 4 * state_bytes(sizes)
     assert needed() - needed(window__lanes_per_pass=1) == a_lane
     assert needed(window__segment_tokens=64, window__window_tokens=256) - needed() == 2 * 32 * activation_bytes(
@@ -309,7 +311,7 @@ def test_reducing_by_segment_is_advised(tmp_path, monkeypatch):
     )
     given_gpus(monkeypatch, 8, free=whole)
     make_plan(zero2)
-    given_gpus(monkeypatch, 8, free=least)  # of 80 GB: something else has the rest
+    given_gpus(monkeypatch, 8, free=least)  # of 80 GB: another program has the rest
     for config in (zero2, with_distributed(zero2, gradient_reduction="step")):
         message = missing(config)
         assert f"the run needs {whole / 1e9:.1f} GB on cuda for each rank" in message
@@ -338,7 +340,7 @@ def test_auto():
 
 def test_auto_counts_with_the_configured_reduction():
     asked = many(4, distributed__strategy="auto", distributed__gradient_reduction="step")
-    for strategy, less in (("zero1", "zero3"), ("zero3", "zero3")):  # zero2 takes what zero1 takes
+    for strategy, less in (("zero1", "zero3"), ("zero3", "zero3")):  # zero2 needs the same as zero1
         assert choose_strategy(asked, FINCH, "cuda", enough_for(strategy, reduction="step")) == strategy
         assert choose_strategy(asked, FINCH, "cuda", enough_for(strategy, reduction="step") - 2) == less
 
@@ -363,7 +365,7 @@ def test_reduction_is_once_a_step_by_default():
     assert choose_reduction(sharded, None, "cuda", 1) == "step"
     assert choose_reduction(sharded, FINCH, "cuda", None) == "step"
     assert resolve_strategy(sharded, FINCH, "cpu").distributed.gradient_reduction == "step"
-    assert resolve_strategy(sharded, FINCH, "cuda") == sharded  # and counts as the least
+    assert resolve_strategy(sharded, FINCH, "cuda") == sharded  # and counts as the smallest
     assert planned_bytes(sharded, FINCH, "cuda").device == bytes_of(many(4), "zero2").device
 
 
@@ -373,7 +375,7 @@ def test_weights_that_stay_are_no_burden(tmp_path):
     ddp = bytes_of(frozen, "ddp").device
     assert held < ddp < 1.3 * held
     assert bytes_of(frozen, "zero2").device == ddp
-    assert bytes_of(frozen, "zero3").device >= 2 * FINCH.num_parameters  # whole, before it is cut up
+    assert bytes_of(frozen, "zero3").device >= 2 * FINCH.num_parameters  # whole, before it is sharded
     assert choose_strategy(with_strategy(frozen, Strategy("auto")), FINCH, "cuda", round(ddp / FILLED) + 1) == "ddp"
 
 

@@ -73,7 +73,7 @@ def test_what_a_parameter_takes(option, reduction, every, shared, host):
     four, eight = (bytes_of(many(count), *option, reduction=reduction) for count in (4, 8))
     parameters, embedding = FINCH.num_parameters, FINCH.vocab_size * FINCH.width
     assert four.device - eight.device == pytest.approx(parameters * shared / 8)
-    if option[0] != "zero3":  # which builds the whole model there
+    if option[0] != "zero3":  # it builds the whole model there
         assert four.host - eight.host == pytest.approx(parameters * host / 8)
     beside = eight.device - every * parameters - shared * parameters // 8
     buffers = beside - (bytes_of(many(8), "ddp").device - 16 * parameters)
@@ -166,7 +166,7 @@ def deepspeed_bytes():
             ours.step()
         new = here.keys() - {storage.data_ptr() for storage in before}
         found[reduction, (strategy, *offloads)] = sum(here[place].nbytes() for place in new) / (WIDTH * WIDTH * LAYERS)
-        before = [*before, *storages().values(), *here.values()]  # kept, so that their places are not used again
+        before = [*before, *storages().values(), *here.values()]  # kept, so that their addresses are not reused
     return found
 
 

@@ -14,7 +14,7 @@ from infctx.recurrence.wkv_reference import wkv_reference
 
 from wkv_inputs import random_inputs, relative_rms
 
-CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]  # which test_wkv_cuda.py has
+CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]  # covered by test_wkv_cuda.py
 FAST_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
 NAMES = ("r", "k", "v", "w", "u", "state", "initial")
 
@@ -228,7 +228,7 @@ def test_kernels_that_are_wrong_are_not_used(compilations, caplog):
         "wkv runs in plain torch, many times slower: on GPU 1 the CUDA kernels are wrong for 64 channels in "
         "torch.bfloat16: the gradient of w differs by 3.0e-01 of its size; please report this"
     ]
-    assert choose_backend("cuda", "cuda", 1, torch.bfloat16, 64) == "cuda"  # whoever insists gets them
+    assert choose_backend("cuda", "cuda", 1, torch.bfloat16, 64) == "cuda"  # an explicit choice gets them
 
 
 def test_what_the_kernels_do_not_take_runs_in_plain_torch(compilations):

@@ -69,7 +69,7 @@ def judged(inputs):
 
 def relative_rms(ours, exact):
     error, size = (ours.double() - exact).pow(2).sum().sqrt(), exact.pow(2).sum().sqrt()
-    # What is below the smallest normal number may be zero.
+    # Results below the smallest normal number may be zero.
     return (error / size.clamp(min=1e-30)).item()
 
 

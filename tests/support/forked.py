@@ -15,7 +15,9 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import DupFd
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, for all ranks
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is: where a rank dies, nothing but our line
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # read when torch is imported: if a rank dies, only our line is printed
 
 IMPORTED = ["infctx.train.loop", "infctx.__main__", "infctx.formats.export", "deepspeed"]
 
@@ -38,8 +40,8 @@ class Forked:
         self.process.start()
         self.pid = self.process.pid
         self.stdin, self.stdout, self.stderr = os.fdopen(ours_in, "w"), os.fdopen(ours_out), os.fdopen(ours_err)
-        # The child fetches its ends a moment later; only then may ours be closed, or nobody would ever see them end.
-        if ours_out in wait([ours_out, self.process.sentinel]):  # or it died before that
+        # The child gets its ends a moment later; only then may ours be closed, or nobody would ever see end of file.
+        if ours_out in wait([ours_out, self.process.sentinel]):  # or it died before
             os.read(ours_out, 1)
         for fd in (theirs_in, theirs_out, theirs_err):
             os.close(fd)
@@ -111,7 +113,7 @@ def _run(settings, function, arguments):
         os.chdir(cwd)
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.write(1, b"\n")  # all ends are here
+    os.write(1, b"\n")  # both ends are here
     if "OMP_NUM_THREADS" in environment:
         import torch
 

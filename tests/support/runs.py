@@ -109,7 +109,7 @@ def infctx_here(*arguments):
     """The same in this process, which is seconds faster."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     root, ours, handle = logging.getLogger(), logging.getLogger("infctx"), signal.getsignal(signal.SIGTERM)
-    handlers, root.handlers = root.handlers, []  # the command brings its own
+    handlers, root.handlers = root.handlers, []  # the command sets up its own
     levels = root.level, ours.level
     try:
         with redirect_stdout(output), redirect_stderr(errors), warnings.catch_warnings():

@@ -126,7 +126,7 @@ def test_the_table():
     assert lines[0] == "# WKV kernels on NVIDIA H100" and "| commit | 0123abc-dirty |" in lines
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.count("|") > 10]
     assert len({len(cells) for cells in table}) == 1 and len(table) == 5
-    # 3 spans of 132 processors: bytes by token and head times 163,840, at 3 TB/s
+    # 3 spans of 132 processors: bytes per token and head times 163,840, at 3 TB/s
     layout = wkv_table.layout_of(rows[0], report)
     roofline = layout.forward_bytes(keep=False) * 163_840 / 3e6, layout.backward_bytes() * 163_840 / 3e6
     assert table[2][:6] == ["1", "4096", "40", "100.0", "110.0", "301.0"]

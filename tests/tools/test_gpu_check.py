@@ -121,13 +121,13 @@ def test_the_judge_and_the_other_checks(subject):
 def test_the_other_checks_find_what_is_wrong(subject):
     noisy = broken(subject, "y", lambda y: y + 1e-3 * torch.randn_like(y))
     assert not gpu_correctness.same_bits(TINY, noisy).passed
-    # What a kernel leaves as it found it.
+    # An output that is never written.
     unwritten = broken(
         subject, "k", lambda gradient: torch.cat([gradient[:, :-1], torch.empty_like(gradient[:, -1:])], 1)
     )
     assert not gpu_correctness.memory_of_nan(TINY, unwritten).passed
     assert not torch.are_deterministic_algorithms_enabled()
-    # What depends on how long the pieces are.
+    # Results that depend on the length of the parts.
     whole = dataclasses.replace(TINY, documents=False)
     for which in ("k", "y"):
         wrong = broken(subject, which, lambda x: x * (1 + 1e-5 * x.shape[1]))
@@ -177,7 +177,7 @@ def test_the_list_of_checks():
     assert names[0] == "all kernels compile" and names[-1] == "compute-sanitizer racecheck"
 
 
-# ---- one process a check ----
+# ---- one process per check ----
 
 CHILD = """
 import os, signal, sys, time
@@ -268,7 +268,7 @@ def test_run_checks_in_this_process(subject, capsys):
     assert lines[3].startswith("FAIL wrong: worst dw ") and len(lines) == 4
 
 
-# ---- what compiling and the sanitizer say ----
+# ---- results of compiling and of the sanitizer ----
 
 
 def test_first_use_is_judged():

@@ -76,7 +76,7 @@ def build(
     content = "\0".join((text, _version(), *COMPILER, *flags))
     runtime = [_runtime_object(file, sanitize, cache) for file in _runtime_files(sanitize)]
     stem = f"{Path(source).stem}-{_digest(content, *(file.name for file in runtime))}"
-    # The wrapper is compiled alone: what is read from standard input is C++, objects are not.
+    # The wrapper is compiled alone: standard input is C++, objects are not.
     code = _cached(cache / f"{stem}.o", lambda out: _compile([*flags, "-c", "-x", "c++", "-", "-o", out], wrapper))
     product = cache / (stem if sanitize else f"{stem}.so")
     link = [*flags, *(() if sanitize else ("-shared", "-Wl,-Bsymbolic")), str(code), *map(str, runtime)]
@@ -311,7 +311,7 @@ def _runtime_files(sanitize: bool) -> list[Path]:
 def _runtime_object(file: Path, sanitize: bool, cache: Path) -> Path:
     flags = [*(SANITIZED if sanitize else PLAIN), f"-I{HERE}"]
     if not sanitize:
-        flags.append("-O3")  # the matrix products are loops for it to make vectors of
+        flags.append("-O3")  # it vectorizes the loops of the matrix products
     content = [file.read_text() for file in (HERE / "emulator.h", HERE / "inside.h", file)]
     out = cache / f"{file.stem}-{_digest(*content, _version(), *COMPILER, *flags)}.o"
     return _cached(out, lambda out: _compile([*flags, "-c", str(file), "-o", out]))
