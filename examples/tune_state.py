@@ -1,10 +1,10 @@
-"""Learns an initial state for a model from one text, with the public functions of infctx alone.
+"""Learns an initial state for a model from one text, with only the public functions of infctx.
 
     python examples/tune_state.py book.txt --model runs/finch-tiny/model.pth --output state.pth --steps 20
 
-RWKV reads a document with a state of fixed size, which starts as zeros. Here the weights stay as they are, and the
-state that documents start from is learned: a small file that makes the model write more like the text, and that
-`infctx generate --state`, RWKV-Runner and ChatRWKV load.
+RWKV reads a document with a state of fixed size, which starts as zeros. Here the weights are frozen, and the state that
+documents start from is learned: a small file that makes the model write more like the text. `infctx generate --state`,
+RWKV-Runner and ChatRWKV load it.
 
 This is the heart of `infctx tune`, and no more. The command also reads many documents, in many lanes and on many GPUs;
 it reports a held-out loss; and it writes checkpoints, from which it resumes bit for bit.
@@ -28,7 +28,7 @@ parser.add_argument("--window-tokens", type=int, default=256, help="tokens of ea
 parser.add_argument("--prompt-tokens", type=int, default=8, help="at the beginning of each piece, without loss")
 options = parser.parse_args()
 
-# 1. The model. Its weights are frozen; the initial state, zeros so far, is all that learns: (layers, heads, N, N).
+# 1. The model. Its weights are frozen; only the initial state learns, zeros so far: (layers, heads, N, N).
 model = infctx.load_model(options.model).requires_grad_(False)
 learned = [part.requires_grad_() for part in model.add_initial_state() if part is not None]  # .wkv alone
 
@@ -36,19 +36,19 @@ learned = [part.requires_grad_() for part in model.add_initial_state() if part i
 tokenizer = infctx.tokenizer("bytes" if model.sizes.vocab_size == 257 else "world")
 ids = torch.from_numpy(tokenizer.encode(options.text.read_text(encoding="utf-8")).astype("int64"))
 
-# 3. Windows: pieces of the text, (pieces, T). Each is a document of its own: it starts from the initial state.
+# 3. Windows: pieces of the text, (pieces, T). Each is a separate document: it starts from the initial state.
 length = min(options.window_tokens, len(ids) - 1)
 pieces = torch.stack([ids[begin : begin + length + 1] for begin in range(0, len(ids) - length, length)])
-tokens, targets = pieces[:, :-1], pieces[:, 1:].clone()  # at each place, the target is the token that follows
+tokens, targets = pieces[:, :-1], pieces[:, 1:].clone()  # the target is the next token
 
-# 4. A loss mask. A place with target -100 is read, but carries no loss. In pairs of a prompt and an answer, mask the
+# 4. A loss mask. A token with target -100 is read, but has no loss. In pairs of a prompt and an answer, mask the
 #    prompt: then the state learns to answer, not to ask. In plain text, the first tokens of a piece are guesswork.
 targets[:, : options.prompt_tokens] = -100
 
 
 @torch.no_grad()
 def mean_loss() -> float:
-    """Of the first pieces, in nats per token. The state learns from them: on other texts it does less."""
+    """Returns the loss of the first pieces, in nats per token. The state learns from them; other texts gain less."""
     hidden, _ = model(tokens[:8])  # (B, T, D), each row from the initial state
     return float(cross_entropy(model.logits(hidden).flatten(0, 1), targets[:8].flatten()))  # leaves -100 out
 

@@ -1,4 +1,4 @@
-"""Every reader of files, and bytes that nobody has written so: an answer or one line, soon, and in little memory."""
+"""Every reader of files, on bytes that no program wrote: a result or one line, soon, and in little memory."""
 
 import gzip
 import json
@@ -126,7 +126,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One whole file of each kind."""
+    """Writes one valid file of each kind."""
     folder = tmp_path_factory.mktemp("hostile")
     for source, target in (("trained", "trained"), ("tuned", "tuned"), ("two-ranks", "shares")):
         shutil.copytree(OLDER / source / "checkpoints" / STEP, folder / target / STEP)

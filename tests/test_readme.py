@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its links lead somewhere, its Python works, its block is what is printed."""
+"""The README is true: its commands run, its links work, its Python works, its block is real output."""
 
 import os
 import re
@@ -96,7 +96,7 @@ def test_make_test():
 
 
 def test_make_tune(demonstration, tmp_path):
-    """With the documents that the Makefile prepares for it, the model of the demonstration and fewer steps."""
+    """Runs `make tune` with the documents that the Makefile prepares, the demonstration's model and fewer steps."""
     folder, _ = demonstration
     settings = f"model.weights={folder} run.folder={tmp_path / 'run'} optimizer.steps=6 run.evaluate_tokens=4000"
     done = make("tune", "--assume-old=runs/finch-tiny/model.pth", f"ARGS={settings}")
@@ -125,7 +125,7 @@ ELSEWHERE = {
 
 
 def follow(newcomer, command):
-    """Types a command; it must do what the page says."""
+    """Types a command; it must behave as on the page."""
     words = shlex.split(command)
     if words[:2] == ["hf", "download"]:
         check_download(words)
@@ -141,7 +141,7 @@ def follow(newcomer, command):
 
 
 def test_every_command_and_snippet_in_order(tmp_path, monkeypatch):
-    """All that stands in the README, then in the pages of docs/, typed into a fresh copy after `make train`."""
+    """Types everything in the README, then in the pages of docs/, into a fresh copy after `make train`."""
     newcomer = Newcomer(tmp_path)
     monkeypatch.chdir(newcomer.place)
     newcomer.run(["train", "configs/finch-tiny.yaml"])

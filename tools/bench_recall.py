@@ -1,10 +1,10 @@
-"""What the exact gradient is for: a fact in the first segment, asked for in the last, eight segments long.
+"""Shows the use of the exact gradient: a fact in the first segment, queried in the last of eight segments.
 
     python tools/bench_recall.py
 
-Documents are noise but for a mark with one of 16 values in the first segment, and a query as the last token, whose
-target is that value.  A small Finch is trained on them, with the exact gradient of the window and with one that is
-truncated at every segment; the table shows how many of the answers to new documents are right.  Takes some minutes.
+Documents are noise except for a mark with one of 16 values in the first segment, and a query as the last token, whose
+target is that value.  A small Finch is trained on them, with the exact gradient of the window and with one truncated at
+every segment.  The table shows how many answers are right on new documents.  Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def recall_table(steps: int, seeds: int) -> str:
-    """Right answers and steps of several seeds, by how far the gradient reaches."""
+    """Returns right answers and steps of several seeds, by the reach of the gradient."""
     lines = ["| gradient | right answers, by seed | steps |", "|---|---:|---:|"]
     for name, gradient_segments in (("exact, over all 8 segments", None), ("truncated at every segment", 1)):
         found = [train_recall(gradient_segments, steps, seed) for seed in range(seeds)]
@@ -39,7 +39,7 @@ def recall_table(steps: int, seeds: int) -> str:
 
 
 def train_recall(gradient_segments: int | None, steps: int = STEPS, seed: int = 0) -> tuple[RWKV, float, int]:
-    """A model, the share of its answers that are right, and its steps; stops once ten batches were all but right."""
+    """Trains a model; returns it, its share of right answers and its steps.  Stops after ten nearly perfect batches."""
     random = torch.Generator().manual_seed(seed)
     model = infctx.build_model(version=6, num_layers=1, width=64, head_size=32, vocab_size=VOCAB_SIZE, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
@@ -57,7 +57,7 @@ def train_recall(gradient_segments: int | None, steps: int = STEPS, seed: int = 
 
 
 def recall_batch(random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(B, 128) documents: MARK value in the first segment, noise, QUERY at the end, whose target is the value."""
+    """Returns documents (B, 128): MARK value in the first segment, noise, QUERY at the end with the value as target."""
     length = SEGMENT_TOKENS * SEGMENTS
     tokens = torch.randint(NOISE, VOCAB_SIZE, (BATCH, length), generator=random)
     values = torch.randint(VALUES, (BATCH,), generator=random)
@@ -71,7 +71,7 @@ def recall_batch(random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def right_answers(model: RWKV, random: torch.Generator, batches: int = 16) -> float:
-    """The share of new documents whose query is answered with their value."""
+    """Returns the share of new documents whose query is answered with their value."""
     right = 0.0
     for _ in range(batches):
         tokens, targets = recall_batch(random)

@@ -1,8 +1,8 @@
-"""Runs `make train` as a newcomer would, and puts the end of what it prints into README.md, where the marks are.
+"""Runs `make train` as a newcomer would, and puts the end of its output into README.md, between the marks.
 
     python tools/readme_blocks.py
 
-It takes some minutes, and needs runs/finch-tiny to be gone: a run that was made before would only be resumed.
+This takes a few minutes. Remove runs/finch-tiny first: an existing run would only resume.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def main() -> int:
 
 
 def last_lines(output: str) -> str:
-    """What is shown of the output: from the last step on."""
+    """Returns the part of the output to show: from the last step."""
     lines = output.splitlines()
     begin = max(number for number, line in enumerate(lines) if line.startswith(FROM))
     return "\n".join(line.rstrip() for line in lines[begin:])
 
 
 def block(readme: str) -> str:
-    """What README shows now."""
+    """Returns the README's current block."""
     return _find(readme)[2]
 
 
 def with_block(readme: str, lines: str) -> str:
-    """README with other lines in its block."""
+    """Returns the README with these lines in its block."""
     before, after, _ = _find(readme)
     return f"{before}{lines}\n{after}"
 

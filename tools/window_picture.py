@@ -23,7 +23,7 @@ STYLE = f"""
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """Returns the picture as SVG."""
     middle = TOP + TALL / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -54,7 +54,7 @@ def _right(number: int) -> float:
 
 
 def _segment(number: int) -> str:
-    """A segment with its name, and the documents in it below that."""
+    """Draws a segment with its name, and its documents below."""
     x, cut = _left(number), 0 if number else SEGMENT * FIRST_DOCUMENT_ENDS
     band, tall = TOP + 34, TALL - 34
     parts = [
@@ -72,14 +72,14 @@ def _segment(number: int) -> str:
 
 
 def _seam(number: int, middle: float) -> str:
-    """What crosses a seam, there and back."""
+    """Draws the state and the gradient that cross a seam."""
     left, right = _right(number) + 4, _left(number + 1) - 4
     name = _text((left + right) / 2, TOP + 10, "seam", "small", "middle")
     return "\n".join([name, _line(left, middle, right, "forward"), _line(right, middle + 26, left, "backward")])
 
 
 def _passes() -> list[str]:
-    """The two passes in words, above and below, each with a long arrow the way it goes."""
+    """Draws the names of the two passes, above and below, each with a long arrow in its direction."""
     begin, end = LEFT, _right(SEGMENTS - 1)
     above, below = TOP - 36, TOP + TALL + 42
     return [

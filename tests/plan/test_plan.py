@@ -68,9 +68,7 @@ def test_everything_missing_is_reported_together(tmp_path, monkeypatch):
     sizes = published_sizes("finch-3b")
     needed = planned_bytes(load_config(CONFIGS / "finch-3b-64k.yaml"), sizes, "cuda").device / 1e9
     assert f"needs one with {needed:.1f} GB" in message
-    assert (
-        16 * sizes.num_parameters / 1e9 < needed < 80
-    )  # weights and optimizer alone; the file is for one GPU of 80 GB
+    assert 16 * sizes.num_parameters / 1e9 < needed < 80  # from weights and optimizer alone to one GPU of 80 GB
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

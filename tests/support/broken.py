@@ -1,4 +1,4 @@
-"""Checkpoints with one file that no run has written so, and a manifest that agrees with it."""
+"""Checkpoints with one wrong file, and a manifest that matches it."""
 
 import json
 
@@ -8,7 +8,7 @@ from infctx.formats.checkpoint_folder import size_and_hash, write_manifest
 
 
 def rewritten(path, name, content):
-    """A file of a checkpoint with another content, and the manifest that goes with it."""
+    """Replaces a file of a checkpoint, and updates the manifest to match."""
     content(path / name) if callable(content) else (path / name).write_text(content)
     entries = json.loads((path / "manifest.json").read_text())
     entries[name] = size_and_hash(path / name)
@@ -16,7 +16,7 @@ def rewritten(path, name, content):
 
 
 def changed(**tensors):
-    """Another tensor, or none, in a safetensors file."""
+    """Replaces or removes a tensor in a safetensors file."""
 
     def change(file):
         content = load_file(file) | {name.replace("__", "/"): tensor for name, tensor in tensors.items()}

@@ -15,9 +15,8 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import DupFd
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, for all ranks
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # read when torch is imported: if a rank dies, only our line is printed
+# read when torch is imported: if a rank dies, only our line is printed
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 IMPORTED = ["infctx.train.loop", "infctx.__main__", "infctx.formats.export", "deepspeed"]
 

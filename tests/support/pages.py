@@ -1,7 +1,7 @@
-"""The README and the pages of docs/, read as somebody would who types what stands there.
+"""The README and the pages of docs/, as typed in by a newcomer.
 
-`commands` are the lines of the sh blocks of a page, `snippets` its Python blocks.  `Newcomer` runs them in a copy of
-the repository, in order, and in this process: a `make` target is first asked for its commands.
+`commands` are the lines of a page's sh blocks, `snippets` its Python blocks.  `Newcomer` runs them in a copy of the
+repository, in order and in this process; for a `make` target it first gets the target's commands.
 """
 
 import os
@@ -46,23 +46,23 @@ SMALLER = {
     "optimizer.steps=140": "optimizer.steps=3",
 }
 ASSUMED = ("data/python/store.json", "data/cpp/store.json", "runs/finch-tiny/model.pth")
-NEEDS_GPU = "this machine lacks what the run needs"
+NEEDS_GPU = "this machine does not have everything the run needs"
 
 
 def commands(page):
-    """Every command of the sh blocks of a page, comments removed, continued lines joined."""
+    """Returns every command of a page's sh blocks, without comments, continued lines joined."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [command for line in lines if (command := " ".join(re.sub(r"(^|\s)#.*", "", line).split()))]
 
 
 def snippets(page):
-    """The Python blocks of a page."""
+    """Returns the Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
 
 
 class Newcomer:
-    """Somebody in a fresh copy of the repository who has run `make train`, with smaller settings."""
+    """A user in a fresh copy of the repository after `make train`, with smaller settings."""
 
     def __init__(self, folder):
         self.place = folder / "infctx"
@@ -77,7 +77,7 @@ class Newcomer:
         self._stand_in = _recording_venv(folder)
 
     def _prepare_documents(self):
-        """A few of the documents that the Makefile would make for the small configurations."""
+        """Makes a few of the documents that the Makefile would make for the small configurations."""
         for name, documents in (("python", python_documents()), ("cpp", cpp_documents())):
             texts = self.place.parent / name
             texts.mkdir()
@@ -86,7 +86,7 @@ class Newcomer:
             prepare([str(texts)], self.place / "data" / name, tokenizer="bytes", held_out=0.5, progress=False)
 
     def type(self, command):
-        """Runs a command to its end: (exit code, what it printed)."""
+        """Runs a command to its end; returns (exit code, output)."""
         words = shlex.split(_smaller(command))
         if words[0] == "make":
             done = [self.run(arguments) for arguments in self._commands_of_make(words)]
@@ -98,7 +98,7 @@ class Newcomer:
         return code, output + errors
 
     def _commands_of_make(self, words):
-        """The arguments of each infctx command that a target would run, as make and the shell put them together."""
+        """Returns the arguments of each infctx command that a target would run, as make and the shell build them."""
         record = self._stand_in / "record"
         record.write_text("")
         stamps = [f"--assume-old={name}" for name in ASSUMED]
@@ -122,7 +122,7 @@ def _smaller(text):
 
 
 def _recording_venv(folder):
-    """A .venv whose infctx writes down what it was called with."""
+    """Makes a .venv whose infctx records its arguments."""
     venv = folder / "venv"
     (venv / "bin").mkdir(parents=True)
     for stamp in ("installed", "installed-test"):
@@ -137,14 +137,14 @@ def _recording_venv(folder):
 
 
 def check_download(words):
-    """`hf download REPOSITORY [FILE] ...` names something that is published."""
+    """Checks that `hf download REPOSITORY [FILE] ...` names a published file."""
     known = {(file.repository, file.name) for file in PUBLISHED_FILES}
     named = words[2], words[3]
     assert named in known or words[2] in PUBLISHED_FOLDERS, words
 
 
 def check_started_elsewhere(words):
-    """What torchrun and srun start is a configuration that loads, with the lanes that many ranks need."""
+    """Checks that torchrun and srun start a configuration that loads, with enough lanes for many ranks."""
     begin = words.index("infctx") if "infctx" in words else words.index(".venv/bin/infctx")
     command, config, *overrides = words[begin + 1 :]
     assert (command, config) == ("train", "CONFIG")
@@ -152,5 +152,5 @@ def check_started_elsewhere(words):
 
 
 def check_tool(words):
-    """`python tools/NAME.py ...` is there; each tool has a test of its own."""
+    """Checks that `python tools/NAME.py ...` exists; each tool has its test elsewhere."""
     assert (ROOT / words[1]).is_file(), words
