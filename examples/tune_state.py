@@ -6,7 +6,7 @@ RWKV reads a document with a state of fixed size, which starts as zeros. Here th
 documents start from is learned: a small file that makes the model write more like the text. `infctx generate --state`,
 RWKV-Runner and ChatRWKV load it.
 
-This is the heart of `infctx tune`, and no more. The command also reads many documents, in many lanes and on many GPUs;
+This is just the heart of `infctx tune`. The command also reads many documents, in many lanes and on many GPUs;
 it reports a held-out loss; and it writes checkpoints, from which it resumes bit for bit.
 """
 

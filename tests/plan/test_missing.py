@@ -15,7 +15,9 @@ def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "finch-3b-64k.yaml")
     weights = config.model.weights
-    assert any(line.startswith(f"model.weights: there is no {weights}; get it") for line in missing_files(config))
+    assert any(
+        line.startswith(f"model.weights: there is no {weights} (6.2 GB); get it with") for line in missing_files(config)
+    )
     weights.parent.mkdir()
     weights.write_bytes(b"PK and no more")
     with pytest.raises(InputError, match=f"^model.weights: {weights} has 14 bytes, the published file 6,199,859,158; "):
