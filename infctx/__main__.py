@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
+    """Reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
@@ -79,17 +79,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe_prepare(parser: argparse.ArgumentParser) -> None:
-    """Text to a token store."""
+    """Turn text into a token store."""
     parser.add_argument("inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, -")
-    parser.add_argument("--output", required=True, type=Path, help="folder to make, with train and held_out stores")
+    parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
     parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help="of the documents")
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, metavar="FRACTION", help="share of the documents, such as 0.02"
+    )
     parser.add_argument(
         "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
     )
-    parser.add_argument("--workers", type=_count, help="processes; default: all cores")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
+    parser.add_argument("--workers", type=_count, help="processes (default: all cores)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses which documents are held out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output folder once the new one is complete"
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -109,10 +113,14 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _describe_train(parser: argparse.ArgumentParser) -> None:
-    """Train as a configuration says, or go on where it stopped."""
+    """Train as a configuration file says; the same command resumes a run."""
     parser.add_argument("config", type=Path, help="a YAML file such as configs/finch-tiny.yaml")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.setting=value", help="such as optimizer.steps=50"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.setting=value",
+        help="such as optimizer.steps=50; docs/settings.md",
     )
     if parser.prog.endswith(("train", "tune")):
         parser.add_argument(
@@ -125,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _describe_tune(parser: argparse.ArgumentParser) -> None:
-    """Tune the initial state of a model whose weights stay as they are."""
+    """Tune the initial state of a model whose weights stay frozen."""
     _describe_train(parser)
 
 
@@ -148,7 +156,7 @@ def _start(config: Config, arguments: Sequence[str]) -> int:
 
     ranks = config.distributed
     if ranks.world_size == 1 or is_rank():
-        if ranks.world_size > 1:  # where a rank dies, torch's own warnings would bury the one line about it
+        if ranks.world_size > 1:  # if a rank dies, torch's own warnings would bury the one line about it
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from infctx.train.loop import train
 
@@ -179,13 +187,13 @@ def _rehearse(config: Config, options: argparse.Namespace) -> int:
 
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:
-    """What a run takes of each GPU and of the network, before it runs."""
+    """Show the memory and network traffic that a run needs, before it starts."""
     _describe_train(parser)
     parser.add_argument(
         "--device-gb",
         type=float,
         metavar="GB",
-        help="memory of each GPU (1 GB is 1e9 bytes); default: of the GPUs here",
+        help="memory of each GPU (1 GB is 1e9 bytes); default: that of the GPUs here",
     )
 
 
@@ -200,7 +208,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Reads a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
     return int(text)
@@ -216,15 +224,17 @@ def _describe_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_state(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", type=Path, help="a state file, in any form, that documents start from")
+    parser.add_argument("--state", type=Path, help="a state file of any form, for documents to start from")
 
 
 def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
-    """Loss by position of held-out documents."""
+    """Measure the loss on held-out documents, by position."""
     _describe_model(parser)
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
     parser.add_argument("--max-tokens", type=_count, default=262144, help="tokens to evaluate (default %(default)s)")
-    parser.add_argument("--segment-tokens", type=_count, default=1024, help="tokens at once (default %(default)s)")
+    parser.add_argument(
+        "--segment-tokens", type=_count, default=1024, help="tokens computed at once (default %(default)s)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the table as JSON, as a run does")
     _describe_state(parser)
     _describe_device(parser)
@@ -246,12 +256,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _describe_generate(parser: argparse.ArgumentParser) -> None:
-    """Go on from a prompt."""
+    """Continue a prompt."""
     _describe_model(parser)
-    parser.add_argument("--prompt", default="", help="text to go on from, - for standard input")
-    parser.add_argument("--tokens", type=_count, default=256, help="tokens at most (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 for the most likely token (default 1)")
-    parser.add_argument("--top-p", type=float, default=0.7, help="(default %(default)s)")
+    parser.add_argument("--prompt", default="", help="the text to continue; - for standard input")
+    parser.add_argument("--tokens", type=_count, default=256, help="most tokens to generate (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token (default 1)")
+    parser.add_argument("--top-p", type=float, default=0.7, help="draw from the likeliest tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     _describe_state(parser)
     _describe_device(parser)
@@ -261,7 +271,7 @@ def _generate(options: argparse.Namespace) -> None:
     from infctx.evaluate.generate import generate
 
     if sys.stdout is None or (options.prompt == "-" and sys.stdin is None):
-        raise InputError("generate: standard input and output are closed; open what is to be read and written")
+        raise InputError("generate: standard input or output is closed; open both")
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
     try:
         prompt = given.decode("utf-8")
@@ -308,7 +318,7 @@ def _describe_export(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 for weights, fp32 for a state of form pth"
     )
     parser.add_argument("--state", type=Path, help="a state file to merge into the weights of MODEL")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once the new one is whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once the new one is complete")
 
 
 def _export(options: argparse.Namespace) -> None:

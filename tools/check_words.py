@@ -41,11 +41,7 @@ BANNED = {
 """Patterns between word boundaries, in any case -> the common word."""
 
 PENDING = (
-    "README.md",
-    "configs/",
-    "docs/",
     "infctx/__init__.py",
-    "infctx/__main__.py",
     "infctx/data/",
     "infctx/evaluate/",
     "infctx/files.py",
