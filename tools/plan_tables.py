@@ -75,8 +75,8 @@ def _choice(size: str, gigabytes: int, gpus: int) -> str:
         resolved = resolve_strategy(with_strategy(config, strategy), sizes, "cuda", memory)
         needed = rank_memory(resolved, sizes, "cuda").device
         if needed <= FILLED * memory:
-            reduction = ", by segment" if reduces_each_segment(resolved) else ""
-            return f"{strategy.name}{' + host' if strategy.offload_optimizer else ''}{reduction}, {needed / GB:.1f} GB"
+            star = "*" * reduces_each_segment(resolved)
+            return f"{strategy.name}{' host' if strategy.offload_optimizer else ''}{star} {needed / GB:.1f}"
     return "-"
 
 
