@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -50,9 +52,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
+    names = [name for name, _, _ in COMMANDS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        choice = f"{', '.join(names[:-1])} or {names[-1]}"
+        parser.error(f"{quoted(arguments[0], 20)}: no such command; choose {choice}")
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (parsed.command not in (_plan, _train, _tune) or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {quoted(' '.join(rest))}")
+    flags = [word for word in rest if word.startswith("-")]
+    if flags:
+        known = re.findall(r"--[a-z-]+", parsed.parser.format_help())
+        meant = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
+        remedy = f"perhaps {meant[0]} is meant" if meant else "leave it out"
+        parsed.parser.error(f"{quoted(flags[0])}: infctx {parsed.name} has no such flag; {remedy}")
+    if rest and parsed.command not in (_plan, _train, _tune):
+        parsed.parser.error(f"{quoted(' '.join(rest))}: more words than infctx {parsed.name} takes; leave them out")
     if rest:  # argparse takes overrides before an option or after it, not both
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
@@ -62,18 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
     parser.add_argument("--version", action="version", version=f"infctx {infctx.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command, describe in (
-        ("prepare", _prepare, _describe_prepare),
-        ("train", _train, _describe_train),
-        ("tune", _tune, _describe_tune),
-        ("plan", _plan, _describe_plan),
-        ("evaluate", _evaluate, _describe_evaluate),
-        ("generate", _generate, _describe_generate),
-        ("export", _export, _describe_export),
-    ):
+    for name, command, describe in COMMANDS:
         summary = (describe.__doc__ or "").strip()
         described = commands.add_parser(name, help=summary, description=summary)
-        described.set_defaults(command=command, name=name)
+        described.set_defaults(command=command, name=name, parser=described)
         describe(described)
     return parser
 
@@ -84,13 +88,13 @@ def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
     parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
     parser.add_argument(
-        "--held-out", type=float, default=0.0, metavar="FRACTION", help="share of the documents, such as 0.02"
+        "--held-out", type=_number, default=0.0, metavar="FRACTION", help="share of the documents, such as 0.02"
     )
     parser.add_argument(
         "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
     )
     parser.add_argument("--workers", type=_count, help="processes (default: all cores)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses which documents are held out")
+    parser.add_argument("--seed", type=_seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output folder once the new one is complete"
     )
@@ -164,8 +168,9 @@ def _start(config: Config, arguments: Sequence[str]) -> int:
         return 0
     if ranks.nodes > 1:
         raise InputError(
-            f"distributed.nodes: {ranks.nodes}: start this command on every node, with torchrun --nnodes {ranks.nodes} "
-            f"--nproc-per-node {ranks.devices} ... -m infctx {' '.join(arguments)} or srun; see docs/distributed.md"
+            f"distributed.nodes: {ranks.nodes} nodes; start this command on each of them, with torchrun or srun "
+            "(docs/distributed.md):",
+            f"torchrun --nnodes {ranks.nodes} --nproc-per-node {ranks.devices} ... -m infctx {shlex.join(arguments)}",
         )
     refuse_before_launch(config)
     return launch(arguments, ranks.devices)
@@ -191,7 +196,7 @@ def _describe_plan(parser: argparse.ArgumentParser) -> None:
     _describe_train(parser)
     parser.add_argument(
         "--device-gb",
-        type=float,
+        type=_number,
         metavar="GB",
         help="memory of each GPU (1 GB is 1e9 bytes); default: that of the GPUs here",
     )
@@ -212,6 +217,20 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    """A whole number from 0 to 2^63 - 1, as torch takes them."""
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number") from None
 
 
 def _describe_model(parser: argparse.ArgumentParser) -> None:
@@ -241,12 +260,15 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from infctx.data.token_store import TokenStore
+    from infctx.data.token_store import TokenStore, is_store
     from infctx.evaluate.loss_by_position import evaluate_store, format_table
     from infctx.evaluate.record import Evaluation, write_record
 
     if options.output and options.output.exists():
         raise InputError(f"{options.output}: exists; choose another name")
+    if is_store(options.model) and not is_store(options.store):
+        words = shlex.join(["infctx", "evaluate", str(options.store), str(options.model)])
+        raise InputError(f"{options.model}: is a token store, and the model comes first; run {words}")
     store, model = TokenStore(options.store), _load(options)
     buckets = evaluate_store(model, store, options.segment_tokens, options.max_tokens)
     print(format_table(buckets, store))
@@ -260,9 +282,11 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
     _describe_model(parser)
     parser.add_argument("--prompt", default="", help="the text to continue; - for standard input")
     parser.add_argument("--tokens", type=_count, default=256, help="most tokens to generate (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token (default 1)")
-    parser.add_argument("--top-p", type=float, default=0.7, help="draw from the likeliest tokens (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=_number, default=1.0, help="0: always the most likely token (default 1)")
+    parser.add_argument(
+        "--top-p", type=_number, default=0.7, help="draw from the likeliest tokens (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0)
     _describe_state(parser)
     _describe_device(parser)
 
@@ -276,7 +300,7 @@ def _generate(options: argparse.Namespace) -> None:
     try:
         prompt = given.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"generate: the prompt is not UTF-8 at byte {error.start}; give it as UTF-8") from None
+        raise InputError(f"--prompt: is not UTF-8 at byte {error.start}; give it as UTF-8") from None
     pieces = generate(
         _load(options),
         prompt,
@@ -346,6 +370,16 @@ def _load(options: argparse.Namespace):  # noqa: ANN202  (the type would load to
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     return open_model(options.model, options.state, dtype, pick_device(options.device))
 
+
+COMMANDS = (
+    ("prepare", _prepare, _describe_prepare),
+    ("train", _train, _describe_train),
+    ("tune", _tune, _describe_tune),
+    ("plan", _plan, _describe_plan),
+    ("evaluate", _evaluate, _describe_evaluate),
+    ("generate", _generate, _describe_generate),
+    ("export", _export, _describe_export),
+)
 
 LOADS_TORCH = (_train, _tune, _evaluate, _generate, _export)
 """Commands that take seconds to begin."""

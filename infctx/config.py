@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+COMMAND_LINE = "command line"
+"""The place of an override."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | None = None) -> Config:
     """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError.
 
@@ -49,10 +53,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name a YAML file, such as configs/finch-tiny.yaml") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the shipped configurations are in configs/") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise InputError(
+            f"{path}: is no text in UTF-8 (byte {error.start}); name a YAML file, or save this one as UTF-8"
+        ) from None
     content, lines = read_yaml(text, str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: no sections in it; it needs {', '.join(Config.model_fields)}")
@@ -82,12 +90,12 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
         raise InputError(f"{quoted(override)}: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4")
     value, _ = read_yaml(text, quoted(override))
     if path[0] not in content:
-        places[path[:1]] = "command line"
+        places[path[:1]] = COMMAND_LINE
     section = content.setdefault(path[0], {})
     if not isinstance(section, dict):
         raise InputError(f"{places[path[:1]]}: {path[0]}: is a section; put settings below it")
     section[path[1]] = value
-    places[path] = "command line"
+    places[path] = COMMAND_LINE
 
 
 def _explained(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> InputError:
@@ -100,7 +108,8 @@ def _explained(error: ValidationError, path: Path, content: Any, places: dict[tu
     lines = [line for problem in problems for line in _describe(problem, path, places)]
     if len(lines) == 1:
         return InputError(lines[0])
-    return InputError(f"{path}: {len(lines)} problems", *lines)
+    place = COMMAND_LINE if all(line.startswith(COMMAND_LINE) for line in lines) else path
+    return InputError(f"{place}: {len(lines)} problems", *lines)
 
 
 def _describe(problem: ErrorDetails, path: Path, places: dict[tuple[str, ...], str]) -> list[str]:
@@ -155,7 +164,9 @@ def _remedy(problem: ErrorDetails, where: tuple[str, ...]) -> str:
     if value is None:
         return f"is empty; {wanted}"
     if isinstance(value, bool):
-        return f"{str(value).lower()} does not fit (YAML reads yes, no, on and off so); {wanted}, or quote what is text"
+        same = "yes and on are true" if value else "no and off are false"
+        text = ", or quote it" if kind == "path_type" else ""
+        return f"{str(value).lower()} does not fit (YAML's {same}); {wanted}{text}"
     return f"{quoted(repr(value))} does not fit; {wanted}"
 
 

@@ -57,14 +57,14 @@ def run_command(command: Callable[[], int | None]) -> int:
 def fail(problem: object, code: int) -> int:
     """Prints a problem and returns the code; a rank ends its process instead.
 
-    The message is one line, plus one for each detail of an InputError.
+    The message is one line, plus one for each detail of an InputError or TrainingFailed.
     """
     if "INFCTX_DEBUG" in os.environ:
         logging.getLogger("infctx").exception("INFCTX_DEBUG is set, so here is where it came from")
     rank = rank_number()
     if rank:  # rank 0 usually reports the same problem first, and then the launcher ends all ranks
         time.sleep(LATER_RANKS_SECONDS)
-    lines = problem.lines if isinstance(problem, InputError) else [" ".join(str(problem).split())]
+    lines = problem.lines if isinstance(problem, InputError | TrainingFailed) else [" ".join(str(problem).split())]
     print("\n".join([f"infctx: {f'rank {rank}: ' if rank else ''}{lines[0]}", *lines[1:]]), file=sys.stderr)
     if "LOCAL_RANK" in os.environ:  # skip cleanup, which would wait for the other ranks
         sys.stdout.flush()

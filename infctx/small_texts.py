@@ -47,10 +47,13 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         node = loader.get_single_node()
         content = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{source}{line}: {quoted(error.problem or 'not YAML', 200)}") from None
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
+        problem = quoted(error.problem or "not YAML", 200)
+        remedy = "" if ";" in problem else "; indent with spaces" if "\\t" in problem else "; correct this line"
+        raise InputError(f"{source}{line}: {problem}{remedy}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not YAML: {quoted(str(error).splitlines()[0], 200)}") from None
+        problem = quoted(str(error).splitlines()[0], 200)
+        raise InputError(f"{source}: not YAML ({problem}); name a file of settings") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
     except ValueError as error:  # a date that is none
@@ -138,7 +141,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 raise _error(key, "merges (<<) are not read; write the settings out")
             if key.value in seen:
-                raise _error(key, f"{key.value} is given twice")
+                raise _error(key, f"{key.value} is given twice; remove one of the two")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

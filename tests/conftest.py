@@ -13,6 +13,7 @@ MADE_ONCE = {
     "test_readme.py",
     "test_recall.py",
     "test_time_parallel.py",
+    "test_wrong_inputs.py",
     "test_zero.py",
 }
 """Files whose fixtures take long: each stays in one worker, so that they are made once."""

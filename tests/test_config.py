@@ -167,9 +167,9 @@ MISTAKES = {
         "runs/x",
         "yes",
         15,
-        "run.folder: true does not fit .*; .*quote what is text",
+        "run.folder: true does not fit .*; .*quote it",
     ),
-    "no for a number": ("steps: 20", "steps: no", 12, "optimizer.steps: false does not fit .*quote what is text"),
+    "no for a number": ("steps: 20", "steps: no", 12, "optimizer.steps: false does not fit .*; give a whole number"),
     "a setting twice": ("steps: 20", "steps: 20\n  steps: 21", 13, "steps is given twice"),
     "a section twice": ("run:\n", "data:\n  store: b\nrun:\n", 14, "data is given twice"),
     "a tag": ("runs/x", "!!python/name:os.system", 15, r"tags \(.*name:os.system\) are not read"),
@@ -278,7 +278,7 @@ def test_all_problems_at_once(tmp_path):
 def test_files_that_are_none(tmp_path):
     assert refusal(tmp_path / "none.yaml").startswith(f"{tmp_path}/none.yaml: no such file")
     (tmp_path / "run.yaml").write_bytes(b"model:\n  size: \xff\n")
-    assert refusal(tmp_path / "run.yaml").startswith(f"{tmp_path}/run.yaml: not UTF-8 at byte 15")
+    assert refusal(tmp_path / "run.yaml").startswith(f"{tmp_path}/run.yaml: is no text in UTF-8 (byte 15)")
     for text in ("", "# nothing\n", "just text\n", "- a\n- b\n", "3\n"):
         assert "no sections in it; it needs model, data, window, optimizer, run" in refusal(write(tmp_path, text=text))
     assert "another document" in refusal(write(tmp_path, text=WHOLE + "---\na: 1\n"))
@@ -287,7 +287,7 @@ def test_files_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("\0", "not YAML: unacceptable character"),
+        ("\0", "not YAML (unacceptable character"),
         ("2024-13-45", "month must be in 1..12; quote what is text"),
         ("!!int many", ":15: tags (tag:yaml.org,2002:int) are not read; write the value without it"),
         ("!!python/object/apply:os.system [ls]", "are not read; write the value without it"),

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
 from infctx.config import OptimizerSettings, load_config
-from infctx.data.text import find_sources, read_documents
+from infctx.data.inputs import find_sources
+from infctx.data.text import read_documents
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 from infctx.formats import pth_check
@@ -93,7 +94,7 @@ def read_log(file):
 
 
 def read_texts(file):
-    return ["".join(document.pieces) for document in read_documents(find_sources([str(file)]))]
+    return ["".join(document.pieces) for document in read_documents(find_sources([str(file)])[0])]
 
 
 CASES = [

@@ -23,6 +23,14 @@ from infctx.errors import InputError
 from infctx.small_texts import quoted
 
 FREE = -1  # in a position: the lane has no document
+SETTINGS = {
+    "num_lanes": "window.lanes",
+    "document_tokens": "data.document_tokens",
+    "seed": "run.seed",
+    "shuffle": "data.shuffle",
+}
+"""What a position must agree with -> the setting that makes it so."""
+NEW_RUN = "a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER"
 
 
 class Store(Protocol):
@@ -203,7 +211,7 @@ class Lanes:
             document = self.store.number(run.document)
             raise InputError(
                 f"{self.store.path}.bin: token {run.begin + place} of document {document} is {ids[place]}, and the "
-                f"model's vocabulary has {self.vocab_size} ids; prepare the store with the model's tokenizer"
+                f"model's vocabulary has {self.vocab_size} ids; prepare it with the model's tokenizer"
             )
         return ids
 
@@ -219,15 +227,15 @@ class Lanes:
         before = {"store": self._identity["store"]} | position  # 0.1.0 did not keep it
         for name, value in self._identity.items():
             if name != "store" and before.get(name) != value:
+                if name in ("num_documents", "num_tokens"):
+                    raise self._other_documents()
                 raise InputError(
-                    f"{self.store.path}: the saved position was made with {name} = {position.get(name)}, "
-                    f"and this run has {value}; set it back, or begin a new run"
+                    f"{SETTINGS[name]}: {_shown(name, before.get(name))} when the checkpoint was saved, "
+                    f"{_shown(name, value)} now; set it back, or begin a new run",
+                    NEW_RUN,
                 )
         if before["store"] != self._identity["store"]:
-            raise InputError(
-                f"{self.store.path}: holds other documents than when the checkpoint was saved; put those back, or "
-                "begin a new run in another run.folder"
-            )
+            raise self._other_documents()
         self._next = _integers([position.get("next")], 1)[0]
         indices = _integers(position.get("indices"), self.num_lanes)
         begins = _integers(position.get("begins"), self.num_lanes)
@@ -240,6 +248,18 @@ class Lanes:
             if current is None or not 0 <= begin < current.length - 1 or begin % START_SPACING:
                 raise _damaged(f"is at token {begin} of stream index {index}, where no lane can be")
             self._open[lane] = current
+
+    def _other_documents(self) -> InputError:
+        return InputError(
+            f"data.store: {self.store.path} holds other documents than when the checkpoint was saved; put those back, "
+            "or begin a new run",
+            NEW_RUN,
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    """The value of a setting as a configuration has it."""
+    return "null" if value is None else str(bool(value)).lower() if name == "shuffle" else quoted(str(value))
 
 
 def _integers(values: Any, count: int) -> list[int]:

@@ -116,7 +116,7 @@ def prepare(
     sources, notes = find_sources(inputs, input_format)
     workers = _num_workers(workers, encoder, sources)
     place = Path(output).resolve()
-    _check_output(place, overwrite)
+    _check_output(Path(output), overwrite)
     for note in notes:
         log.info(note)
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
@@ -137,13 +137,15 @@ def prepare(
 def _documents_per_held_out(held_out: float) -> int:
     """One document out of this many is held out; 0: none."""
     if not 0 <= held_out <= 0.5:
-        raise InputError(f"held_out is {held_out}; give a share of the documents from 0 to 0.5, for example 0.05")
+        raise InputError(
+            f"--held-out: {held_out} is no share that can be held out; give 0 to 0.5 of the documents, such as 0.05"
+        )
     if not held_out:
         return 0
     group = round(min(1 / held_out, 1e9))
     if abs(1 / group - held_out) > 0.1 * held_out:
         raise InputError(
-            f"held_out is {held_out}, and one document out of a whole number of them is held out; give a share such as "
+            f"--held-out: {held_out} is not one document out of a whole number of them; give a share such as "
             f"{1 / group:.3g} or {1 / (group + 1):.3g}"
         )
     return group
@@ -280,7 +282,9 @@ def _with_both_splits(
     if len(splits) == 2:
         return splits
     if sum(split.documents for split in splits.values()) == 1:
-        raise InputError("there is only one document, so none can be held out; give more documents, or held_out 0")
+        raise InputError(
+            "--held-out: there is only one document, so none can be held out; give more, or leave --held-out out"
+        )
     for suffix in (".bin", ".idx"):
         os.rename(folder / f"{TRAIN}{suffix}", folder / f"{UNSPLIT}{suffix}")
     store = TokenStore(folder / UNSPLIT)

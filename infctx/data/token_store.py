@@ -284,8 +284,17 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
     if not path.name:
         raise InputError(f"{path}: is a folder; name a store in it, without .bin and .idx, such as data/books/train")
     if path.is_dir() and not _file_of(path, ".idx").exists():
-        raise InputError(f"{path}: is a folder; name a store in it, without .bin and .idx, such as {path / 'train'}")
+        stores = [str(file.with_suffix("")) for file in sorted(path.glob("*.idx"))[:3]]
+        if not stores:
+            raise InputError(f"{path}: is a folder without a token store; make one with `infctx prepare`")
+        raise InputError(f"{path}: is a folder; name a store in it, without .bin and .idx: {' or '.join(stores)}")
     return path
+
+
+def is_store(path: Path) -> bool:
+    """Whether there is a token store of this name."""
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    return bool(prefix.name) and _file_of(prefix, ".idx").is_file() and _file_of(prefix, ".bin").is_file()
 
 
 class _StoreFile:
@@ -335,7 +344,7 @@ def _file_of(prefix: Path, suffix: str) -> Path:
 
 
 def _damaged(path: Path, problem: str) -> InputError:
-    return InputError(f"{path}: {problem}; the file is damaged, copy it again or make it with `infctx prepare`")
+    return InputError(f"{path}: {problem}; copy it again, or make it with `infctx prepare`")
 
 
 def _sync(file: BinaryIO) -> None:

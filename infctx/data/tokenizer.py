@@ -65,8 +65,8 @@ def refuse_other_tokenizer(store: str, made_with: str | None, vocab_size: int) -
     wanted = tokenizer_for_vocab(vocab_size)
     if made_with is not None and wanted not in (None, made_with):
         raise InputError(
-            f"{store}: was made with the tokenizer {made_with}, and the model's {vocab_size:,} ids are those of "
-            f"{wanted}; prepare the documents with --tokenizer {wanted}, or name another model"
+            f"{store}: its tokenizer is {made_with}, and the model's is {wanted}; prepare it with "
+            f"--tokenizer {wanted}, or name another model"
         )
 
 

@@ -25,16 +25,21 @@ def generate(
     An empty prompt begins a document after the end of another.  Raises InputError for values out of range, and
     where no tokenizer goes with the model's vocabulary.
     """
-    if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:  # so that no NaN goes through
-        raise InputError(
-            f"generate: temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], max_tokens {max_tokens} >= 1"
-        )
+    if not temperature >= 0:  # so that no NaN goes through
+        raise InputError(f"generate: temperature: {temperature} does not fit; give 0 or more")
+    if not 0 < top_p <= 1:
+        raise InputError(f"generate: top_p: {top_p} does not fit; give more than 0, and 1 at most")
+    if max_tokens < 1:
+        raise InputError(f"generate: max_tokens: {max_tokens} does not fit; give at least 1")
     name = tokenizer_for_vocab(model.sizes.vocab_size)
     if name is None:
-        raise InputError(f"generate: no tokenizer has {model.sizes.vocab_size} ids; 257 is bytes, 65536 is World")
+        raise InputError(
+            f"generate: no tokenizer here has the model's {model.sizes.vocab_size} ids; take a model of 257 (bytes) or "
+            "65,536 (World)"
+        )
     tokenizer = get_tokenizer(name)
     if not 0 <= seed < 1 << 63:
-        raise InputError(f"generate: seed {seed} must be from 0 to 2^63 - 1")
+        raise InputError(f"generate: seed: {seed} does not fit; give 0 to 2^63 - 1")
     tokens = torch.tensor(tokenizer.encode(prompt).tolist() or [END_OF_DOCUMENT])[None]
     return _go_on(model, tokenizer, tokens, max_tokens, temperature, top_p, torch.Generator().manual_seed(seed))
 

@@ -168,7 +168,7 @@ def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterato
         tokens = torch.from_numpy(store.tokens(document, 0, num_tokens))
         if tokens.max() >= vocab_size:
             raise InputError(
-                f"{store.path}: document {document} has token {tokens.max()} of {vocab_size}; "
+                f"{store.path}: document {document} has token {tokens.max()}, and the model has {vocab_size} ids; "
                 "prepare the documents with the model's tokenizer"
             )
         yield document, tokens

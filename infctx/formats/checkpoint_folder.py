@@ -37,6 +37,8 @@ INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
 STATE_FILE = "state.safetensors"
 """The name of a state of form infctx in the folder of a run or a checkpoint."""
 MANIFEST, PROGRESS, SETTINGS = "manifest.json", "progress.json", "config.yaml"
+LOCK = ".lock"
+"""A file that every run's folder has: the run that holds its lock is the one that trains there."""
 TUNED_OVER = "weights"
 """Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
 

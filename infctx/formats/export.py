@@ -12,6 +12,7 @@ from infctx.errors import InputError
 from infctx.formats.hub_folder import CODE, write_hub_folder
 from infctx.formats.model_files import find_model, find_state, tuned_over_others
 from infctx.formats.other_names import NAMINGS
+from infctx.formats.published import refuse_stopped_download
 from infctx.formats.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, copy_weights, open_weights
@@ -44,6 +45,7 @@ def export(
     dtype:  of the weights (None: bf16, as in the published files), or of a state of form pth (None: fp32)
     state:  a state file to merge with the weights, in place of the state that goes with `source`
     """
+    refuse_stopped_download(source)
     as_folder = names != "official" and _is_folder(output)
     output = Path(output)
     form = form or _form(source, output, names, state)

@@ -17,6 +17,7 @@ from infctx.formats.checkpoint_folder import (
     newest_checkpoint,
     saved_settings,
 )
+from infctx.formats.published import refuse_stopped_download
 from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
@@ -78,10 +79,11 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
     seen: checkpoints of states that led here, each tuned over the weights of the next
     """
     if not path.is_dir():
+        refuse_stopped_download(path)
         if path.is_file() and is_state_file(path):
             raise InputError(
-                f"{path}: is a state, not a model; name the model, and this file as its state (--state, or "
-                "model.initial_state in a configuration)"
+                f"{path}: is a state, not a model; name the model, and give this file with --state or "
+                "model.initial_state"
             )
         return ModelFiles(path, None)
     if holds_weights(path):

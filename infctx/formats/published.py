@@ -10,6 +10,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from infctx.errors import InputError
+
 FINCH, EAGLE = "BlinkDL/rwkv-6-world", "BlinkDL/rwkv-5-world"
 """Repositories on the Hugging Face hub."""
 
@@ -83,12 +85,14 @@ def missing_weights(path: Path) -> str:
     return f"there is no {path}; train it, download it (docs/models.md), or name another file"
 
 
-def stopped_download(path: Path) -> str | None:
-    """For people: that this file has a published name and another size than that, as a download that stopped short."""
+def refuse_stopped_download(path: Path) -> None:
+    """Raises InputError for a published weights file of another size than it was published with: a download that
+    stopped short, of which a reader could only say that it is damaged."""
     file = published_file(path)
     if file is None or not path.is_file() or path.stat().st_size == file.num_bytes:
-        return None
-    return (
-        f"{path} has {path.stat().st_size:,} bytes, the published file {file.num_bytes:,}; get it again with: "
-        f"{file.download_command(path.parent)}; or, if it is a file of your own, rename it"
+        return
+    raise InputError(
+        f"{path}: has {path.stat().st_size:,} bytes, the published file {file.num_bytes:,}; get it again, or, if it is "
+        "a file of your own, rename it",
+        file.download_command(path.parent),
     )

@@ -94,7 +94,9 @@ def read_state(path: Path) -> State:
     """
     path = path / STATE_FILE if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a state: {', '.join(map(' or '.join, SUFFIXES.values()))}")
+        raise InputError(
+            f"{path}: no such file; name a state (.pth, .st, .state or .safetensors), or the folder of a tuned run"
+        )
     shapes = read_shapes(path)
     if "wkv" in shapes and shapes.keys() <= OWN_NAMES:
         tensors = read_tensors(path)
@@ -139,9 +141,7 @@ def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
     is_model = any(name.endswith(("emb.weight", "embeddings.weight")) for name in shapes)
     if not found:
         what = "a model without an initial state" if is_model else f"no state ({_some(shapes)})"
-        raise InputError(
-            f"{path}: is {what}; give a file with {state_name(0)}, ..., or one that infctx wrote as a state"
-        )
+        raise InputError(f"{path}: is {what}; name a state, such as the state.safetensors of a tuned run")
     strangers = [name for name in shapes if name not in found]
     if strangers and not is_model:
         raise InputError(f"{path}: tensor {strangers[0]} belongs neither to a state nor to a model; remove it")

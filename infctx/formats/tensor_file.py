@@ -94,7 +94,7 @@ def is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(9)
     if not head:
-        raise InputError(f"{path}: the file is empty")
+        raise InputError(f"{path}: the file is empty; copy it again, or name another")
     return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip, which .pth is since torch 1.6
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infctx.errors import InputError
+from infctx.small_texts import quoted
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def make_sizes(
         if value < 1:
             raise InputError(f"{name}: {value} is not a size; give a positive number")
     if width % head_size:
-        raise InputError(f"width: {width} is not a multiple of head_size {head_size}")
+        near = -(-width // head_size) * head_size
+        raise InputError(f"width: {width} is not a multiple of head_size {head_size}; {near} would work")
     if version == 5 and (mix_rank or decay_rank):
         raise InputError("mix_rank, decay_rank: only version 6 has them; leave them out")
     if version == 6:
@@ -98,8 +100,11 @@ PUBLISHED_SIZES = {
 """Shapes of the published models; sizes of a file are read from the file, never from this table."""
 
 
-def published_sizes(name: str) -> Sizes:
-    """Sizes of a published model by name; raises InputError with the known names."""
+def published_sizes(name: str, place: str = "") -> Sizes:
+    """Sizes of a published model by name; raises InputError with the known names, which begins with `place`."""
     if name not in PUBLISHED_SIZES:
-        raise InputError(f"no published model is called {name!r}; known: {', '.join(PUBLISHED_SIZES)}")
+        raise InputError(
+            f"{place}no published model is called {quoted(repr(name))}; choose one of these:",
+            ", ".join(PUBLISHED_SIZES),
+        )
     return PUBLISHED_SIZES[name]

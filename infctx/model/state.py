@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
-from infctx.model.sizes import Sizes, describe
+from infctx.model.sizes import Sizes
 from infctx.recurrence.layer_segment import LayerState
 
 
@@ -79,8 +79,8 @@ def refuse_other_sizes(state: State, sizes: Sizes, place: object) -> None:
         raise InputError(f"{place}: the state has {state.batch_size} documents; choose one: state.lanes(slice(0, 1))")
     if [part.shape for part in state] != [part.shape for part in wanted]:
         raise InputError(
-            f"{place}: the state has {describe_state(state)}, the model {describe_state(wanted)} "
-            f"({describe(sizes)}); use a state that was tuned on this model"
+            f"{place}: the state has {describe_state(state)}, the model {describe_state(wanted)}; "
+            "use one tuned on this model"
         )
 
 

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from infctx.config import Config
 from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
-from infctx.formats.checkpoint_folder import checkpoints
-from infctx.formats.published import missing_weights, stopped_download
+from infctx.formats.checkpoint_folder import LOCK, SETTINGS, STATE_FILE, checkpoints
+from infctx.formats.model_files import RUN_WEIGHTS
+from infctx.formats.published import missing_weights
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
 from infctx.plan.strategy import STRATEGIES, resolve_strategy
+from infctx.small_texts import quoted
+
+NOT_OTHERS = (SETTINGS, RUN_WEIGHTS, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl", "tensorboard")
+"""What people may put into a new run's folder, and what is left of one whose checkpoints are gone."""
 
 
 def missing_files(config: Config) -> list[str]:
-    """Returns a line for each file that the run reads and that does not exist.
-
-    Raises InputError for published weights whose file does not have the published size: the download stopped short,
-    and a reader could report only damage.
-    """
+    """Returns a line for each file that the run reads and that does not exist."""
     missing: list[str] = []
     weights = config.model.weights
     resumes = checkpoints(config.run.checkpoints)
-    if weights is not None and (config.model.freezes_weights or not resumes):
-        problem = stopped_download(weights)
-        if problem:
-            raise InputError(f"model.weights: {problem}")
-        if not weights.exists():
-            missing.append(f"model.weights: {missing_weights(weights)}")
+    if weights is not None and (config.model.freezes_weights or not resumes) and not weights.exists():
+        missing.append(f"model.weights: {missing_weights(weights)}")
     state = config.model.initial_state
     if state is not None and not state.exists() and not resumes:
         missing.append(f"model.initial_state: there is no {state}; name another file, or remove the setting for zeros")
@@ -39,6 +38,18 @@ def missing_files(config: Config) -> list[str]:
         if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
             missing.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
     return missing
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raises InputError for a run.folder that holds something else than a run, or that cannot be one."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"run.folder: {path} is a file; choose another folder")
+    if not folder.is_dir() or (folder / LOCK).exists() or (folder / "checkpoints").is_dir():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NOT_OTHERS)
+    if others:
+        raise InputError(f"run.folder: {folder} holds other files ({quoted(others[0])}); choose another folder")
 
 
 def missing_devices(config: Config, sizes: Sizes | None) -> list[str]:

@@ -16,7 +16,7 @@ from infctx.formats.model_files import ModelFiles, find_model
 from infctx.formats.weights import read_sizes
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
-from infctx.plan.missing import missing_devices, missing_files
+from infctx.plan.missing import missing_devices, missing_files, refuse_folder
 from infctx.plan.strategy import resolve_strategy
 
 REHEARSE = "or add --rehearse to try the same settings here on a small model"
@@ -48,6 +48,8 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
     Files are found but not read: `whole_weights` checks a checkpoint that model.weights names.
     refuse: False if the process that started this one has already checked the machine
     """
+    if refuse:
+        refuse_folder(config.run.folder)
     missing = missing_files(config) if refuse else []
     weights, sizes = find_weights(config)
     if refuse:
@@ -73,17 +75,26 @@ def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
     Raises InputError if these contradict the configuration.
     """
     settings = config.model
-    named = published_sizes(settings.size) if settings.size else None
+    named = published_sizes(settings.size, "model.size: ") if settings.size else None
     if settings.weights is None or not settings.weights.exists():
-        return None, named or (make_sizes(**settings.sizes) if settings.sizes else None)
+        return None, named or (_own_sizes(settings.sizes) if settings.sizes else None)
     files = find_model(settings.weights, hashes=False)
     found = read_sizes(files.weights)
     if named not in (None, found):
         raise InputError(
-            f"{settings.weights}: holds {describe(found)}, and model.size {settings.size} is {describe(named)}; "
-            "name the right one, or leave model.size out (model.size=null)"
+            f"model.size: {settings.size} is not the size of {settings.weights}; name the right one, or leave it out "
+            "(model.size=null)",
+            f"{settings.size}: {describe(named)}",
+            f"{settings.weights}: {describe(found)}",
         )
     return files, found
+
+
+def _own_sizes(given: dict[str, int]) -> Sizes:
+    try:
+        return make_sizes(**given)
+    except InputError as error:
+        raise InputError(f"model.{error}") from None
 
 
 def whole_weights(plan: Plan) -> ModelFiles | None:

@@ -44,8 +44,8 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
     _, sizes = find_weights(config)
     if sizes is None:
         raise InputError(
-            f"model.weights: there is no {config.model.weights}, so the sizes of the model are unknown; "
-            "name another file, or a published size with model.size"
+            f"model.weights: there is no {config.model.weights} to read the sizes from; name another file, or set "
+            "model.size"
         )
     device_type = _device_type(config, device_gb)
     memory = _memory(config, device_type, device_gb)

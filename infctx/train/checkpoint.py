@@ -25,6 +25,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
 from infctx.files import atomic_folder, temporary_name
 from infctx.formats.checkpoint_folder import (
+    LOCK,
     PROGRESS,
     SETTINGS,
     STATE_FILE,
@@ -110,7 +111,7 @@ def _found_anywhere(config: Config) -> Config:
 def lock_folder(folder: Path) -> IO[str]:
     """Makes this process the one that trains in a folder, until the returned file is closed; else InputError."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
+    lock = (folder / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

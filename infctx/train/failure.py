@@ -24,14 +24,15 @@ class Failure(NamedTuple):
     documents: str
 
 
-def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | None) -> str:
-    """One line with the step, the layer, the documents and the checkpoint that stays."""
+def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | None) -> list[str]:
+    """Lines with the step and the layer, the documents, and the checkpoint that stays."""
     what = "the gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     kept = f"the last checkpoint, {checkpoint}, is untouched" if checkpoint else "there is no checkpoint yet"
-    return (
-        f"step {step}: {what}, first in {where.place}; documents of the step: {where.documents}; {kept}. "
-        "Lower optimizer.peak_lr or look at these documents"
-    )
+    return [
+        f"step {step}: {what}, first in {where.place}; lower optimizer.peak_lr, or look at these documents",
+        f"documents of the step: {where.documents}",
+        kept,
+    ]
 
 
 @torch.no_grad()

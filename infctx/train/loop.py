@@ -64,7 +64,7 @@ def train_steps(run: Run) -> bool:
             norm = engine.step() if loss.isfinite() else loss
             if not norm.isfinite():
                 where = find_failure(engine, window, came_in, config)
-                raise TrainingFailed(explain_failure(where, loss, step, run.checkpoint))
+                raise TrainingFailed(*explain_failure(where, loss, step, run.checkpoint))
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
             learned = engine.learned_state()
             done = Step(step, run.progress.num_tokens, loss.item(), learning_rate, norm.item(), run.carry, learned)

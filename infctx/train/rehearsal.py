@@ -23,11 +23,12 @@ from infctx.data.example_documents import python_documents
 from infctx.data.token_store import TokenStoreWriter
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
+from infctx.formats.checkpoint_folder import LOCK
 from infctx.formats.weights import save_weights
 from infctx.machine import device_memory
 from infctx.model.build import new_model
 from infctx.model.sizes import Sizes, describe, make_sizes
-from infctx.plan.missing import missing_files
+from infctx.plan.missing import missing_files, refuse_folder
 from infctx.plan.plan import find_weights
 from infctx.plan.report import plan_report
 from infctx.plan.strategy import resolve_strategy
@@ -61,12 +62,15 @@ def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
     name: of the configuration, as people know it.
     Raises InputError where that folder holds something else, or where what the run names is there and wrong.
     """
+    refuse_folder(config.run.folder)
     folder = config.run.folder.with_name(f"{config.run.folder.name}-rehearsal")
-    if folder.exists() and any(folder.iterdir()) and not (folder / REHEARSAL).exists():
+    find_weights(config)  # before anything is written, its mistakes
+    others = [path for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
+    if others and not (folder / REHEARSAL).exists():
         raise InputError(f"{folder}: is no rehearsal, and would be replaced by one; move it, or choose a run.folder")
     with lock_folder(folder):
         for path in folder.iterdir():
-            if path.name != ".lock":
+            if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         settings, lines = _shrink(config, folder)
         file = folder / REHEARSAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from infctx.evaluate.loss_by_position import refuse_tokens_beyond
 from infctx.evaluate.record import HELD_OUT
 from infctx.files import atomic_file
 from infctx.formats.checkpoint_folder import (
+    LOCK,
     SETTINGS,
     STATE_FILE,
     checkpoints,
@@ -103,8 +105,8 @@ def find_checkpoint(config: Config) -> Path | None:
     learned = [name for name in (RUN_WEIGHTS, *STATE_FILES) if (config.run.folder / name).exists()]
     if newest is None and learned:
         raise InputError(
-            f"{config.run.folder / learned[0]}: was left by a run whose checkpoints are gone, and this run would "
-            "replace it; move it away, or choose another run.folder"
+            f"{config.run.folder / learned[0]}: is of a run whose checkpoints are gone, and would be "
+            "replaced; move it away, or choose another run.folder"
         )
     return newest
 
@@ -158,8 +160,10 @@ def _open_model(
     model = open_model(files, state, dtype, device, compute, same_weights=bool(checkpoint))
     if wanted not in (None, model.sizes):
         raise InputError(
-            f"{source}: holds {describe(model.sizes)}, and the configuration asks for {describe(wanted)}; "
-            "choose another run.folder, or set the model's sizes back"
+            f"{source}: holds another model than the settings ask for; set its sizes back, or choose another "
+            "run.folder",
+            f"it holds {describe(model.sizes)}",
+            f"the settings ask for {describe(wanted)}",
         )
     return model
 
@@ -195,10 +199,19 @@ def open_lanes(
 
 @contextmanager
 def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Holds the lock of a run's folder; an InputError on every rank if another run has it."""
+    """Holds the lock of a run's folder; an InputError on every rank if another run has it.
+
+    A folder that is made for a run, which is then refused before it has begun, is removed again.
+    """
+    is_new = not folder.exists()
     with ExitStack() as locks:
         ranks.from_first(lambda: bool(locks.enter_context(lock_folder(folder))))
-        yield
+        try:
+            yield
+        except InputError:
+            if is_new and ranks.is_first and [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
+            raise
 
 
 def _new_carry(config: Config, model: RWKV) -> State:

@@ -59,7 +59,7 @@ def test_each_piece_starts_from_the_initial_state(store):
         Pieces(store, 64), num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False, position=position
     )
     assert torch.equal(next(lanes)[0].tokens, next(again)[0].tokens)
-    with pytest.raises(InputError, match="was made with document_tokens = 64"):
+    with pytest.raises(InputError, match="data.document_tokens: 64 when the checkpoint was saved"):
         Lanes(store, num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False, position=position)
 
 

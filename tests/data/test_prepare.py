@@ -138,9 +138,9 @@ def test_wrong_arguments(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     refused(tmp_path, "tokenizer 'gpt2' is not known", [source], tokenizer="gpt2")
     refused(tmp_path, "0 workers are too few; give at least 1", [source], workers=0)
-    refused(tmp_path, "held_out is 0.6; give a share", [source], held_out=0.6)
-    refused(tmp_path, "held_out is -0.1; give a share", [source], held_out=-0.1)
-    refused(tmp_path, "held_out is nan; give a share", [source], held_out=float("nan"))
+    refused(tmp_path, "--held-out: 0.6 is no share that can be held out", [source], held_out=0.6)
+    refused(tmp_path, "--held-out: -0.1 is no share that can be held out", [source], held_out=-0.1)
+    refused(tmp_path, "--held-out: nan is no share that can be held out", [source], held_out=float("nan"))
     refused(tmp_path, "no such file", [str(tmp_path / "b.jsonl")])
     refused(tmp_path, "nothing to read", [])
 

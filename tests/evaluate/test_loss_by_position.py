@@ -131,7 +131,9 @@ def test_many_documents_are_sampled_evenly(tmp_path, model, monkeypatch):
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     store = write_documents(tmp_path / "store", (20, 400), vocab_size=60000)
-    with pytest.raises(InputError, match=r"store: document 0 has token \d+ of 257; prepare") as refused:
+    with pytest.raises(
+        InputError, match=r"store: document 0 has token \d+, and the model has 257 ids; prepare"
+    ) as refused:
         evaluate_store(random_model(5, vocab_size=257), store, 64, ALL)
     assert "\n" not in str(refused.value)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from infctx.config import load_config
+from infctx.errors import InputError
 from infctx.formats.published import (
     EAGLE,
     FINCH,
     PUBLISHED_FILES,
     missing_weights,
     published_file,
-    stopped_download,
+    refuse_stopped_download,
 )
 from infctx.formats.stored_names import stored_names
 from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
@@ -68,15 +69,17 @@ def test_what_is_said_of_a_missing_file(path, expected):
 
 def test_a_download_that_stopped_is_seen_by_its_size(tmp_path):
     path = tmp_path / FINCH_3B
-    assert stopped_download(path) is None
+    refuse_stopped_download(path)
     with path.open("wb") as file:
         file.truncate(6_199_859_158)  # takes no room on disk
-    assert stopped_download(path) is None
+    refuse_stopped_download(path)
     with path.open("wb") as file:
         file.truncate(3_000_000_000)
-    assert stopped_download(path) == (
-        f"{path} has 3,000,000,000 bytes, the published file 6,199,859,158; get it again with: hf download "
-        f"BlinkDL/rwkv-6-world {FINCH_3B} --local-dir {tmp_path}; or, if it is a file of your own, rename it"
-    )
-    other = path.rename(tmp_path / "mine.pth")
-    assert stopped_download(other) is None
+    with pytest.raises(InputError) as caught:
+        refuse_stopped_download(path)
+    assert caught.value.lines == [
+        f"{path}: has 3,000,000,000 bytes, the published file 6,199,859,158; get it again, or, if it is a file of your "
+        "own, rename it",
+        f"  hf download BlinkDL/rwkv-6-world {FINCH_3B} --local-dir {tmp_path}",
+    ]
+    refuse_stopped_download(path.rename(tmp_path / "mine.pth"))

@@ -6,6 +6,7 @@ from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.model.sizes import published_sizes
 from infctx.plan.missing import missing_files
+from infctx.plan.plan import make_plan
 
 from places import CONFIGS
 from plans import planned_bytes
@@ -16,13 +17,13 @@ def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeyp
     config = load_config(CONFIGS / "finch-3b-64k.yaml")
     weights = config.model.weights
     assert any(
-        line.startswith(f"model.weights: there is no {weights} (6.2 GB); get it with") for line in missing_files(config)
+        line.startswith(f"model.weights: there is no {weights} (6.2 GB); get it") for line in missing_files(config)
     )
     weights.parent.mkdir()
     weights.write_bytes(b"PK and no more")
-    with pytest.raises(InputError, match=f"^model.weights: {weights} has 14 bytes, the published file 6,199,859,158; "):
-        missing_files(config)
-    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes and reads no weights
+    with pytest.raises(InputError, match=f"^{weights}: has 14 bytes, the published file 6,199,859,158; "):
+        make_plan(config)
+    (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)  # it resumes, and reads no weights
     assert not any("model.weights" in line for line in missing_files(config))
 
 

@@ -147,10 +147,9 @@ def test_a_file_that_is_not_the_size_it_should_be(tmp_path):
     model = {"weights": tmp_path / "model.pth", "size": "finch-3b"}
     config = type(config)(**config.model_dump() | {"model": model})
     with pytest.raises(
-        InputError, match=r"model.pth: holds Finch, .* 2 layers of width 24, and model.size finch-3b is"
-    ) as refused:
+        InputError, match=r"model.size: finch-3b is not the size of (?s:.*)model.pth: Finch, .* 2 layers of width 24"
+    ):
         make_plan(config)
-    assert "\n" not in str(refused.value)
     found = model_sizes(type(config)(**config.model_dump() | {"model": {"weights": tmp_path / "model.pth"}}))
     assert found == random_model(6).sizes
 

@@ -381,5 +381,5 @@ def test_what_cannot_be_reported(tmp_path):
         with pytest.raises(InputError, match="--device-gb: .* is not a GPU's memory; give it in GB, such as 80"):
             plan_report(many(8), gigabytes)
     unknown = many(8, model__size=None, model__weights=tmp_path / "none.pth")
-    with pytest.raises(InputError, match="there is no .*none.pth, so the sizes of the model are unknown"):
+    with pytest.raises(InputError, match="there is no .*none.pth to read the sizes from"):
         plan_report(unknown, 80)

@@ -97,13 +97,13 @@ def test_what_a_run_has_left_is_not_replaced(tmp_path, monkeypatch):
     code, output, errors = infctx_here("train", config)
     assert (code, output) == (2, "")
     assert errors == (
-        f"infctx: {run}/model.pth: was left by a run whose checkpoints are gone, and this run would replace it; "
+        f"infctx: {run}/model.pth: is of a run whose checkpoints are gone, and would be replaced; "
         "move it away, or choose another run.folder\n"
     )
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     said = [infctx_here("generate", model, "--prompt", "a", "--tokens", 9) for model in (run, run / "model.pth")]
     assert said[0] == said[1] and said[0][0] == 0
     (run / "model.pth").rename(run / "state.st")
-    assert "state.st: was left by a run whose checkpoints are gone" in infctx_here("train", config)[2]
+    assert "state.st: is of a run whose checkpoints are gone" in infctx_here("train", config)[2]
     (run / "state.st").unlink()  # a run that was interrupted before its first checkpoint
     assert infctx_here("train", config)[0] == 0

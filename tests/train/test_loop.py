@@ -162,8 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
         overrides = ["optimizer.peak_lr=1.0e+30", "optimizer.clip_norm=null"]
     code, _, errors = infctx_here("train", config, *overrides)
     assert code == 1
-    message = errors.strip().splitlines()[-1]
-    assert message.startswith("infctx: step ")
+    message = errors[errors.index("infctx: step ") :]
     assert "Traceback" not in errors
     assert "documents of the step: lane 0: " in message
     if place == "weights":
@@ -179,25 +178,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
 SIZES = ("version", "num_layers", "width", "head_size", "vocab_size")
 
 
-def test_resume_never_and_other_lanes_are_refused(tmp_path):
-    config = write_config(tmp_path, optimizer__steps=3)
-    train(load_config(config))
-    code, _, errors = infctx_here("train", config, "run.resume=never")
-    assert code == 2
-    assert "run.resume is never" in errors
-    code, _, errors = infctx_here("train", config, "window.lanes=4", "optimizer.steps=6")
-    assert code == 2
-    assert "num_lanes" in errors
-    assert len(errors.splitlines()) == 1
-
-
-def test_a_configuration_for_another_model_is_refused_and_other_changes_are_said(tmp_path):
+def test_what_has_changed_since_a_checkpoint_is_said(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)
     train(load_config(config))
-    code, _, errors = infctx_here("train", config, "optimizer.steps=5", "model.width=64")
-    assert code == 2
-    assert len(errors.splitlines()) == 1
-    assert "2 layers of width 32, and the configuration asks for" in errors
     code, _, errors = infctx_here("train", config, "optimizer.steps=5", "window.window_tokens=256")
     assert code == 0
     assert "optimizer.steps 3 -> 5" in errors

@@ -1,0 +1,398 @@
+"""Wrong inputs at the command line, and the message that each must get: the table of tests/test_wrong_inputs.py.
+
+A row is `what is wrong = words after infctx`, and below it, indented, the lines of the message, without what they all
+begin with; `...` is any text.  The files that it names are those of `desk` there; HALF is a download that stopped short
+under the published name NAME.
+"""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """A mistake, the command that makes it, and the lines of the message."""
+
+    name: str
+    command: str
+    message: list[str]
+
+
+def read_table(table):
+    rows = []
+    for line in filter(None, table.splitlines()):
+        if line.startswith("    "):
+            rows[-1].message.append(line.strip())
+        elif not line.startswith("#"):
+            name, _, command = line.partition(" =")
+            rows.append(Row(name, command, []))
+    return rows
+
+
+TABLE = """
+# The command itself.
+no command =
+    the following arguments are required: COMMAND
+unknown command = frob
+    frob: no such command; choose prepare, train, tune, plan, evaluate, generate or export; see infctx --help
+train without a configuration = train
+    the following arguments are required: config
+generate without a model = generate
+    the following arguments are required: model
+a misspelled flag = train config.yaml --rehersal
+    --rehersal: infctx train has no such flag; perhaps --rehearse is meant; see infctx train --help
+a flag of another command = train config.yaml --device-gb 80
+    --device-gb: infctx train has no such flag; leave it out; see infctx train --help
+an unknown flag of prepare = prepare texts --output out --held-uot 0.1
+    --held-uot: infctx prepare has no such flag; perhaps --held-out is meant; see infctx prepare --help
+a choice that is none = generate finch.pth --device gpu
+    argument --device: invalid choice: 'gpu' (choose from ... cuda
+a flag without its value = prepare texts --output
+    argument --output: expected one argument
+# Configurations.
+a configuration that is missing = train gone.yaml
+    gone.yaml: ... the shipped configurations are in configs/
+a folder as configuration = train books
+    books: ... name a YAML file, such as configs/finch-tiny.yaml
+an empty configuration = train empty.yaml
+    empty.yaml: ... it needs model, data, window, optimizer, run, distributed
+a list as configuration = train list.yaml
+    list.yaml: ... it needs model, data, window, optimizer, run, distributed
+a binary configuration = train finch.pth
+    finch.pth: ... name a YAML file, or save this one as UTF-8
+a PDF as configuration = train letter.pdf
+    letter.pdf: ... name a YAML file, or save this one as UTF-8
+a text as configuration = train README.md
+    README.md: ... it needs model, data, window, optimizer, run, distributed
+a UTF-16 configuration = train utf16.yaml
+    utf16.yaml: ... name a YAML file, or save this one as UTF-8
+zeros as configuration = train zeros.yaml
+    zeros.yaml: ... name a file of settings
+a tab in a configuration = train tab.yaml
+    tab.yaml:2: ... indent with spaces
+a setting twice = train twice.yaml
+    twice.yaml:3: ... remove one of the two
+a number as configuration = train 5
+    5: ... the shipped configurations are in configs/
+a configuration with a missing section = plan short.yaml
+    short.yaml: 4 problems
+    short.yaml: data: is missing; set it in the file or as an override
+    short.yaml: window: is missing; set it in the file or as an override
+    short.yaml: optimizer: is missing; set it in the file or as an override
+    short.yaml: run: is missing; set it in the file or as an override
+an empty section = train hollow.yaml
+    hollow.yaml: 2 problems
+    hollow.yaml:10: window: the section is empty; remove it, or put settings below it
+    hollow.yaml:11: windows: unknown setting; did you mean window?
+# Settings.
+an unknown setting = train config.yaml optimizer.peak_rate=1.0
+    command line: optimizer.peak_rate: ... did you mean peak_lr?
+an unknown setting in the file = train sede.yaml
+    sede.yaml:22: run.sede: ... did you mean seed?
+an unknown section = train config.yaml optimiser.steps=5
+    command line: optimiser: ... did you mean optimizer?
+an override that is none = train config.yaml steps=5
+    steps=5: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4
+an override of a section = train config.yaml optimizer=5
+    optimizer=5: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4
+an empty path = train config.yaml data.store=
+    command line: data.store: ... give a file or folder
+a number as path = train config.yaml data.store=5
+    command line: data.store: ... give a file or folder
+a word for a number = train config.yaml optimizer.steps=many
+    command line: optimizer.steps: ... give a whole number
+no step = train config.yaml optimizer.steps=0
+    command line: optimizer.steps: ... give at least 1
+a learning rate below zero = train config.yaml optimizer.peak_lr=-1
+    command line: optimizer.peak_lr: ... give more than 0.0
+a comma in a number = train config.yaml optimizer.peak_lr=0,001
+    command line: optimizer.peak_lr: ... give a number
+a seed below zero = train config.yaml run.seed=-1
+    command line: run.seed: ... give at least 0
+a seed too large = train config.yaml run.seed=99999999999999999999
+    command line: run.seed: ... give less than 9223372036854775808
+an octal number = train config.yaml run.seed=010
+    run.seed=010: ... write 10 for decimal, or quote it
+a device that is none = train config.yaml run.device=tpu
+    command line: run.device: ... choose 'auto', 'cpu' or 'cuda'
+no for a word = train config.yaml run.resume=no
+    command line: run.resume: ... choose 'auto' or 'never'
+a window that is no multiple = train config.yaml window.window_tokens=40
+    command line: window.window_tokens: ... 32 would work
+a segment that is no multiple = train config.yaml window.segment_tokens=24
+    command line: window.segment_tokens: ... 32 would work
+lanes that do not divide = train config.yaml distributed.devices=3
+    config.yaml:13: window.lanes: ... 3 would work
+passes that do not divide = train config.yaml window.lanes=4 window.lanes_per_pass=3
+    command line: window.lanes_per_pass: ... try 1
+time ranks that do not divide = train config.yaml distributed.devices=2 distributed.time_ranks=3
+    command line: distributed.time_ranks: ... choose a divisor
+a warm-up as long as the run = train config.yaml optimizer.warmup_steps=2
+    command line: optimizer.warmup_steps: ... use fewer, or null for a tenth
+a final rate of a constant = train config.yaml optimizer.schedule=constant optimizer.final_lr=0.1
+    command line: optimizer.final_lr: ... leave it out
+offload without ZeRO = train config.yaml distributed.offload_optimizer=true
+    command line: distributed.offload_optimizer: ... choose zero1, zero2 or zero3
+several problems = train config.yaml optimizer.steps=x run.seed=-1 window.lanes=0
+    command line: 3 problems
+    command line: window.lanes: 0 does not fit; give at least 1
+    command line: optimizer.steps: 'x' does not fit; give a whole number
+    command line: run.seed: -1 does not fit; give at least 0
+sizes and weights = train config.yaml model.weights=finch.pth
+    config.yaml:2: model.version: ... leave it out
+a size that is not published = train tune.yaml model.size=finch-9b
+    model.size: ... choose one of these:
+    eagle-0.4b, eagle-1.5b, eagle-3b, eagle-7b, finch-1.6b, finch-3b, finch-7b, finch-14b
+a size that the weights do not have = train tune.yaml model.size=finch-3b
+    model.size: ... name the right one, or leave it out (model.size=null)
+    finch-3b: Finch, 3,099,863,040 parameters, 32 layers of width 2560
+    finch.pth: Finch, 44,736 parameters, 2 layers of width 32
+half a width = train config.yaml model.width=40
+    model.width: ... 48 would work
+ranks of mixing in Eagle = train config.yaml model.version=5 model.mix_rank=3
+    model.mix_rank, decay_rank: ... leave them out
+tuning without weights = tune config.yaml
+    config.yaml:1: model.learn: ... name it with model.weights
+training by tune = tune tune.yaml model.learn=weights
+    command line: model.learn: ... `infctx tune` takes initial_state
+many nodes from one shell = train config.yaml window.lanes=4 distributed.nodes=2
+    distributed.nodes: ... start this command on each of them, with torchrun or srun (docs/distributed.md):
+    torchrun --nnodes 2 --nproc-per-node 1 ... -m infctx train config.yaml window.lanes=4 distributed.nodes=2
+many nodes in tune = tune tune.yaml window.lanes=4 distributed.nodes=2 distributed.devices=2
+    distributed.nodes: ... start this command on each of them, with torchrun or srun (docs/distributed.md):
+    torchrun --nnodes 2 --nproc-per-node 2 ... distributed.nodes=2 distributed.devices=2
+# What a run reads.
+files that are missing = train tune.yaml model.weights=gone.pth data.store=gone
+    this machine does not have everything the run needs
+    model.weights: there is no gone.pth; ... name another file
+    data.store: there is no gone.idx with its .bin; make it with `infctx prepare`
+    or add --rehearse to try the same settings here on a small model
+a store's folder = train config.yaml data.store=books
+    books: ... name a store in it, without .bin and .idx: books/held_out or books/train
+tokens beyond the vocabulary = train config.yaml data.store=beyond/train
+    beyond/train.bin: ... prepare it with the model's tokenizer
+held-out tokens beyond the vocabulary = train config.yaml data.held_out=beyond/train
+    beyond/train: ... prepare the documents with the model's tokenizer
+another tokenizer in train = train tune.yaml model.weights=world.pth
+    books/held_out: ... prepare it with --tokenizer world, or name another model
+another tokenizer in tune = tune tune.yaml model.weights=world.pth
+    books/held_out: ... prepare it with --tokenizer world, or name another model
+another tokenizer in evaluate = evaluate world.pth books/held_out
+    books/held_out: ... prepare it with --tokenizer world, or name another model
+World documents for bytes = train config.yaml data.store=world-books/train
+    world-books/train: ... prepare it with --tokenizer bytes, or name another model
+a text as weights = train tune.yaml model.weights=README.md
+    README.md: ... name a weights file
+a state as weights = train tune.yaml model.weights=finch-state.pth
+    finch-state.pth: ... name the model, and give this file with --state or model.initial_state
+weights as a state = tune tune.yaml model.initial_state=finch.pth
+    finch.pth: ... name a state, such as the state.safetensors of a tuned run
+a state of other sizes = tune tune.yaml model.initial_state=deeper-state.pth
+    deeper-state.pth: ... use one tuned on this model
+a damaged store = train config.yaml data.store=bad
+    bad.idx: ... copy it again, or make it with `infctx prepare`
+a training that fails = train config.yaml optimizer.peak_lr=1e38
+    step 2: ... lower optimizer.peak_lr, or look at these documents
+    documents of the step: lane 0: 1; lane 1: 0
+    there is no checkpoint yet
+an export without a model = export gone.pth out.pth
+    gone.pth: ... give a .pth or .safetensors of RWKV-5.2 or RWKV-6
+an Eagle under fla's names = export eagle.pth out.pth --names fla
+    out.pth: ... choose one of official, huggingface
+an output of evaluate that exists = evaluate finch.pth books/held_out --output README.md
+    README.md: ... choose another name
+# The run's folder.
+a folder with other files = train config.yaml run.folder=configs
+    run.folder: configs holds other files (eagle-tiny.yaml); choose another folder
+a file as the run's folder = train config.yaml run.folder=README.md
+    run.folder: README.md is a file; choose another folder
+a folder of texts = train config.yaml run.folder=texts
+    run.folder: ... choose another folder
+a folder below a file = train config.yaml run.folder=README.md/run
+    run.folder: ... choose another folder
+other documents on resume = train config.yaml run.folder=run data.store=books/held_out
+    data.store: ... put those back, or begin a new run
+    a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER
+other lanes on resume = train config.yaml run.folder=run window.lanes=4
+    window.lanes: 2 when the checkpoint was saved, 4 now; set it back, or begin a new run
+    a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER
+shuffle on resume = train config.yaml run.folder=run data.shuffle=false
+    data.shuffle: ... set it back, or begin a new run
+    a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER
+another seed on resume = train config.yaml run.folder=run run.seed=7
+    run.seed: ... set it back, or begin a new run
+    a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER
+other sizes on resume = train config.yaml run.folder=run model.num_layers=3
+    run/checkpoints/step-000002: ... set its sizes back, or choose another run.folder
+    it holds Finch, 70,848 parameters, 2 layers of width 32
+    the settings ask for Finch, 97,984 parameters, 3 layers of width 32
+other pieces on resume = train config.yaml run.folder=run data.document_tokens=32
+    data.document_tokens: ... set it back, or begin a new run
+    a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER
+never on resume = train config.yaml run.folder=run run.resume=never
+    run/checkpoints: ... run.resume is never; choose another run.folder, or auto
+tuning in a trained run = tune tune.yaml run.folder=run
+    run/checkpoints/step-000002: ... another model.learn; choose another run.folder
+other weights under a tuned state = tune tune.yaml run.folder=tuned model.weights=other.pth
+    tuned/checkpoints/step-000002/state.safetensors: ... name those weights, or choose another run.folder
+a run without checkpoints = train config.yaml run.folder=emptied
+    emptied/model.pth: ... move it away, or choose another run.folder
+a rehearsal's folder = train config.yaml --rehearse run.folder=used
+    used-rehearsal: ... move it, or choose a run.folder
+a rehearsal under torchrun = train config.yaml --rehearse
+    --rehearse: ... run it by itself, without torchrun or srun
+RWKV-7 in train = train tune.yaml model.weights=seven.pth
+    seven.pth: ... RWKV-7; infctx reads RWKV-5.2 and RWKV-6
+# Plan.
+no memory = plan config.yaml --device-gb 0
+    --device-gb: ... give it in GB, such as 80
+words for memory = plan config.yaml --device-gb much
+    argument --device-gb: much is not a number
+plan of missing weights = plan tune.yaml model.weights=gone.pth
+    model.weights: ... name another file, or set model.size
+memory of a CPU = plan config.yaml --device-gb 80
+    --device-gb: ... leave it out, or add run.device=cuda
+# Models.
+a model that is missing = generate gone.pth
+    gone.pth: ... give a .pth or .safetensors of RWKV-5.2 or RWKV-6
+a text as model = generate README.md
+    README.md: ... name a weights file
+a cut model = generate cut.pth
+    cut.pth: ... copy it again
+an empty model = generate hollow.pth
+    hollow.pth: ... copy it again, or name another
+RWKV-7 = generate seven.pth
+    seven.pth: ... RWKV-7; infctx reads RWKV-5.2 and RWKV-6
+RWKV-4 = evaluate four.pth books/held_out
+    four.pth: ... RWKV-4 or RWKV-5.0/5.1; infctx reads RWKV-5.2 and RWKV-6
+a state as model = generate finch-state.pth
+    finch-state.pth: ... name the model, and give this file with --state or model.initial_state
+a model as state = generate finch.pth --state finch.pth
+    finch.pth: ... name a state, such as the state.safetensors of a tuned run
+a state that is missing = generate finch.pth --state gone.pth
+    gone.pth: ... name a state (.pth, .st, .state or .safetensors), or the folder of a tuned run
+a state of a deeper model = generate finch.pth --state deeper-state.pth
+    deeper-state.pth: ... use one tuned on this model
+a folder without a model = generate books
+    books: ... give a .pth, a .safetensors, a checkpoint or a run's folder
+an empty folder as model = generate empty
+    empty: ... give a .pth, a .safetensors, a checkpoint or a run's folder
+a tuned run without checkpoints = generate emptied-tuned
+    emptied-tuned: ... give a .pth, a .safetensors, a checkpoint or a run's folder
+half a download, plan = plan tune.yaml model.weights=HALF
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, train = train tune.yaml model.weights=HALF
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, tune = tune tune.yaml model.weights=HALF
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, rehearsal = train tune.yaml model.weights=HALF --rehearse
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, evaluate = evaluate HALF books/held_out
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, generate = generate HALF
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+half a download, export = export HALF out.pth
+    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
+    hf download BlinkDL/rwkv-6-world NAME --local-dir models
+more words than there are places for = generate finch.pth tokens
+    tokens: ... leave them out; see infctx generate --help
+# Evaluate and generate.
+evaluate with swapped arguments = evaluate books/held_out run
+    books/held_out: ... run infctx evaluate run books/held_out
+a store's folder in evaluate = evaluate finch.pth books
+    books: ... name a store in it, without .bin and .idx: books/held_out or books/train
+a store that is missing = evaluate finch.pth gone/held_out
+    gone/held_out: ... make one with `infctx prepare`
+no tokens to evaluate = evaluate finch.pth books/held_out --max-tokens 0
+    argument --max-tokens: 0 is not a whole number of at least 1
+segments of words = evaluate finch.pth books/held_out --segment-tokens many
+    argument --segment-tokens: many is not a whole number of at least 1
+documents beyond the vocabulary = evaluate finch.pth beyond/train
+    beyond/train: ... prepare the documents with the model's tokenizer
+tokens below zero = generate finch.pth --tokens -5
+    argument --tokens: -5 is not a whole number of at least 1
+a temperature below zero = generate finch.pth --temperature -1
+    generate: temperature: -1.0 ... give 0 or more
+no top-p = generate finch.pth --top-p 0
+    generate: top_p: 0.0 ... give more than 0, and 1 at most
+a seed out of range = generate finch.pth --seed 18446744073709551616
+    argument --seed: 18446744073709551616 is not a whole number from 0 to 2^63 - 1
+a prompt that is not UTF-8 = generate finch.pth --prompt caf\udce9
+    --prompt: ... give it as UTF-8
+a vocabulary without a tokenizer = generate odd.pth
+    generate: ... 100 ids; take a model of 257 (bytes) or 65,536 (World)
+# Export.
+an output that exists = export finch.pth deeper.pth
+    deeper.pth: ... choose another name, or give --overwrite
+an unknown suffix = export finch.pth out.gguf
+    out.gguf: ... choose one of these suffixes
+an output without a suffix = export finch.pth out
+    out: ... choose one of these suffixes
+names that do not fit = export finch.pth hf/ --names huggingface
+    hf: ... export a file, such as hf.safetensors
+names for a state = export tuned out.pth --names fla --form pth
+    export: fla names ... give --form weights to export the weights
+a state with the weights' form = export finch-state.pth out.pth --form weights
+    finch-state.pth: ... name the model, and give this file with --state
+a state from a model = export finch.pth out.st
+    finch.pth: ... tune one with `infctx tune`
+a merged file without a state = export finch.pth out.pth --form merged
+    finch.pth: ... give a state file with --state
+a state of other sizes in export = export finch.pth out.pth --state deeper-state.pth
+    deeper-state.pth: ... use one tuned on this model
+a dtype of an st = export tuned out.st --dtype bf16
+    export: a state of form st ... leave --dtype out
+a suffix of another form = export tuned out.pth --form st
+    out.pth: ... rename it
+a folder as output = export finch.pth books
+    books: ... choose another name, or give --overwrite
+# Prepare.
+a text that is missing = prepare gone.txt --output out
+    gone.txt: ... check the path
+a pattern without files = prepare 'gone/*.txt' --output out
+    gone/*.txt: ... check it, and put it in quotes
+an empty text = prepare empty.txt --output out
+    empty.txt: ... name a file with text in it
+a text in Latin-1 = prepare latin.txt --output out
+    latin.txt: ... convert it to UTF-8
+a broken line of JSON = prepare broken.jsonl --output out
+    broken.jsonl:2: ... correct or remove the line
+JSON without text = prepare other.jsonl --output out
+    other.jsonl:1: ... give the document's text this key
+a cut gzip = prepare cut.txt.gz --output out
+    cut.txt.gz: ... copy or compress it again
+a picture = prepare image.png --output out
+    image.png: ... convert it to UTF-8 text first
+a PDF = prepare letter.pdf --output out
+    letter.pdf: ... convert it to UTF-8 text first
+a folder without texts = prepare books --output out
+    books: ... --format text takes those that are text too
+an empty folder = prepare empty --output out
+    empty: ... check the path
+standard input without a format = prepare - --output out
+    standard input has no suffix that gives its format; add --format text or --format jsonl
+a share of 0.7 = prepare texts --output out --held-out 0.7
+    --held-out: ... give 0 to 0.5 of the documents, such as 0.05
+a share of 0.4 = prepare texts --output out --held-out 0.4
+    --held-out: ... give a share such as 0.5 or 0.333
+a share of one document = prepare texts/0.txt --output out --held-out 0.1
+    --held-out: ... give more, or leave --held-out out
+no workers = prepare texts --output out --workers 0
+    argument --workers: 0 is not a whole number of at least 1
+a tokenizer that is none = prepare texts --output out --tokenizer gpt2
+    argument --tokenizer: invalid choice: 'gpt2' (choose from ... bytes
+an output folder with other files = prepare texts --output configs --overwrite
+    configs: ... choose another output folder
+an output that is there = prepare texts --output books
+    books: ... choose another output folder, or add --overwrite
+an output that is a file = prepare texts --output README.md
+    README.md: ... name a folder for the token stores
+a seed of words = prepare texts --output out --seed x
+    argument --seed: x is not a whole number from 0 to 2^63 - 1
+"""
+
+ROWS = read_table(TABLE)
