@@ -36,13 +36,13 @@ prepare: $(VENV)/installed  ## turns text into a token store: make prepare INPUT
 	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'name INPUT and OUTPUT: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
 	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
 
-train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes where it stopped
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes it
 	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml, GPUS=1
 	@$(INFCTX) tune "$$TUNE_CONFIG" $(DEVICES) $(ARGS)
 
-plan: $(VENV)/installed  ## shows the memory that a run needs: make plan CONFIG=configs/finch-3b-64k.yaml GPUS=8 ARGS="window.lanes=8 --device-gb 80"
+plan: $(VENV)/installed  ## shows the memory that a run needs: CONFIG=..., GPUS=8, ARGS="window.lanes=8 --device-gb 80"
 	@$(INFCTX) plan "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch-tiny STORE=data/python/held_out

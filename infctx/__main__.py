@@ -130,6 +130,12 @@ def _describe_train(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--rehearse", action="store_true", help="try the same settings on a small model first, in a minute"
         )
+    parser.add_argument(
+        "--device-gb",
+        type=_number,
+        metavar="GB",
+        help="to plan or rehearse for GPUs of this memory (1 GB is 1e9 bytes); default: the GPUs here",
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -151,6 +157,8 @@ def _run(options: argparse.Namespace, learn: str | None = None) -> int:
     config = load_config(options.config, options.overrides, learn)
     if options.rehearse:
         return _rehearse(config, options)
+    if options.device_gb is not None:
+        raise InputError("--device-gb: is for --rehearse and for infctx plan; leave it out")
     return _start(config, options.arguments)
 
 
@@ -182,24 +190,18 @@ def _rehearse(config: Config, options: argparse.Namespace) -> int:
 
     if is_rank():
         raise InputError("--rehearse: starts its own processes; run it by itself, without torchrun or srun")
-    rehearsal = open_rehearsal(config, options.config)
+    rehearsal = open_rehearsal(config, options.config, options.device_gb)
     print("\n".join(rehearsal.lines), flush=True)
     code = _start(load_config(rehearsal.file), [options.name, str(rehearsal.file)])
     if code == 0 and rehearsal.is_done:
-        words = [word for word in options.arguments if word != "--rehearse"]
-        print("\n".join(["", *describe_real_run(config, f"infctx {shlex.join(words)}")]))
+        command = shlex.join(["infctx", options.name, str(options.config), *options.overrides])
+        print("\n".join(["", *describe_real_run(config, command, options.device_gb)]))
     return code
 
 
 def _describe_plan(parser: argparse.ArgumentParser) -> None:
     """Show the memory and network traffic that a run needs, before it starts."""
     _describe_train(parser)
-    parser.add_argument(
-        "--device-gb",
-        type=_number,
-        metavar="GB",
-        help="memory of each GPU (1 GB is 1e9 bytes); default: that of the GPUs here",
-    )
 
 
 def _plan(options: argparse.Namespace) -> int:

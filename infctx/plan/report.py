@@ -28,6 +28,10 @@ from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
 
 
+LEAST_SEGMENT = 256
+"""Tokens; shorter segments take much longer for little memory."""
+
+
 class Report(NamedTuple):
     """The report, and whether the run fits; None if only a GPU could show that."""
 
@@ -158,14 +162,38 @@ def _remedy(own: Config, sizes: Sizes, device_type: str, memory: int) -> list[st
         f"This run does not fit: {_name(strategy_of(own))} needs {much / GB:.1f} GB of {place}, and "
         f"{FILLED:.0%} of {memory / GB:.1f} GB is {FILLED * memory / GB:.1f}."
     ]
-    for other in _choices(own, own):
+    for other in (choice for smaller in _smaller(own) for choice in (smaller, *_choices(smaller, smaller))):
         if _fits(other, sizes, device_type, memory):
             needed = _needed(other, sizes, device_type)
-            changed = other.distributed.model_dump().items() - own.distributed.model_dump().items()
-            settings = [f"  distributed.{name}={str(value).lower()}" for name, value in sorted(changed)]
             taken = f"{needed.device / GB:.1f} GB per GPU and {needed.host / GB:.1f} GB per host"
-            return [*lines, f"It would fit, in {taken}, with", *settings]
-    return [*lines, "Use fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks=true."]
+            return [*lines, f"It would fit, in {taken}, with", *_changed(own, other)]
+    return [*lines, "No smaller segments fit either; use GPUs with more memory, more of them, or a smaller model."]
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """Yields the run, then runs with the same gradient that need less and less memory."""
+    yield config
+    if not config.model.recompute_blocks:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"recompute_blocks": True})})
+        yield config
+    window = config.window
+    if config.pass_lanes > 1:
+        window = window.model_copy(update={"lanes_per_pass": 1})
+        yield config.model_copy(update={"window": window})
+    while window.segment_tokens % (32 * config.distributed.time_ranks) == 0 and window.segment_tokens > LEAST_SEGMENT:
+        window = window.model_copy(update={"segment_tokens": window.segment_tokens // 2})
+        yield config.model_copy(update={"window": window})
+
+
+def _changed(before: Config, after: Config) -> list[str]:
+    """Returns the settings that differ, as overrides."""
+    sections = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return [
+        f"  {section}.{name}={str(value).lower()}"
+        for section, settings in sections[1].items()
+        for name, value in settings.items()
+        if value != sections[0][section][name]
+    ]
 
 
 def _is_row(config: Config | None, row: Config) -> bool:

@@ -24,7 +24,7 @@ def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, devic
     """Returns the strategy of a run: the one that config.distributed names, or for "auto" the first that fits.
 
     Counts gradients as reduced after every segment if the strategy can, unless gradient_reduction is "step".
-    sizes, device_memory_bytes: None if unknown; several GPUs then use zero2
+    sizes, device_memory_bytes: None if unknown; several GPUs then use zero2, or ddp if the weights are frozen
     """
     distributed = config.distributed
     if distributed.strategy != "auto":
@@ -32,7 +32,7 @@ def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, devic
     if distributed.world_size == 1 or device_type == "cpu":
         return "ddp"
     if sizes is None or device_memory_bytes is None:
-        return "zero2"
+        return "ddp" if config.model.freezes_weights else "zero2"
     on_device = [strategy for strategy in STRATEGIES if not strategy.offload_optimizer]
     for strategy in on_device:
         if rank_memory(with_strategy(config, strategy), sizes, device_type).device <= FILLED * device_memory_bytes:
