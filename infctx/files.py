@@ -1,4 +1,4 @@
-"""Atomic files: what is written is whole or is not there."""
+"""Atomic files and folders: each is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; at the end it is flushed to disk and takes its name.
+    """Yields a temporary path next to `path` to write to; at the end it is flushed to disk and renamed to `path`.
 
-    On an exception the temporary file is removed and `path` is as it was.
+    On an exception the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path, "tmp")
@@ -29,17 +29,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # the temporary name says nothing to the user
+            error.filename = str(path)  # the temporary name means nothing to the user
         raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `path` to fill; at the end its files are flushed and it takes its name.
+    """Yields a temporary folder next to `path` to fill; at the end its files are flushed and it is renamed to `path`.
 
-    A folder that is at `path` already is replaced once the new one is complete.  On an exception the temporary folder
-    is removed and `path` is as it was.  A process that is killed cannot remove its temporary folder; the next one that
-    makes the same `path` does.
+    A folder that already exists at `path` is replaced once the new one is complete.  On an exception the temporary
+    folder is removed and `path` is unchanged.  A killed process cannot remove its temporary folder; the next process
+    that makes the same `path` does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -59,7 +59,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.rename(old, path)
             raise
         flush_to_disk(path.parent)
-    except OSError as error:  # the temporary name says nothing to the user
+    except OSError as error:  # the temporary name means nothing to the user
         error.filename = str(error.filename or path).replace(str(folder), str(path))
         raise
     finally:
@@ -69,14 +69,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new temporary folder, and the descriptor that holds its lock for as long as it is open."""
+    """Makes a temporary folder; returns it and the descriptor that holds its lock while open."""
     while True:
         folder = temporary_name(path, "tmp")
         folder.mkdir()
-        # Until it is locked, another process may take it for abandoned and remove it: then it is made again.
+        # Until it is locked, another process may think it is abandoned and remove it; then this makes a new one.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks: nothing is taken for abandoned there
+            with contextlib.suppress(OSError):  # a file system without locks, where no folder counts as abandoned
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, lock
@@ -84,14 +84,14 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what processes that were killed have left of `path`: their temporary folders, whose locks nobody holds,
-    and replaced folders that were being removed."""
+    """Removes leftovers of killed processes that were writing `path`: temporary folders whose lock nobody holds, and
+    replaced folders whose removal was interrupted."""
     name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}[.](tmp|old)")
     for folder in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name) and entry.is_dir()]:
-        # A replaced folder is all there is until the new one is in its place.
+        # Until the new folder is in place, the replaced one is the only copy.
         if folder.suffix == ".old" and (folder.with_suffix(".tmp").exists() or not path.exists()):
             continue
-        with contextlib.suppress(OSError):  # in use, or removed by another process at this moment
+        with contextlib.suppress(OSError):  # in use, or just removed by another process
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +102,7 @@ def _remove_abandoned(path: Path) -> None:
 
 @contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Puts the file's name into an OSError: that of a write does not have one."""
+    """Adds the file's name to an OSError: one from a write does not have it."""
     try:
         yield
     except OSError as error:
@@ -111,7 +111,7 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    """A hidden name beside `path` that nothing else has."""
+    """Returns an unused hidden name next to `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 

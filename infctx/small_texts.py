@@ -1,7 +1,6 @@
-"""Small texts from outside, YAML of settings and JSON beside tensors: size, depth and kinds are checked before use.
+"""Small texts from outside: YAML settings and JSON files in; plain dicts, lists, strings and numbers out.
 
-What comes out is plain dicts, lists, strings and numbers.  What is quoted from a text in a message goes through
-`quoted`.
+Size, depth and types are checked before use.  Messages quote text from outside through `quoted`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from pydantic import BaseModel, ValidationError
 from infctx.errors import InputError
 
 MOST_YAML_BYTES = 1 << 20
-"""Of a configuration; those that are shipped have some 2 kB."""
+"""Limit for a configuration; the shipped ones have about 2 kB."""
 MOST_JSON_BYTES = 1 << 26
-"""Of a manifest or an index; that of a model of 100,000 tensors has 10 MB."""
+"""Limit for a manifest or an index; an index of 100,000 tensors has 10 MB."""
 MOST_DIGITS = 40
 MOST_QUOTED = 80
 
@@ -27,16 +26,16 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def quoted(text: str, most: int = MOST_QUOTED) -> str:
-    """A text as a message can show it: control characters written out, cut where it is too long to read."""
+    """Returns a text that a message can show: control characters escaped, cut if it is too long to read."""
     letters = text[: most + 1]
     text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in letters)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The content, and for each setting the place it was read from, as messages name it.
+    """Returns the content, and for each setting the file and line that messages name.
 
-    YAML 1.1 without its traps: no octal or base-60 integers, no key twice, no aliases, merges or tags, and 1e-3 is a
+    YAML 1.1 without its traps: no octal or base-60 integers, duplicate keys, aliases, merges or tags, and 1e-3 is a
     number.  Raises InputError with source and line.
     """
     if len(text) > MOST_YAML_BYTES:
@@ -56,7 +55,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         raise InputError(f"{source}: not YAML ({problem}); name a file of settings") from None
     except RecursionError:
         raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
-    except ValueError as error:  # a date that is none
+    except ValueError as error:  # an impossible date
         raise InputError(f"{source}: {quoted(str(error))}; quote what is text") from None
     finally:
         if loader is not None:
@@ -75,9 +74,9 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
 
 
 def read_json_as(schema: type[Schema], file: Path, most_bytes: int = MOST_JSON_BYTES) -> Schema:
-    """The content of a JSON file that a schema describes; ValueError for any other, in a few words that name the place.
+    """Reads a JSON file that fits a schema; raises ValueError for any other, with a few words that name the place.
 
-    Nothing is turned into what it is not: neither "1" nor 1.0 nor true is the number 1.
+    Types are not converted: neither "1" nor 1.0 nor true is the number 1.
     """
     size = file.stat().st_size
     if size > most_bytes:
@@ -92,7 +91,7 @@ def read_json_as(schema: type[Schema], file: Path, most_bytes: int = MOST_JSON_B
 
 
 def read_json(file: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """The content of a JSON file of ours or of another program's; ValueError, in a few words, for what is none."""
+    """Reads a JSON file, ours or another program's; raises ValueError, in a few words, if it is not JSON."""
     size = file.stat().st_size
     if size > most_bytes:
         raise ValueError(f"{size:,} bytes, {most_bytes:,} at most")
@@ -100,7 +99,7 @@ def read_json(file: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads, whose every complaint is a ValueError."""
+    """Parses JSON like json.loads, but every failure is a ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -108,7 +107,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """See `read_yaml`."""
+    """YAML as `read_yaml` accepts it."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -129,7 +128,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_yaml_int(node)
 
     def construct_power_of_ten(self, node: yaml.ScalarNode) -> int | float:
-        """1e-3, 6E4, 1.5e3: a whole number where it is one."""
+        """Reads 1e-3, 6E4, 1.5e3; an int if the value is a whole number."""
         value = float(node.value)
         return int(value) if value.is_integer() and abs(value) < 1e15 else value
 
@@ -149,7 +148,7 @@ class _Loader(yaml.SafeLoader):
 _POWER_OF_TEN = "tag:infctx,2026:power-of-ten"
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor(_POWER_OF_TEN, _Loader.construct_power_of_ten)
-# YAML 1.1 wants a dot and a sign in these; everybody else reads them as numbers.
+# YAML 1.1 requires a dot and a sign in these; everyone else reads them as numbers.
 _WRITTEN = re.compile(r"[-+]?\d{1,40}(\.\d*)?[eE][-+]?\d{1,4}$")
 _Loader.yaml_implicit_resolvers = {
     first: [(_POWER_OF_TEN, _WRITTEN), *others] if first in "-+0123456789" else others

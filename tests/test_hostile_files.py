@@ -1,4 +1,4 @@
-"""Every reader of files, on bytes that no program wrote: a result or one line, soon, and in little memory."""
+"""Every reader of files on damaged bytes: a result or a one-line error, quickly, and in little memory."""
 
 import gzip
 import json
@@ -36,12 +36,12 @@ from runs import plain_engine
 OLDER = FIXTURES / "runs-of-0.1.0"
 STEP = "step-000004"
 EXAMPLES = 120
-MOST_SECONDS = 3  # of the processor, for a reader that takes milliseconds
-MOST_GROWTH = 300 << 20  # bytes of the process, over all examples of a reader
+MOST_SECONDS = 3  # of CPU time, for a reader that needs milliseconds
+MOST_GROWTH = 300 << 20  # bytes of this process, over all examples of a reader
 
 
 class Case(NamedTuple):
-    """A file in a folder, and what reads it; structured: how its text is parsed, to exchange single values."""
+    """A file in a folder and its reader; structured: the parser of its text, to replace single values."""
 
     name: str
     file: str
@@ -94,7 +94,8 @@ def read_log(file):
 
 
 def read_texts(file):
-    return ["".join(document.pieces) for document in read_documents(find_sources([str(file)])[0])]
+    sources, _ = find_sources([str(file)])
+    return ["".join(document.pieces) for document in read_documents(sources)]
 
 
 CASES = [
@@ -152,10 +153,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_whatever_is_in_a_file_the_answer_is_one_line(folder, case):
+def test_any_content_gives_a_result_or_a_one_line_error(folder, case):
     file = folder / case.file
     whole = file.read_bytes()
-    case.read(file)  # as it is
+    case.read(file)  # undamaged
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
@@ -168,7 +169,7 @@ def test_whatever_is_in_a_file_the_answer_is_one_line(folder, case):
     @given(content=damaged(whole, case.structured))
     def check(content):
         file.write_bytes(content)
-        pth_check._find_problem.cache_clear()  # a file is not always changed within one tick of its clock
+        pth_check._find_problem.cache_clear()  # its key, the file's time, may not change between examples
         start = time.process_time()
         try:
             case.read(file)
@@ -194,7 +195,7 @@ WHOLE_CONTENTS = [b"", b"\0" * 100, b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"
 
 
 def damaged(whole, structured):
-    """Contents that a file may have instead: other bytes, or of a text, other values in the same structure."""
+    """Returns a strategy for damaged content: changed bytes or, in structured text, replaced values."""
     other = strategies.sampled_from(WHOLE_CONTENTS)
     changed = strategies.lists(byte_change(len(whole)), min_size=1, max_size=3).map(lambda do: apply(whole, do))
     if structured is None:
@@ -212,7 +213,7 @@ def damaged(whole, structured):
 
 
 def byte_change(length):
-    """What is done, where, and with what."""
+    """Returns a strategy for (change, place, bytes)."""
     anywhere = strategies.integers(0, length - 1)
     near = strategies.integers(0, min(length, 3000) - 1)
     place = strategies.one_of(near, near.map(lambda offset: length - 1 - offset), anywhere)
@@ -247,7 +248,7 @@ def places_in(content, path=()):
 
 
 def exchange(content, path, value, name):
-    """A copy with another value at a place; name: the value for a key, as far as it can be one."""
+    """Returns a copy with another value at a place; name: replaces the key there instead, if the place has one."""
     if not path:
         return value
     key, *rest = path

@@ -1,1 +1,1 @@
-"""Models and states as files, ours and others': reading, writing, names, what people name as a model, export."""
+"""Model and state files, ours and others': reading, writing, tensor names, finding a model by its path, export."""

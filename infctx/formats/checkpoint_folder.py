@@ -1,9 +1,9 @@
-"""A checkpoint on disk: what its folder holds, whether that is whole, and which of a run's checkpoints is the newest.
+"""A checkpoint on disk: the files in its folder, whether they are complete, and which of a run's checkpoints is newest.
 
-A checkpoint is a folder `step-000123`, written under a temporary name and renamed when it is whole:
+A checkpoint is a folder `step-000123`, written under a temporary name and renamed once it is complete:
 
-    model.safetensors      weights under their official names; of a run that tunes a state, in its place:
-    state.safetensors      the initial state alone (the weights stay in the file that model.weights names)
+    model.safetensors      weights under their official names; a run that tunes a state has instead
+    state.safetensors      only the initial state (the weights stay in the file that model.weights names)
     optimizer.safetensors  moments and step counts of the optimizer, as <parameter>/<name>
     carry.safetensors      the carried state of all lanes, the units of a tuned state, the random generators
     progress.json          step, position in the documents, tokens seen
@@ -11,7 +11,7 @@ A checkpoint is a folder `step-000123`, written under a temporary name and renam
     manifest.json          size and SHA-256 of each file above
 
 Many ranks write their tensors in shares, NAME-00001-of-00004.safetensors and so on, the weights with Hugging Face's
-index.  It is the same checkpoint: a run on any number of ranks, with any strategy, goes on from it.
+index.  It is the same checkpoint: a run on any number of ranks, with any strategy, resumes from it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CHECKPOINT_WEIGHTS = "model.safetensors"
 INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
 """Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
 STATE_FILE = "state.safetensors"
-"""The name of a state of form infctx in the folder of a run or a checkpoint."""
+"""The file of a state, in form infctx, in the folder of a run or a checkpoint."""
 MANIFEST, PROGRESS, SETTINGS = "manifest.json", "progress.json", "config.yaml"
 LOCK = ".lock"
-"""A file that every run's folder has: the run that holds its lock is the one that trains there."""
+"""A file in every run's folder: the run that holds its lock trains there."""
 TUNED_OVER = "weights"
-"""Key of the metadata of a tuned state: fingerprint of the weights that it was tuned over."""
+"""Key in a tuned state's metadata: the fingerprint of the weights that it was tuned over."""
 
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -57,34 +57,34 @@ class Manifest(RootModel):
 
 
 class WeightIndex(BaseModel):
-    """model.safetensors.index.json, ours and Hugging Face's: what else it has is not looked at."""
+    """model.safetensors.index.json, ours and Hugging Face's; its other keys are ignored."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^\p{C}]+$", max_length=255)]]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after a step lies, of a run whose checkpoints are in `folder`."""
+    """Returns the path of the checkpoint after a step, for a run whose checkpoints are in `folder`."""
     return folder / f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first, whole or not."""
+    """Returns all checkpoints of a run, oldest first, complete or not."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(folder: Path, hashes: bool = True) -> Path | None:
-    """The newest whole checkpoint, None if there is none at all.
+    """Returns the newest complete checkpoint, None if there are no checkpoints at all.
 
-    hashes: reads every file of it for its hash; else only their sizes tell whether it is whole.
-    A torn one is passed over with one line in the log; if every one is torn, InputError says so, so that no run
-    starts anew over the remains of another.
+    hashes: reads every file to check its hash; otherwise only sizes are checked
+    A torn checkpoint is skipped with one line in the log.  If every one is torn, this raises InputError, so that no run
+    starts over on top of another's remains.
     """
     torn: list[str] = []
     for path in reversed(checkpoints(folder)):
         problem = find_damage(path, hashes)
         if problem is None:
-            for damaged in torn if hashes else ():  # once a start
+            for damaged in torn if hashes else ():  # once per start
                 log.warning("checkpoint %s; using the one before", damaged)
             return path
         torn.append(f"{path} is torn ({problem})")
@@ -94,7 +94,7 @@ def newest_checkpoint(folder: Path, hashes: bool = True) -> Path | None:
 
 
 def find_damage(path: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words; None if all that belongs to it is as it was written."""
+    """Describes the damage to a checkpoint folder in a few words; returns None if every file is as it was written."""
     if not (path / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
     try:
@@ -113,7 +113,7 @@ def find_damage(path: Path, hashes: bool = True) -> str | None:
 
 
 def _find_gap(path: Path, names: Collection[str]) -> str | None:
-    """What a manifest of these names lacks."""
+    """Describes the first thing missing from a manifest of these names, None if nothing is."""
     if not {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE} & set(names):
         return f"{MANIFEST} lists no model and no state"
     for stem in ("optimizer", "carry"):
@@ -137,12 +137,12 @@ def _find_gap(path: Path, names: Collection[str]) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """File name -> size and SHA-256 of all that belongs to a checkpoint; ValueError for what is no manifest."""
+    """Returns file name -> size and SHA-256 of a checkpoint's files; raises ValueError if it is not a manifest."""
     return read_json_as(Manifest, path / MANIFEST).root
 
 
 def listed_files(path: Path) -> set[str] | None:
-    """The names of all that belongs to a checkpoint; None for a folder that is none."""
+    """Returns the names of a checkpoint's files; None if the folder is not a checkpoint."""
     try:
         return set(read_manifest(path)) if (path / MANIFEST).is_file() else None
     except ValueError as error:
@@ -150,7 +150,7 @@ def listed_files(path: Path) -> set[str] | None:
 
 
 def tensor_files(path: Path, stem: str) -> list[Path]:
-    """The files of a checkpoint's "optimizer" or "carry", in the order of the ranks that wrote them."""
+    """Returns the files of a checkpoint's "optimizer" or "carry", in the order of the ranks that wrote them."""
     return [path / name for name in _shares(stem, listed_files(path) or ())]
 
 
@@ -159,12 +159,12 @@ def _shares(stem: str, names: Collection[str]) -> list[str]:
 
 
 def write_manifest(folder: Path, entries: dict[str, tuple[int, str]]) -> None:
-    """entries: what `size_and_hash` says of each file."""
+    """Writes the manifest; entries: file name -> its `size_and_hash`."""
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def size_and_hash(file: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256; reads all of the file."""
+    """Returns size in bytes and SHA-256; reads the whole file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -173,14 +173,14 @@ def size_and_hash(file: Path) -> tuple[int, str]:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a checkpoint has the weights themselves, in one file or in many."""
+    """Returns whether a checkpoint has the weights themselves, in one file or several."""
     listed = listed_files(folder)
     names = [name for name in (CHECKPOINT_WEIGHTS, INDEX) if listed is None or name in listed]
     return any((folder / name).is_file() for name in names)
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was saved with, as section -> setting -> value."""
+    """Returns the settings that a checkpoint was saved with, as section -> setting -> value."""
     content, _ = read_yaml((path / SETTINGS).read_text(encoding="utf-8", errors="replace"), str(path / SETTINGS))
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{path / SETTINGS}: holds no settings of a run; copy the checkpoint again")
@@ -188,6 +188,6 @@ def saved_settings(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run left half written or half removed; for the run that owns the folder."""
+    """Removes a killed run's half-written and half-removed checkpoints; only the folder's run may call it."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)

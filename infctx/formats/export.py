@@ -1,4 +1,4 @@
-"""Export: a model or a tuned state in, the file or folder that another program loads out; weights tensor by tensor."""
+"""Export: a model or a tuned state in; a file or folder for other programs out, written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def export(
     state: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes the weights or the state of a run, a checkpoint or a file; returns one line for people about what it did.
+    """Writes the weights or the state of a run, a checkpoint or a file; returns one line that describes the output.
 
     output: a file.  With names other than the official ones, an output that ends in / or has no suffix is a folder in
             Hugging Face's layout, see `write_hub_folder`.
-    form:   "weights", or a form of `infctx.save_state` (pth, st, merged, infctx).  None: a state if `source` is one or
-            tuned one, in the form that goes with the suffix of `output`; else weights.
-    names:  of the tensors of weights: "official", "huggingface" or "fla"
+    form:   "weights", or a form of `infctx.save_state` (pth, st, merged, infctx).  None: a state if `source` is
+            one or tuned one, in the form of the suffix of `output`; otherwise weights.
+    names:  naming of the weights' tensors: "official", "huggingface" or "fla"
     dtype:  of the weights (None: bf16, as in the published files), or of a state of form pth (None: fp32)
-    state:  a state file to merge with the weights, in place of the state that goes with `source`
+    state:  a state file to merge with the weights, instead of the state of `source`
     """
     refuse_stopped_download(source)
     as_folder = names != "official" and _is_folder(output)
@@ -55,7 +55,7 @@ def export(
     if form == "merged":
         return _export_merged(source, output, EXPORT_DTYPES[dtype or "bf16"], state)
     found = find_state(source)
-    if found is None:  # it may lie among the weights
+    if found is None:  # it may be among the weights
         found = find_model(source).weights
         found_state = state_among(open_weights(found))
         if found_state is None:
@@ -72,7 +72,7 @@ def _is_folder(output: str | Path) -> bool:
 
 
 def _form(source: Path, output: Path, names: str, state: Path | None) -> str:
-    """The form that is meant where none is given."""
+    """Returns the form to write if none is given."""
     if state is not None:
         return "merged"
     is_state = output.suffix in SUFFIXES["st"] or (names == "official" and find_state(source) is not None)
@@ -84,7 +84,7 @@ def _form(source: Path, output: Path, names: str, state: Path | None) -> str:
 def _refuse(
     source: Path, output: Path, form: str, names: str, dtype: str | None, state: Path | None, overwrite: bool
 ) -> None:
-    """Raises InputError for what does not go together, before anything is read."""
+    """Raises InputError for options that do not go together, before anything is read."""
     alone = source.is_file() and is_state_file(source)
     if output.exists() and not overwrite:
         raise InputError(f"{output}: exists; choose another name, or give --overwrite")
@@ -116,7 +116,7 @@ def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str, 
     more = "; its initial state is left out" if leaves_out else ""
     if as_folder:
         more += f"; {_still_missing(stored.sizes, names)}"
-    if names == "fla":  # its configuration has one eps for all norms, and the official code 64e-5 for the heads'
+    if names == "fla":  # its configuration has one eps for all norms; the official code has 64e-5 for the heads' norm
         more += "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn"
     return (
         f"{output}: {describe(stored.sizes)}, {num_tensors} tensors in {_name(dtype)} under {names} "
@@ -125,7 +125,7 @@ def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str, 
 
 
 def _still_missing(sizes: Sizes, names: str) -> str:
-    """What a folder needs besides weights and configuration, and where it is; it is others' to give away."""
+    """Describes the files that a folder still needs and their source; they are not ours to distribute."""
     wanted = ["the model's .py files"] if names == "huggingface" else []
     if sizes.vocab_size == 65536:
         wanted.append("the tokenizer")
@@ -146,7 +146,7 @@ def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path |
 
 
 def _tuned_state(path: Path, stored: StoredWeights, weights: Path) -> State:
-    """What `open_model` starts documents from, with the same refusal and the same warning."""
+    """Reads the state that `open_model` would start documents from, with the same refusal and warning."""
     state = read_state(path)
     refuse_other_sizes(state, stored.sizes, path)
     if tuned_over_others(path, stored):

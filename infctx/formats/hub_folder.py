@@ -1,6 +1,6 @@
-"""A model as Hugging Face's libraries lay one out: weights in, a folder with model.safetensors and config.json out.
+"""A model in Hugging Face's layout: weights in, a folder with model.safetensors and config.json out.
 
-`infctx.load_model` and --names of `infctx export` read it back, every value as it was written.
+`infctx.load_model` and `infctx export` read it back with every value unchanged.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from infctx.model.sizes import Sizes
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 CODE = {5: "RWKV/rwkv-5-world-1b5", 6: "RWKV/v6-Finch-1B6-HF"}
-"""Version -> a repository on the hub with the Python code of the model and with the World tokenizer."""
+"""Version -> a repository on the hub with the model's Python code and the World tokenizer."""
 
 
 def write_hub_folder(stored: StoredWeights, path: Path, dtype: torch.dtype, names: str) -> int:
-    """Writes the folder, whole or not at all, without an initial state; returns the number of tensors.
+    """Writes the folder completely or not at all, without an initial state; returns the number of tensors.
 
     names: "huggingface", for the remote code of Rwkv5ForCausalLM and Rwkv6ForCausalLM, or "fla"
-    A folder that is there is replaced if it holds nothing but what this function writes.  Raises InputError where it
-    holds more, where the sizes are not among those that the other code can have, and all that `copy_weights` raises.
+    An existing folder is replaced if it holds only files that this function writes.  Raises InputError if it holds
+    others, if the other code cannot have these sizes, and for everything that `copy_weights` refuses.
     """
     path = path.resolve() if path.is_symlink() else path
     _refuse_other_files(path)
@@ -35,14 +35,14 @@ def write_hub_folder(stored: StoredWeights, path: Path, dtype: torch.dtype, name
     with atomic_folder(path) as temporary:
         try:
             num_tensors = copy_weights(stored, temporary / WEIGHTS, dtype, names, state={})
-        except InputError as error:  # the temporary name says nothing to the user
+        except InputError as error:  # the temporary name means nothing to the user
             raise InputError(str(error).replace(str(temporary), str(path))) from None
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return num_tensors
 
 
 def hub_config(sizes: Sizes, names: str, dtype: torch.dtype, path: Path) -> dict[str, Any]:
-    """The content of config.json; path: where it goes, for messages."""
+    """Returns the content of config.json; path: its folder, for messages."""
     shared = {
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.width,
@@ -58,7 +58,7 @@ def hub_config(sizes: Sizes, names: str, dtype: torch.dtype, path: Path) -> dict
 
 
 def _huggingface_config(sizes: Sizes, path: Path) -> dict[str, Any]:
-    """The fields of the configuration_rwkv5.py and configuration_rwkv6.py that lie in the repositories of CODE."""
+    """Returns the fields of configuration_rwkv5.py or configuration_rwkv6.py in the repositories of CODE."""
     _refuse_other_sizes(sizes, path)
     name = f"rwkv{sizes.version}"
     return {
@@ -77,7 +77,7 @@ def _huggingface_config(sizes: Sizes, path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_sizes(sizes: Sizes, path: Path) -> None:
-    """That code works these sizes out from the width, whatever the configuration says."""
+    """Raises InputError for sizes that Hugging Face's code would derive differently from the width."""
     derived = {"ffn_width": int(3.5 * sizes.width) // 32 * 32}
     if sizes.version == 6:
         derived |= {"mix_rank": 64, "decay_rank": 128} if sizes.width == 4096 else {"mix_rank": 32, "decay_rank": 64}
@@ -90,7 +90,7 @@ def _refuse_other_sizes(sizes: Sizes, path: Path) -> None:
 
 
 def _fla_config(sizes: Sizes) -> dict[str, Any]:
-    """The fields of fla's RWKV6Config; where Eagle is refused, by its names, nothing of this is written."""
+    """Returns the fields of fla's RWKV6Config; Eagle, which fla does not have, is refused before they are written."""
     return {
         "architectures": ["RWKV6ForCausalLM"],
         "model_type": "rwkv6",
@@ -115,4 +115,4 @@ def _refuse_other_files(path: Path) -> None:
         raise InputError(f"{path}: is a file; choose another name for the folder")
     others = sorted(file.name for file in path.iterdir() if file.name not in (WEIGHTS, CONFIG))
     if others:
-        raise InputError(f"{path}: also holds {others[0]}, and nothing of that is removed; choose another folder")
+        raise InputError(f"{path}: also holds {others[0]}, which is not part of an export; choose another folder")

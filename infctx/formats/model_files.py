@@ -1,4 +1,4 @@
-"""What people name as a model: a weights file, a checkpoint, the folder of a run, trained or tuned; a model out."""
+"""Finds and opens a model: a weights file, a checkpoint or the folder of a run in; its files, or the model, out."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from infctx.model.rwkv import RWKV, Compute
 from infctx.small_texts import quoted
 
 RUN_WEIGHTS = "model.pth"
-"""The weights that a run leaves in its folder at its end."""
+"""The weights that a finished run leaves in its folder."""
 
 log = logging.getLogger(__name__)
 
 
 MOST_PATH = 4096
-"""Bytes of a path on Linux."""
+"""Bytes of the longest path on Linux."""
 
 
 class ModelFiles(NamedTuple):
-    """Weights, as `infctx.load_model` takes them, and the state tuned over them if there is one."""
+    """Weights for `infctx.load_model`, and the state tuned over them, if any."""
 
     weights: Path
     state: Path | None
@@ -49,9 +49,9 @@ def open_model(
     compute: Compute = Compute(),  # noqa: B008  (frozen)
     same_weights: bool = False,
 ) -> RWKV:
-    """The model that `path` names, starting documents from `state` if that is given, else from what goes with it.
+    """Opens the model at `path`; documents start from `state` if it is given, otherwise from the model's own state.
 
-    same_weights: raises InputError if the state was tuned over other weights, instead of saying so in the log.
+    same_weights: raises InputError if the state was tuned over other weights, instead of a warning in the log
     """
     files = path if isinstance(path, ModelFiles) else find_model(path)
     model = read_model(open_weights(files.weights), dtype, device, compute)
@@ -67,16 +67,17 @@ def open_model(
 
 
 def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
-    """Whether a state's file, or that of a checkpoint or run, says that it was tuned over other weights than these."""
+    """Returns whether a state, by the metadata of its file, checkpoint or run, was tuned over other weights."""
     tuned_over = read_metadata(state / STATE_FILE if state.is_dir() else state).get(TUNED_OVER)
     return tuned_over is not None and not has_fingerprint(weights, tuned_over)
 
 
 def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> ModelFiles:
-    """The files of a model; of a run the newest whole checkpoint, else its model.pth.  Raises InputError for neither.
+    """Returns the files of a model; for a run, its newest complete checkpoint, or model.pth if it has none.
 
-    hashes: reads all of that checkpoint to see whether it is whole, see `newest_checkpoint`.
-    seen: checkpoints of states that led here, each tuned over the weights of the next
+    hashes: reads all of that checkpoint to check that it is complete, see `newest_checkpoint`
+    seen: state checkpoints that led here, each tuned over the weights of the next
+    Raises InputError if there is no model.
     """
     if not path.is_dir():
         refuse_stopped_download(path)
@@ -88,7 +89,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
         return ModelFiles(path, None)
     if holds_weights(path):
         return ModelFiles(path, None)
-    if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has the first alone
+    if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has only the first
         named = saved_settings(path).get("model", {}).get("weights")
         if not isinstance(named, str) or not named:
             raise InputError(f"{path}: holds a state, and its settings do not say over which weights; copy it again")
@@ -104,7 +105,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
     newest = newest_checkpoint(path / "checkpoints", hashes) or newest_checkpoint(path, hashes)
     if newest is not None:
         return find_model(newest, hashes, seen)
-    if (path / RUN_WEIGHTS).is_file():  # of a run whose checkpoints were removed
+    if (path / RUN_WEIGHTS).is_file():  # the checkpoints of this run were removed
         return ModelFiles(path / RUN_WEIGHTS, None)
     if any(path.glob("*.index.json")) or (path / "pytorch_model.bin").is_file():
         return ModelFiles(path, None)
@@ -112,7 +113,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
 
 
 def find_state(path: Path) -> Path | None:
-    """The state file that `path` is, or that a tuned run or checkpoint holds; its weights need not be there."""
+    """Returns the state file at `path`, or that of a tuned run or checkpoint; its weights need not exist."""
     if path.is_file():
         return path if is_state_file(path) else None
     if not path.is_dir() or holds_weights(path):

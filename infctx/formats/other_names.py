@@ -1,7 +1,7 @@
 """Weights under other programs' names in, under the official names out, and back; no value changes.
 
-Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors; flash-linear-attention
-(`RWKV6ForCausalLM`, no Eagle) also stacks and transposes some, and has the low-rank products in an order of its own.
+Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors.  flash-linear-attention
+(`RWKV6ForCausalLM`, no Eagle) also stacks and transposes some, and orders the low-rank products differently.
 """
 
 from __future__ import annotations
@@ -20,49 +20,51 @@ from infctx.errors import InputError
 from infctx.formats.stored_names import block_names
 
 NAMINGS = ("official", "huggingface", "fla")
-"""Whose names the tensors of a file can have."""
+"""The naming schemes that the tensors of a file can have."""
 
 
 def naming_of(names: Iterable[str]) -> str:
-    """Which of NAMINGS these names are; "official" if they are neither of the others."""
+    """Returns which of NAMINGS these names belong to; "official" if neither of the others fits."""
     names = set(names)
-    for naming, telling in (("huggingface", r"rwkv\."), ("fla", r"model\.(embeddings|layers\.[0-9]+\.attn)\.")):
-        if "emb.weight" not in names and any(re.match(telling, name) for name in names):
+    for naming, pattern in (("huggingface", r"rwkv\."), ("fla", r"model\.(embeddings|layers\.[0-9]+\.attn)\.")):
+        if "emb.weight" not in names and any(re.match(pattern, name) for name in names):
             return naming
     return "official"
 
 
 def to_official(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Official name -> tensor, in the official order, from any naming; official tensors come back as they are.
+    """Returns official name -> tensor, in the official order, from any naming; official tensors are returned unchanged.
 
-    path: where they come from, for messages.  Raises InputError with a tensor's own name where it does not belong,
-    is missing, or has a shape that cannot be converted; other odd shapes are left to the reader of the official names.
+    path: the file they come from, for messages
+    Raises InputError naming a tensor that does not belong, is missing or has a shape that cannot be converted; other
+    odd shapes are left to the reader of the official names.
     """
-    return {name: way(tensors) for name, way in ways_to_official(tensors, path).items()}
+    return {name: convert(tensors) for name, convert in conversions_to_official(tensors, path).items()}
 
 
 def from_official(tensors: Mapping[str, Tensor], naming: str, path: str | Path) -> dict[str, Tensor]:
-    """Their name -> contiguous tensor, in the order of their module's state_dict(), from a model's official tensors.
+    """Returns their name -> contiguous tensor, in the order of their module's state_dict(), from official tensors.
 
-    path: where they go, for messages.  Raises InputError where tensors do not make a whole model, and for what has
-    no place under these names: a learned initial state, and Eagle under those of fla.
+    path: the file they go to, for messages
+    Raises InputError if the tensors are not a complete model, and for models that these names do not cover: with a
+    learned initial state, and Eagle for fla.
     """
-    return {name: way(tensors) for name, way in ways_from_official(tensors, naming, path).items()}
+    return {name: convert(tensors) for name, convert in conversions_from_official(tensors, naming, path).items()}
 
 
-Way = Callable[[Mapping[str, Tensor]], Tensor]
-"""How one tensor is made of some that it looks up; they may be on the device meta, to learn a shape."""
+Conversion = Callable[[Mapping[str, Tensor]], Tensor]
+"""Makes one tensor from those that it looks up; on the meta device it gives the shape alone."""
 
 
-def ways_to_official(names: Collection[str], path: str | Path) -> dict[str, Way]:
-    """Official name -> the way of `to_official` to its tensor; raises for the names, and the way for a shape."""
+def conversions_to_official(names: Collection[str], path: str | Path) -> dict[str, Conversion]:
+    """Returns official name -> its conversion in `to_official`; raises for bad names, a conversion for bad shapes."""
     naming = naming_of(names)
     if naming == "official":
         return {name: itemgetter(name) for name in names}
     version = 6 if naming == "fla" else _version(names)
     layers = _layers(names, naming)
     _check_names(names, naming, version, layers, path)
-    found: dict[str, Way] = {}
+    found: dict[str, Conversion] = {}
     for row in _rows(naming, version, layers):
         name, official, layout = row
         for number, part_name in enumerate(official):
@@ -70,8 +72,8 @@ def ways_to_official(names: Collection[str], path: str | Path) -> dict[str, Way]
     return {name: found[name] for name, _, _ in _rows("official", version, layers)}
 
 
-def ways_from_official(names: Collection[str], naming: str, path: str | Path) -> dict[str, Way]:
-    """Their name -> the way of `from_official` to its tensor; raises all that it raises."""
+def conversions_from_official(names: Collection[str], naming: str, path: str | Path) -> dict[str, Conversion]:
+    """Returns their name -> its conversion in `from_official`; raises like that function."""
     if naming == "official":
         return {name: itemgetter(name) for name in names}
     for name in names:
@@ -88,16 +90,16 @@ def ways_from_official(names: Collection[str], naming: str, path: str | Path) ->
 
 
 def _part(row: _Row, number: int, path: str | Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The official tensor that lies at place `number` in one of theirs."""
+    """Returns the official tensor at place `number` in one of theirs."""
     name, official, layout = row
     tensor = tensors[name]
     _check_shape(name, tensor, layout, path)
     part = layout.to_official(tensor).chunk(len(official))[number]
-    return part.clone(memory_format=torch.contiguous_format)  # a view would keep, and store, all of the tensor
+    return part.clone(memory_format=torch.contiguous_format)  # a view would keep, and store, the whole tensor
 
 
 def _whole(row: _Row, tensors: Mapping[str, Tensor]) -> Tensor:
-    """One of their tensors, of the official ones that lie in it."""
+    """Returns one of their tensors, made of the official ones in it."""
     _, official, layout = row
     parts = [tensors[name] for name in official]
     return layout.to_theirs(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
@@ -108,14 +110,14 @@ def _version(names: Iterable[str]) -> int:
 
 
 def _layers(names: Iterable[str], naming: str) -> list[str]:
-    """The layers of these names, in order; as digits, of which a name can have more than Python makes a number of."""
+    """Returns the layers of these names, in order; as digits, since a name can have too many for int()."""
     layer = re.compile(re.escape(_MODULES[naming][1]) + r"\.(0|[1-9][0-9]*)\.")
     found = {match[1] for name in names if (match := layer.match(name))}
     return sorted(found, key=lambda digits: (len(digits), digits))
 
 
 def _rows(naming: str, version: int, layers: list[str]) -> Iterator[_Row]:
-    """Every tensor of a model, in the order of its module's state_dict()."""
+    """Yields every tensor of a model, in the order of its module's state_dict()."""
     embedding, blocks, norm, head = _MODULES[naming]
     yield f"{embedding}.weight", ("emb.weight",), _SAME
     for layer in layers:
@@ -128,7 +130,7 @@ def _rows(naming: str, version: int, layers: list[str]) -> Iterator[_Row]:
 
 
 def _check_names(names: Collection[str], naming: str, version: int, layers: list[str], path: str | Path) -> None:
-    """Every name is expected, and every expected one is there; a hostile file expects more than is kept here."""
+    """Raises InputError for an unknown or missing name.  A hostile file can imply too many names to keep them all."""
     known = {name for name, _, _ in _rows(naming, version, layers) if name in names}
     kind = f"RWKV-{version} under the {naming} names"
     for name in names:
@@ -151,7 +153,7 @@ def _check_shape(name: str, tensor: Tensor, layout: _Layout, path: str | Path) -
 
 
 class _Layout(NamedTuple):
-    """How one of their tensors lies: its shape, and the way there and back."""
+    """The layout of one of their tensors: its shape, and the conversions there and back."""
 
     shape: str
     to_theirs: Callable[[Tensor], Tensor]
@@ -159,9 +161,9 @@ class _Layout(NamedTuple):
 
 
 _Row = tuple[str, tuple[str, ...], _Layout]
-"""The name of one of their tensors, the official names of what is stacked in it, mostly one, and its layout."""
+"""The name of one of their tensors, the official names of the tensors stacked in it, mostly one, and its layout."""
 
-# The five low-rank products lie in the order w, k, v, r, g; with flash-linear-attention r comes first.
+# The official order of the five low-rank products is w, k, v, r, g; in flash-linear-attention r comes first.
 _THERE, _BACK = [3, 0, 1, 2, 4], [1, 2, 3, 0, 4]
 
 _SAME = _Layout("", lambda x: x, lambda x: x)
@@ -181,7 +183,7 @@ _UP = _Layout(
 
 
 def _layer(*modules: tuple[str, str, _Layout]) -> list[_Row]:
-    """The tensors of one layer: a norm has a weight and a bias, a matrix a weight, and time_... is a tensor itself."""
+    """Returns a layer's tensors: a norm has a weight and a bias, a matrix a weight, and time_... is itself a tensor."""
     rows = []
     for theirs, official, layout in modules:
         ends = ("",) if "time_" in official else (".weight", ".bias") if "ln" in official else (".weight",)
@@ -194,7 +196,7 @@ def _official(version: int) -> list[_Row]:
 
 
 def _renamed(names: str, words: Mapping[str, str]) -> list[_Row]:
-    """The tensors of one layer that are ours but for words in their names; official names, in the order of theirs."""
+    """Returns a layer's tensors that differ only by words in their names; names: official, in the others' order."""
     return _layer(
         *((".".join(words.get(word, word) for word in name.split(".")), name, _SAME) for name in names.split())
     )

@@ -1,7 +1,7 @@
-"""A .pth from outside, looked at before torch opens it: nothing comes out but InputError for what torch chokes on.
+"""Checks a .pth from outside before torch opens it: the path in, InputError for a file that torch would choke on.
 
-torch runs no code of a file (weights_only), but its loader can be kept busy for ever by a few bytes, and takes memory
-for what a file claims to hold.  Here the container and the opcodes of the pickle are read, and nothing is built.
+torch runs no code from a file (weights_only), but a few bytes can keep its loader busy forever, and it allocates
+whatever a file claims to hold.  This check reads the container and the pickle's opcodes and builds nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from infctx.errors import InputError
 from infctx.small_texts import quoted
 
 MOST_PICKLE_BYTES = 1 << 23
-"""Of what lists the tensors; that of a model of 61 layers has 240 kB."""
+"""Limit for the list of tensors; a model of 61 layers has 240 kB."""
 MOST_IN_TUPLE = 64
-"""Values in a tuple and all tuples inside; a tensor's arguments are some fifteen."""
+"""Values in a tuple, including the tuples in it; a tensor's arguments are about fifteen."""
 LARGEST_INTEGER = 1 << 63
 ZIP_MAGIC = b"PK\x03\x04"
 TOO_MUCH = "its pickle holds {}, which no file of weights needs; save the weights alone, as a dict of tensors"
 
 
 def refuse_odd_pth(path: Path) -> None:
-    """Raises InputError for a file that is no .pth at all, is cut short, or asks for more than weights need."""
+    """Raises InputError for a file that is not a .pth, is cut short, or claims more than weights need."""
     status = path.stat()
     problem = _find_problem(path, status.st_size, status.st_mtime_ns)
     if problem is not None:
@@ -36,12 +36,12 @@ def refuse_odd_pth(path: Path) -> None:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as a zip, the container of torch since 1.6, be it cut short."""
+    """Returns whether a file begins like a zip, torch's container since 1.6, even if it is cut short."""
     with path.open("rb") as file:
         return ZIP_MAGIC.startswith(file.read(4))
 
 
-@lru_cache(maxsize=64)  # a file is opened again for every few tensors of it
+@lru_cache(maxsize=64)  # a file is opened again for every few tensors
 def _find_problem(path: Path, num_bytes: int, _changed: int) -> str | None:
     if is_zip(path):
         return _zip_problem(path, num_bytes)
@@ -52,7 +52,7 @@ def _find_problem(path: Path, num_bytes: int, _changed: int) -> str | None:
         return f'not a .pth of weights: it begins with the text "{quoted(text, 40)}"; name a weights file'
     if head.getvalue()[:1] != b"\x80":  # PROTO, which every pickle of torch begins with
         return "not a whole .pth or .safetensors file; copy it again, or name a weights file"
-    for _ in range(5):  # magic number, version, system, the tensors, the keys of the storages; then come the values
+    for _ in range(5):  # magic number, version, system, tensors, storage keys; then come the values
         problem = _pickle_problem(head)
         if problem is not None or head.tell() == num_bytes:
             return problem
@@ -60,7 +60,7 @@ def _find_problem(path: Path, num_bytes: int, _changed: int) -> str | None:
 
 
 def _text_at(head: bytes) -> str | None:
-    """The first line, where the first bytes are text."""
+    """Returns the first line if the first bytes are text."""
     try:
         text = head.decode("utf-8", "strict" if len(head) < 60 else "ignore").strip()
     except UnicodeDecodeError:
@@ -76,31 +76,31 @@ def _zip_problem(path: Path, num_bytes: int) -> str | None:
             pickles = [entry for entry in entries if entry.filename.lower().split("/")[-1] == "data.pkl"]
             if len(pickles) != 1:
                 return f"not a whole .pth file ({len(pickles) or 'no'} data.pkl in it); copy it again"
-            for entry in entries:  # torch packs nothing, so that it can be mapped
+            for entry in entries:  # torch compresses nothing, so that files can be mapped
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > num_bytes:
                     return f"not a .pth that torch wrote: {quoted(entry.filename)} in it is compressed; copy it again"
             if pickles[0].file_size > MOST_PICKLE_BYTES:
                 return f"{TOO_MUCH.format(f'{pickles[0].file_size:,} bytes')}"
             content = archive.read(pickles[0])
-    except Exception:  # on damaged bytes zipfile raises nearly anything
+    except Exception:  # zipfile raises nearly anything on damaged bytes
         return "not a whole .pth file (its end or its list of parts is damaged); copy it again"
     return _pickle_problem(io.BytesIO(content))
 
 
 def _pickle_problem(stream: io.BytesIO) -> str | None:
-    """What is wrong with the pickle that begins here, in a few words; leaves the stream at its end."""
+    """Describes the problem of the pickle that begins here, None for none; leaves the stream at its end."""
     try:
         return next(filter(None, _excesses(stream)), None)
-    except Exception:  # pickletools: a cut argument, an unknown opcode, a stack that is empty
+    except Exception:  # from pickletools: a cut argument, an unknown opcode, an empty stack
         if stream.tell() > MOST_PICKLE_BYTES:
             return TOO_MUCH.format(f"more than {MOST_PICKLE_BYTES:,} bytes")
         return "not a whole .pth file (the list of its tensors is cut short or damaged); copy it again"
 
 
 def _excesses(stream: io.BytesIO) -> Iterator[str | None]:
-    """Follows the stack of a pickle, each value on it as the number of values in a tuple, 0 for all that is none.
+    """Follows the stack of a pickle; each entry is the number of values in a tuple, 0 for anything else.
 
-    Tuples share their parts, so that a few bytes make one whose hash takes for ever to work out.
+    Tuples can share their parts, so a few bytes can make one whose hash takes forever to compute.
     """
     stack: list[int] = []
     marks: list[int] = []

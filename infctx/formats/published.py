@@ -1,6 +1,6 @@
-"""The published weights files: which there are, where they are from, and how large a whole download is.
+"""The published weights files: their names, repositories and sizes.
 
-In: the path of a weights file; out: what is known of a file of that name.  Nothing here uses the network.
+In: the path of a weights file; out: the published file of that name, and messages.  Nothing here uses the network.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class PublishedFile(NamedTuple):
 
     @property
     def gigabytes(self) -> str:
-        """For people: 6.2 GB, a GB being 1e9 bytes."""
+        """Formats the size for people: 6.2 GB, with a GB of 1e9 bytes."""
         return f"{self.num_bytes / 1e9:.1f} GB"
 
     def download_command(self, folder: Path) -> str:
-        """The shell command that gets the file into a folder."""
+        """Returns the shell command that downloads the file into a folder."""
         return f"hf download {self.repository} {self.name} --local-dir {shlex.quote(str(folder))}"
 
 
@@ -46,7 +46,7 @@ PUBLISHED_FILES = (
     PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231118-ctx16k.pth", 6_126_106_467, "eagle-3b"),
     PublishedFile(EAGLE, "RWKV-5-World-7B-v2-20240128-ctx4096.pth", 15_036_197_526, "eagle-7b"),
 )
-"""All bf16 and under Apache-2.0.  A repository holds many files more, so its name alone does not say which."""
+"""All are bf16, under Apache-2.0.  Repositories hold many other files, so each entry names its file."""
 
 PUBLISHED_FOLDERS = (
     "RWKV/v6-Finch-1B6-HF",
@@ -60,22 +60,22 @@ PUBLISHED_FOLDERS = (
     "RWKV/rwkv-5-world-1b5",
     "RWKV/rwkv-5-world-3b",
 )
-"""Repositories in Hugging Face's layout with its names of tensors, which are read as folders."""
+"""Repositories in Hugging Face's layout, with its tensor names; they are read as folders."""
 
 _OTHER_VERSIONS = (
     (r"RWKV-5-World-.*-v1-.*\.pth", "RWKV-5.0 or 5.1"),
     (r"(?i)rwkv-?7-.*|RWKV-x070-.*", "RWKV-7"),
 )
-"""Names of published files of other architectures, and what these are."""
+"""Name patterns of published files of other architectures, and the architecture."""
 
 
 def published_file(path: Path) -> PublishedFile | None:
-    """The published file that has this name, wherever it lies."""
+    """Returns the published file of this name, in whatever folder."""
     return next((file for file in PUBLISHED_FILES if file.name == path.name), None)
 
 
 def missing_weights(path: Path) -> str:
-    """For people: that this file or folder is not there, and how to get it if it is a published one."""
+    """Returns a message that this file or folder does not exist, and how to get it if it is published."""
     file = published_file(path)
     if file is not None:
         return f"there is no {path} ({file.gigabytes}); get it with\n  {file.download_command(path.parent)}"
@@ -86,8 +86,8 @@ def missing_weights(path: Path) -> str:
 
 
 def refuse_stopped_download(path: Path) -> None:
-    """Raises InputError for a published weights file of another size than it was published with: a download that
-    stopped short, of which a reader could only say that it is damaged."""
+    """Raises InputError for published weights whose file does not have the published size: the download stopped short,
+    and a reader could report only damage."""
     file = published_file(path)
     if file is None or not path.is_file() or path.stat().st_size == file.num_bytes:
         return

@@ -1,13 +1,13 @@
-"""Initial states on disk: every form that programs of the RWKV world read, in and out.
+"""Initial states on disk: reads and writes every form that programs of the RWKV world use.
 
     form    container                  holds
-    pth     .pth                       blocks.N.att.time_state (H, value, key) for each layer and nothing else
+    pth     .pth                       only blocks.N.att.time_state (H, value, key) for each layer
     st      .st or .state              the same names, (H, key, value), fp16, safetensors: Ai00 and web-rwkv
-    merged  .pth or .safetensors       a whole model with the tensors of form pth among its weights
-    infctx  .safetensors               wkv (L, H, key, value), and time_shift, channel_shift (L, D) where they are
-                                       learned: the parts of a `State`, which no other program's file has room for
+    merged  .pth or .safetensors       a complete model with the tensors of form pth among its weights
+    infctx  .safetensors               wkv (L, H, key, value), and time_shift, channel_shift (L, D) if they are
+                                       learned: the parts of a `State`; the other forms have no place for shifts
 
-What a file is is told by its content: the container, and the names in it.
+The content decides the form of a file: the container, and the names in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from infctx.model.state import State, refuse_other_sizes
 from infctx.recurrence.precision import state_dtype
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
-"""The forms, and the names that their files have."""
+"""The forms and the suffixes of their files."""
 
 OWN_NAMES = set(State._fields)
 
@@ -35,8 +35,8 @@ OWN_NAMES = set(State._fields)
 def load_state(path: str | Path, model: RWKV) -> State:
     """Reads an initial state of any form for `model`: B = 1, on its device, fp32 (fp64 for an fp64 model).
 
-    `model(tokens, state)` starts one document from it, `model.set_initial_state(state)` every one.  Shift vectors that
-    the file does not have are zeros.  Raises InputError for a state of other sizes and for what is no state.
+    `model(tokens, state)` starts one document from it, `model.set_initial_state(state)` every document.  Shift vectors
+    that the file does not have are zeros.  Raises InputError for a state of other sizes and for other files.
     """
     state = read_state(Path(path))
     refuse_other_sizes(state, model.sizes, path)
@@ -55,19 +55,19 @@ def save_state(
 ) -> None:
     """Writes the state of one document (B = 1) in one of the forms above; atomic.
 
-    form:  "pth", "st", "merged" or "infctx"; None: what the suffix of `path` says (.pth, .st, .safetensors)
-    model: whose weights go into a merged file, one tensor at a time if they are those of a file
-    dtype: of form pth, and of the weights in a merged file, whose state stays fp32; None for what they are, of those
-           of a file fp32
-    metadata: text that goes into a file of form infctx
-    Raises InputError for another suffix, for values beyond the dtype, for a state with shift vectors in a form that
-    has no place for them, and for values that are not finite.
+    form:  "pth", "st", "merged" or "infctx"; None: by the suffix of `path` (.pth, .st, .safetensors)
+    model: its weights go into a merged file, one tensor at a time if they are `StoredWeights`
+    dtype: of form pth, and of the weights in a merged file, whose state stays fp32; None: unchanged, and fp32 for
+           `StoredWeights`
+    metadata: text for the header of a file of form infctx
+    Raises InputError for another suffix, for values beyond the dtype, for values that are not finite, and for shift
+    vectors in a form that has no place for them.
     """
     path = Path(path)
     form = form or _form_of_suffix(path)
     _check(state, path, form, model, dtype)
     turned = state.wkv[:, 0].detach().cpu().float().mT.clone(memory_format=torch.contiguous_format)
-    value_major = {state_name(layer): wkv.clone() for layer, wkv in enumerate(turned)}  # each with memory of its own
+    value_major = {state_name(layer): wkv.clone() for layer, wkv in enumerate(turned)}  # each with separate memory
     if form == "pth":
         write_tensors(narrow(value_major, dtype, path), path)
     elif form == "st":
@@ -77,7 +77,7 @@ def save_state(
     elif isinstance(model, StoredWeights):
         copy_weights(model, path, dtype or torch.float32, state=value_major)
     elif form == "merged":
-        assert model is not None  # or _check would have refused
+        assert model is not None  # otherwise _check has refused it
         weights = {name: tensor for name, tensor in stored_tensors(model).items() if not is_state_name(name)}
         write_tensors(narrow(weights, dtype, path) | value_major, path)
     else:
@@ -88,9 +88,9 @@ def save_state(
 
 
 def read_state(path: Path) -> State:
-    """The state in a file of any form, B = 1, with the sizes that it has there, in fp32 (fp64 if it is that).
+    """Reads the state from a file of any form, in the file's sizes: B = 1, fp32 (fp64 if stored as that).
 
-    A folder, of a run or a checkpoint, stands for the STATE_FILE in it.
+    path: the file, or the folder of a run or a checkpoint with a STATE_FILE
     """
     path = path / STATE_FILE if path.is_dir() else path
     if not path.is_file():
@@ -105,7 +105,7 @@ def read_state(path: Path) -> State:
         stored = read_tensors(path, names)
         tensors = {"wkv": torch.stack([stored[name] for name in names])}
         if shapes.keys() != set(names) or not is_safetensors(path):
-            tensors["wkv"] = tensors["wkv"].mT  # alone in a safetensors they are key by value, elsewhere value by key
+            tensors["wkv"] = tensors["wkv"].mT  # key by value if alone in a safetensors file, otherwise value by key
     wkv = tensors["wkv"]
     if wkv.ndim != 4 or wkv.shape[-1] != wkv.shape[-2] or 0 in wkv.shape:
         raise InputError(f"{path}: the state has shape {tuple(wkv.shape)}; layers, heads, N, N are expected")
@@ -121,7 +121,7 @@ def read_state(path: Path) -> State:
 
 
 def state_among(weights: StoredWeights) -> State | None:
-    """The initial state that lies among the weights of a file, B = 1, in fp32; None where there is none."""
+    """Returns the initial state among the weights of a file, B = 1, in fp32; None if there is none."""
     if not weights.has_state:
         return None
     wkv = weights.initial_wkv().float()
@@ -130,13 +130,13 @@ def state_among(weights: StoredWeights) -> State | None:
 
 
 def is_state_file(path: Path) -> bool:
-    """Whether a file holds a state and no weights."""
+    """Returns whether a file holds a state and no weights."""
     names = read_shapes(path).keys()
     return bool(names) and ("wkv" in names and names <= OWN_NAMES or all(map(is_state_name, names)))
 
 
 def _layer_names(shapes: dict[str, tuple[int, ...]], path: Path) -> list[str]:
-    """`blocks.N.att.time_state` of layers 0, 1, ...; raises InputError where the file is something else."""
+    """Returns `blocks.N.att.time_state` of layers 0, 1, ...; raises InputError if the file is something else."""
     found = [name for name in shapes if is_state_name(name)]
     is_model = any(name.endswith(("emb.weight", "embeddings.weight")) for name in shapes)
     if not found:
@@ -166,7 +166,7 @@ def _check(state: State, path: Path, form: str, model: RWKV | StoredWeights | No
         if form == "merged":
             raise InputError(f"{path}: a merged file holds a model's weights; give the model")
         if state.batch_size != 1:
-            raise InputError(f"{path}: the state is of {state.batch_size} documents; choose one with state.lanes")
+            raise InputError(f"{path}: the state has {state.batch_size} documents; choose one with state.lanes")
     else:
         refuse_other_sizes(state, model.sizes, path)
     if dtype not in (None, *STORED_DTYPES):
@@ -193,6 +193,6 @@ def _has_shifts(state: State) -> bool:
 
 
 def _some(names: Iterable[object]) -> str:
-    """A few of the names, cut to a readable length."""
+    """Shows a few of the names, cut to a readable length."""
     shown = [re.sub(r"(?<=.{60}).+", "...", str(name)) for name in sorted(names, key=str)[:2]]
     return f"found {', '.join(shown)}" if shown else "the file has no tensors"

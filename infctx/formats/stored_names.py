@@ -1,4 +1,4 @@
-"""RWKV's official names of weights, and ours: the one place that has both."""
+"""RWKV's official names of weights and ours; no other module has both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from infctx.model.sizes import Sizes
 
 
 def stored_names(sizes: Sizes) -> dict[str, str]:
-    """Our parameter name -> official name of every weight, in the official order; the initial state is apart."""
+    """Returns our name -> official name of every weight, in the official order, without the initial state."""
     names = {"embedding.weight": "emb.weight"}
     for layer in range(sizes.num_layers):
         for ours, stored in block_names(sizes.version, first=layer == 0).items():
@@ -20,7 +20,7 @@ def stored_names(sizes: Sizes) -> dict[str, str]:
 
 
 def block_names(version: int, first: bool) -> dict[str, str]:
-    """The same for one block, without `blocks.N.`; the first has the norm of the embedding, too."""
+    """Returns the same for one block, without `blocks.N.`; the first block also has the norm of the embedding."""
     norms = {"time_norm": "ln1", "channel_norm": "ln2"} | ({"embedding_norm": "ln0"} if first else {})
     kind = "time_mix" if version == 5 else "time_maa"
     letters = {"key": "k", "value": "v", "receptance": "r", "gate": "g"}

@@ -29,10 +29,10 @@ MOST_DIMENSIONS = 8
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Name -> floating-point tensor, on the CPU, memory-mapped where the format allows; runs no code in the file.
+    """Reads name -> floating-point tensor, on the CPU, memory-mapped if the format allows; runs no code in the file.
 
-    names: of a safetensors file, which tensors; None for all, which a .pth gives anyway.
-    The format is told by the content, not by the suffix.  Raises InputError naming the file and the entry.
+    names: the tensors to read from a safetensors file, None for all; a .pth always gives all
+    The content decides the format, not the suffix.  Raises InputError naming the file and the entry.
     """
     tensors = _read_safetensors(path, names) if is_safetensors(path) else _read_pth(path)
     for name, tensor in tensors.items():
@@ -47,31 +47,31 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             raise InputError(f"{path}: tensor {name} is {kind}; dense fp32, bf16, fp16 and fp64 are read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: tensor {name} repeats its values to {tuple(tensor.shape)}; save it contiguous")
-        # Before torch 1.6: storages that the list of them leaves out are never read, only allocated.
+        # In files from before torch 1.6, a storage missing from their list is allocated but never read.
         if tensor.untyped_storage().nbytes() > path.stat().st_size:
             raise InputError(f"{path}: tensor {name} claims more values than the file has; copy it again")
     return tensors
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a file, without reading their values where the format allows."""
+    """Reads name -> shape of the tensors of a file, without their values if the format allows."""
     if not is_safetensors(path):
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
     with open_safetensors(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
     for name, shape in shapes.items():
         _refuse_odd(name, len(shape), path)
     return shapes
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a model: `path` itself, or those of a folder as Hugging Face's libraries name them.
+    """Returns the files of a model: `path` itself, or those of a folder, by the names of Hugging Face's libraries.
 
-    An index of several files is the JSON object `{"weight_map": {tensor: file}}`; the files lie beside it.
+    An index of several files is the JSON object `{"weight_map": {tensor: file}}`; the files are in its folder.
     """
     if not path.is_dir():
         return [path]
-    listed = listed_files(path)  # of a checkpoint of ours; what else lies in its folder is not looked at
+    listed = listed_files(path)  # for our checkpoints; other files in the folder are ignored
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{name}.index.json"
         if (path / name).is_file() and (listed is None or name in listed):
@@ -88,24 +88,24 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is a safetensors file rather than a .pth, by its content."""
+    """Returns whether a file is a safetensors file rather than a .pth, by its content."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .pth or .safetensors of RWKV-5.2 or RWKV-6")
     with path.open("rb") as file:
         head = file.read(9)
     if not head:
         raise InputError(f"{path}: the file is empty; copy it again, or name another")
-    return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip, which .pth is since torch 1.6
+    return head[8:] == b"{" and head[:4] != b"PK\x03\x04"  # a zip: .pth since torch 1.6
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether `read_tensors` maps the file, so that values take memory only once they are looked at."""
-    # A path that ends in .safetensors torch would read as such, whatever is in it; a map needs a path.
+    """Returns whether `read_tensors` maps the file, so that values need memory only when they are used."""
+    # Mapping needs a path, and torch would read any path that ends in .safetensors as that format.
     return is_safetensors(path) or (is_zip(path) and path.suffix != ".safetensors")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text in the header of a safetensors file; nothing for a .pth, which has none."""
+    """Reads the text in the header of a safetensors file; empty for a .pth, which has none."""
     if not is_safetensors(path):
         return {}
     with open_safetensors(path) as file:
@@ -114,7 +114,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, its header read: `keys()`, `get_slice(name)`, `get_tensor(name)`, `metadata()`."""
+    """Opens a safetensors file and reads its header; yields `safe_open`'s object, with InputError for its failures."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -125,12 +125,12 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 def narrow(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: str | Path, remedy: str = "choose another dtype"
 ) -> dict[str, Tensor]:
-    """The tensors in `dtype`, None for their own; raises InputError naming the first value that it cannot hold."""
+    """Returns the tensors in `dtype` (None: unchanged); raises InputError naming the first value beyond it."""
     narrowed = {}
     for name, tensor in tensors.items():
         wanted = dtype or tensor.dtype
         narrowed[name] = tensor.to(wanted)
-        # The extremes take no memory of their own, and mostly say that there is no infinity to look for.
+        # The extremes need no extra memory, and mostly show that there is no infinity to look for.
         if not tensor.numel() or all(extreme.isfinite() for extreme in narrowed[name].aminmax()):
             continue
         beyond = narrowed[name].isinf() & tensor.isfinite()
@@ -149,25 +149,25 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     suffixes: Sequence[str] = (".pth", ".safetensors"),
 ) -> None:
-    """Writes contiguous CPU tensors: a .pth is torch's, every other suffix is safetensors; atomic.
+    """Writes contiguous CPU tensors atomically: .pth by torch, every other suffix as safetensors.
 
-    metadata: text for the header of a safetensors file, in the place of {"format": "pt"}.
-    suffixes: what the path may end with.
+    metadata: text for the header of a safetensors file, instead of {"format": "pt"}
+    suffixes: those that the path may have
     """
     with tensor_file(path, suffixes) as temporary:
         if path.suffix == ".pth":
             with temporary.open("wb") as file:  # given a path, torch would write that path into the file
                 torch.save(dict(tensors), file)
         else:
-            # One key at most, or the order in the file, and so its bytes, would be up to chance.
+            # With more than one key, their order in the file, and so its bytes, would be random.
             safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
 
 
 @contextmanager
 def tensor_file(path: Path, suffixes: Sequence[str] = (".pth", ".safetensors")) -> Iterator[Path]:
-    """Gives a temporary path to write tensors to, which takes the name `path` once it is whole; see `atomic_file`.
+    """Yields a temporary path to write tensors to, renamed to `path` once it is complete; see `atomic_file`.
 
-    Raises InputError where `path` ends with none of the suffixes.
+    Raises InputError if `path` has none of the suffixes.
     """
     if path.suffix not in suffixes:
         raise InputError(f"{path}: weights are written as {' or '.join(suffixes)}; choose one of these suffixes")
@@ -180,7 +180,7 @@ def tensor_file(path: Path, suffixes: Sequence[str] = (".pth", ".safetensors")) 
 
 @contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """A full disk as the OSError that it is: torch and safetensors wrap it in errors of their own."""
+    """Raises a full disk as the OSError that it is: torch and safetensors wrap it in other errors."""
     try:
         yield
     except RuntimeError as error:
@@ -201,7 +201,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> dict[str, Te
 
 
 def _refuse_odd(name: str, num_dimensions: int, path: Path) -> None:
-    """Here, once for all messages that repeat a name or a shape."""
+    """Raises InputError for names and shapes too odd to repeat in other messages."""
     if len(name) > MOST_NAME or not name.isprintable():
         raise InputError(f"{path}: tensor {quoted(name)} has an odd name; not a weights file")
     if num_dimensions > MOST_DIMENSIONS:
@@ -222,7 +222,7 @@ def _read_pth(path: Path) -> dict[Any, Any]:
             f"({quoted(found[0].strip(), 200) if found else 'unreadable pickle'}); "
             "save the weights alone, as torch.save(model.state_dict(), path) does"
         ) from None
-    except Exception as error:  # on damaged bytes torch raises nearly anything
+    except Exception as error:  # torch raises nearly anything on damaged bytes
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a whole .pth file ({quoted(reason, 200)}); copy it again") from None
     if not isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""Files of tensors of which one is held at a time: read as they are asked for in, written as they come out."""
+"""Reads and writes files of tensors one tensor at a time: read when looked up, written when computed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from infctx.formats.tensor_file import is_mapped, is_safetensors, read_shapes, read_tensors, tensor_file
 
 MOST_MAPPED = 1 << 26
-"""Bytes read of .pth files before their pages are let go; to open one for each tensor would take long."""
+"""Bytes to read from .pth files before their pages are released; to reopen them for each tensor would be slow."""
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Name -> tensor of one file or several, read anew each time it is looked up and not kept.
+    """Name -> tensor of one file or several, read again at each lookup and not kept.
 
-    What is held is the tensors that the caller holds, and of a .pth up to MOST_MAPPED bytes of others.  A .pth from
-    before torch 1.6, or under the name of a .safetensors, cannot be mapped: it is held whole from the first look on.
-    Raises InputError as `read_tensors` does: of a safetensors file for the tensor looked up, of a .pth for any.
+    In memory are the tensors that the caller holds, and for a .pth up to MOST_MAPPED bytes of others.  A .pth from
+    before torch 1.6, or with the suffix .safetensors, cannot be mapped: from the first lookup it is held whole.
+    Raises InputError like `read_tensors`: for the tensor looked up in a safetensors file, for any in a .pth.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -38,7 +38,7 @@ class StoredTensors(Mapping[str, Tensor]):
             self._file_of |= dict.fromkeys(shapes, file)
         self._mapped: dict[Path, dict[str, Tensor]] = {}
         self._loaded: dict[Path, dict[str, Tensor]] = {}
-        self._num_bytes = 0  # read of what is mapped
+        self._num_bytes = 0  # read from mapped files
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._file_of[name]
@@ -63,10 +63,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Name -> tensor, worked out each time it is looked up and not kept.
+    """Name -> tensor, computed at each lookup and not kept.
 
-    plan: name -> tensor on the device meta, of the shape and, where it is to be written, the dtype that there will be
-    read: gives the tensor of a name
+    plan: name -> tensor on the meta device, with the shape and, if it will be written, the dtype
+    read: returns the tensor of a name
     """
 
     def __init__(self, plan: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
@@ -83,22 +83,22 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def stream_tensors(tensors: LazyTensors, path: Path) -> None:
-    """Writes the file that `write_tensors` writes, the same bytes, and holds one tensor at a time; atomic.
+    """Writes the same bytes as `write_tensors`, atomically, and holds one tensor at a time.
 
-    tensors: fp32, bf16, fp16 or fp64, on the CPU, each looked up once, in the order that the file has them in.
+    tensors: fp32, bf16, fp16 or fp64, on the CPU; each is looked up once, in the order of the file
     """
     with tensor_file(path) as temporary, temporary.open("wb") as file:
         (_stream_pth if path.suffix == ".pth" else _stream_safetensors)(tensors, file)
 
 
 class _Kind(NamedTuple):
-    """What a dtype is called in a .pth and in a safetensors file."""
+    """The names of a dtype in a .pth and in a safetensors file."""
 
     storage: type
     name: str
 
 
-_KINDS = {  # in the order in which a safetensors file has them
+_KINDS = {  # in the order of a safetensors file
     torch.float64: _Kind(torch.DoubleStorage, "F64"),
     torch.float32: _Kind(torch.FloatStorage, "F32"),
     torch.bfloat16: _Kind(torch.BFloat16Storage, "BF16"),
@@ -107,7 +107,7 @@ _KINDS = {  # in the order in which a safetensors file has them
 
 
 def _stream_safetensors(tensors: LazyTensors, file: IO[bytes]) -> None:
-    """The length of the header, 8 bytes; the header, JSON, spaces up to a multiple of 8; the values, as they lie."""
+    """Writes the header's length in 8 bytes; the header, JSON padded with spaces to a multiple of 8; the values."""
     kinds = list(_KINDS)
     names = sorted(tensors.plan, key=lambda name: (kinds.index(tensors.plan[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -128,17 +128,17 @@ def _stream_safetensors(tensors: LazyTensors, file: IO[bytes]) -> None:
 
 
 def _values(tensors: LazyTensors, name: str) -> Tensor:
-    """Contiguous values of one tensor."""
+    """Returns the contiguous values of one tensor."""
     values, planned = tensors[name].detach(), tensors.plan[name]
     assert (values.shape, values.dtype) == (planned.shape, planned.dtype), name
     return values.contiguous()
 
 
 def _stream_pth(tensors: LazyTensors, file: IO[bytes]) -> None:
-    """The records of torch.save, by its own writer, which adds the checksums: the plan as a pickle, the values.
+    """Writes torch.save's records, the plan as a pickle and the values, with torch's writer, which adds checksums.
 
-    They are written in a thread, whose small allocations come from an arena of its own: the writer keeps some for each
-    record, and among the tensors these would leave gaps that no next tensor fits in, a third of all in the end.
+    A thread writes them, because its small allocations come from a separate arena.  The writer keeps some for each
+    record; among the tensors they would leave gaps too small for the next one, a third of the memory in the end.
     """
     serialization = torch.serialization
     with ThreadPoolExecutor(1) as thread, serialization._open_zipfile_writer_buffer(file) as archive:
@@ -151,13 +151,13 @@ def _stream_pth(tensors: LazyTensors, file: IO[bytes]) -> None:
             archive.write_record(name, text, len(text))
         for number, name in enumerate(tensors.plan):
             values = _values(tensors, name)
-            if values.untyped_storage().nbytes() != values.nbytes:  # a view of more
+            if values.untyped_storage().nbytes() != values.nbytes:  # a view of a larger tensor
                 values = values.clone()
             thread.submit(archive.write_record, f"data/{number}", values.untyped_storage(), values.nbytes).result()
 
 
 def _pickled(plan: dict[str, Tensor]) -> bytes:
-    """What torch.save pickles of tensors of these shapes, each with a storage of its own."""
+    """Returns torch.save's pickle of tensors with these shapes, each with a separate storage."""
     text = io.BytesIO()
     _Pickler(text, protocol=2).dump(plan)
     return text.getvalue()
@@ -170,7 +170,7 @@ class _Storage(NamedTuple):
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors by shape and dtype, their storages as those that have the keys "0", "1", ... in the file."""
+    """Pickles tensors by shape and dtype; their storages get the keys "0", "1", ... in the file."""
 
     num_storages = 0
 

@@ -1,4 +1,4 @@
-"""Models on disk: `.pth` or `.safetensors` in and out, under the official names (`stored_names`)."""
+"""Models on disk: reads and writes `.pth` and `.safetensors`, under the official names (`stored_names`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
-from infctx.formats.other_names import ways_from_official, ways_to_official
+from infctx.formats.other_names import conversions_from_official, conversions_to_official
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import narrow, weight_files, write_tensors
 from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
@@ -24,9 +24,9 @@ from infctx.recurrence.precision import state_dtype
 Shape = tuple[int, ...]
 
 FINGERPRINT_KIND = "sha256:"
-"""What a fingerprint begins with; those of 0.1.0, which two values exchanged could escape, begin with nothing."""
+"""Prefix of a fingerprint; those of 0.1.0 have none, and could miss two exchanged values."""
 HASHED_AT_ONCE = 1 << 20
-"""Values, which are 2 MB as bf16."""
+"""Values: 2 MB as bf16."""
 
 
 def load_model(
@@ -35,9 +35,9 @@ def load_model(
     """Reads a model of RWKV-5.2 or RWKV-6; version and every size come from the file.
 
     path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
-    Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; a checkpoint folder of infctx, or a folder as Hugging
-    Face's libraries write it, in one file or several.
-    `blocks.N.att.time_state` tensors, if there, become the model's initial state.
+    Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a checkpoint of infctx, or a model in
+    Hugging Face's layout, in one file or several
+    `blocks.N.att.time_state` tensors, if any, become the model's initial state.
 
     Raises InputError naming the file and the tensor for anything else.
     """
@@ -50,7 +50,7 @@ def read_model(
     device: torch.device | str,
     compute: Compute = Compute(),  # noqa: B008
 ) -> RWKV:
-    """`load_model` of weights that are open."""
+    """Reads the model of opened weights, as `load_model` does."""
     model = empty_model(stored.sizes, compute, stored.has_state)
     names = stored_names(stored.sizes)
     tensors = {ours: stored.tensors[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
@@ -61,16 +61,16 @@ def read_model(
 
 
 def read_sizes(path: str | Path) -> Sizes:
-    """Version and sizes of a weights file, without loading it."""
+    """Reads version and sizes of a weights file, without loading it."""
     return _open(Path(path)).sizes
 
 
 def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the model under the official names and in their order: `.pth` or `.safetensors` by the suffix, atomic.
+    """Writes the model atomically, under the official names and in their order: `.pth` or `.safetensors` by the suffix.
 
-    dtype: what the weights are stored in, None for what they are.  A learned initial state is stored with them, in
-    fp32, value-major, as `blocks.N.att.time_state`.  Raises InputError for another suffix, for values beyond the dtype
-    and for learned shift vectors, which these files have no place for.
+    dtype: of the stored weights, None: unchanged
+    A learned initial state is stored with them, in fp32, value-major, as `blocks.N.att.time_state`.  Raises InputError
+    for another suffix, for values beyond the dtype and for learned shift vectors, which these files cannot hold.
     """
     if model.initial_time_shift is not None or model.initial_channel_shift is not None:
         raise InputError(
@@ -83,26 +83,26 @@ def save_weights(model: RWKV, path: str | Path, dtype: torch.dtype | None = None
 
 
 class StoredWeights(NamedTuple):
-    """A model on disk, its names and shapes checked, of which tensors are read as they are looked up."""
+    """A model on disk with checked names and shapes; a tensor is read when it is looked up."""
 
     path: Path
     """The file or folder that messages name."""
     sizes: Sizes
     tensors: LazyTensors
-    """Official name -> tensor, in the dtype that it is stored in."""
+    """Official name -> tensor, in its stored dtype."""
 
     @property
     def has_state(self) -> bool:
         return any(is_state_name(name) for name in self.tensors)
 
     def initial_wkv(self) -> Tensor:
-        """The initial state among the weights, (L, H, N, N) key by value, in its own dtype."""
+        """Returns the initial state among the weights, (L, H, N, N) key by value, in its stored dtype."""
         value_major = torch.stack([self.tensors[state_name(layer)] for layer in range(self.sizes.num_layers)])
         return value_major.mT.contiguous()
 
 
 def open_weights(path: str | Path) -> StoredWeights:
-    """What `load_model` reads, checked and refused as there, but no more of it in memory than what is looked up."""
+    """Opens what `load_model` reads, with the same checks, but only tensors that are looked up need memory."""
     stored = _open(Path(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.plan.items()}
     model = empty_model(stored.sizes, with_state=stored.has_state)
@@ -117,12 +117,12 @@ def copy_weights(
     naming: str = "official",
     state: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Writes what `save_weights` would of the model loaded in fp32, holding one tensor at a time; returns how many.
+    """Writes the bytes that `save_weights` would for the model loaded in fp32, one tensor at a time; returns how many.
 
-    naming: whose names the tensors get; others than the official ones have no place for an initial state
-    state:  official name -> fp32 tensor of the initial state, value-major; None for what is stored
-    Peak memory is some one and a half times the largest tensor in fp32, three times where it has values that are not
-    finite, and what `StoredTensors` says of the file that is read.
+    naming: of the written tensors, one of NAMINGS; only "official" has a place for an initial state
+    state:  official name -> fp32 tensor of the initial state, value-major; None: the stored one
+    Peak memory is about one and a half times the largest tensor in fp32, three times if it has values that are not
+    finite, plus the memory that `StoredTensors` holds for the source.
     """
 
     def read(name: str) -> Tensor:
@@ -138,37 +138,38 @@ def copy_weights(
             shape = (stored.tensors.plan if state is None else state)[name].shape
             plan[name] = torch.empty(shape, dtype=torch.float32, device="meta")
     official = LazyTensors(plan, read)
-    ways = ways_from_official(plan, naming, path)
-    theirs = LazyTensors({name: way(plan) for name, way in ways.items()}, lambda name: ways[name](official))
+    conversions = conversions_from_official(plan, naming, path)
+    converted = {name: convert(plan) for name, convert in conversions.items()}
+    theirs = LazyTensors(converted, lambda name: conversions[name](official))
     stream_tensors(theirs, path)
     return len(theirs)
 
 
 def fingerprint(model: RWKV | StoredWeights) -> str:
-    """Identifies weights, as `sha256:` and 16 hex digits: of their bits as bf16, whatever they are held in.
+    """Returns `sha256:` and 16 hex digits that identify weights: of their bits as bf16, in whatever dtype they are.
 
-    The initial state is not part of it.  Reads every value once, a few MB at a time; 3B of them take seconds.
+    The initial state is not part of it.  Reads every value once, a few MB at a time; 3B values take seconds.
     """
     digest = hashlib.sha256()
     for name, weight in _weights(model):
         digest.update(f"{name} {weight.numel()} ".encode())
-        for piece in weight.flatten().split(HASHED_AT_ONCE):
-            digest.update(piece.to(torch.bfloat16).view(torch.int16).cpu().numpy().data)
+        for chunk in weight.flatten().split(HASHED_AT_ONCE):
+            digest.update(chunk.to(torch.bfloat16).view(torch.int16).cpu().numpy().data)
     return f"{FINGERPRINT_KIND}{digest.hexdigest()[:16]}"
 
 
 def has_fingerprint(model: RWKV | StoredWeights, mark: str) -> bool:
-    """Whether a mark is the fingerprint of these weights, by this version or by 0.1.0, whose marks have no prefix."""
+    """Returns whether a mark is the fingerprint of these weights, by this version or by 0.1.0, which has no prefix."""
     return mark == (fingerprint(model) if ":" in mark else _fingerprint_of_0_1_0(model))
 
 
 def _fingerprint_of_0_1_0(model: RWKV | StoredWeights) -> str:
-    """Of the sums of the bits at every place, every third, seventh and eleventh."""
+    """Hashes sums of the bits: of all values, and of every third, seventh and eleventh."""
     digest = hashlib.sha256()
     for name, weight in _weights(model):
         bits = weight.to(torch.bfloat16).flatten().view(torch.int16)
         sums = [
-            sum(int(piece.sum(dtype=torch.int64)) for piece in bits[::stride].split(1 << 22))
+            sum(int(chunk.sum(dtype=torch.int64)) for chunk in bits[::stride].split(1 << 22))
             for stride in (1, 3, 7, 11)
         ]
         digest.update(f"{name} {bits.numel()} {sums}".encode())
@@ -176,7 +177,7 @@ def _fingerprint_of_0_1_0(model: RWKV | StoredWeights) -> str:
 
 
 def _weights(model: RWKV | StoredWeights) -> Iterator[tuple[str, Tensor]]:
-    """Our name and the values of every weight, of a file rounded to fp32 as the model would be; not the state."""
+    """Yields our name and the values of every weight, without the state; those of a file in fp32, as when loaded."""
     for name, official in stored_names(model.sizes).items():
         if isinstance(model, StoredWeights):
             yield name, model.tensors[official].float()
@@ -185,7 +186,7 @@ def _weights(model: RWKV | StoredWeights) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_tensors(model: RWKV) -> dict[str, Tensor]:
-    """Official name -> tensor, on the CPU, contiguous, in the official order."""
+    """Returns official name -> tensor, on the CPU, contiguous, in the official order."""
     ours = model.state_dict()
     tensors = {name: ours[our].cpu().contiguous() for our, name in stored_names(model.sizes).items()}
     state = model.learned_state()
@@ -204,19 +205,19 @@ def is_state_name(name: str) -> bool:
 
 
 def _open(path: Path) -> StoredWeights:
-    """A model on disk, of which the names and shapes have told the sizes, and are not checked any further."""
+    """Opens a model on disk and gets its sizes from names and shapes, which are not checked further here."""
     files = weight_files(path)
     path = files[0] if len(files) == 1 else path
     theirs = StoredTensors(files)
     empty = {name: _empty_tensor(name, shape, path) for name, shape in theirs.shapes.items()}
-    ways = ways_to_official(empty, path)
-    plan = {name: way(empty) for name, way in ways.items()}
+    conversions = conversions_to_official(empty, path)
+    plan = {name: convert(empty) for name, convert in conversions.items()}
     sizes = _sizes_of({name: tuple(tensor.shape) for name, tensor in plan.items()}, path)
-    return StoredWeights(path, sizes, LazyTensors(plan, lambda name: ways[name](theirs)))
+    return StoredWeights(path, sizes, LazyTensors(plan, lambda name: conversions[name](theirs)))
 
 
 def _empty_tensor(name: str, shape: Shape, path: Path) -> Tensor:
-    """On the device meta; what has no values can have other sizes beyond all bounds."""
+    """Makes a tensor on the meta device; a tensor without values can claim other sizes beyond all bounds."""
     try:
         return torch.empty(shape, device="meta")
     except (RuntimeError, TypeError):
@@ -226,7 +227,7 @@ def _empty_tensor(name: str, shape: Shape, path: Path) -> Tensor:
 
 
 def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
-    """Version and all sizes from names and shapes; raises InputError for other architectures, naming the tensor."""
+    """Derives all sizes from names and shapes; raises InputError naming a tensor for other architectures."""
     _refuse_other_architectures(shapes, path)
 
     def shape(name: str, ndim: int) -> Shape:
@@ -240,7 +241,7 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
     vocab_size, width = shape("emb.weight", 2)
     layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
     num_layers = max(layers, default=0) + 1
-    for layer in range(num_layers):  # before anything is built for them
+    for layer in range(num_layers):  # before anything is built
         shape(f"blocks.{layer}.ln1.weight", 1)
     given = {
         "num_layers": num_layers,
@@ -253,13 +254,13 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
     try:
         return make_sizes(version=version, width=width, vocab_size=vocab_size, **given)
     except InputError as error:
-        told_by = ", ".join(f"{name} {shapes[name]}" for name in ("emb.weight", "blocks.0.att.time_faaaa"))
-        raise InputError(f"{path}: the sizes of the tensors {told_by} do not fit together: {error}") from None
+        shown = ", ".join(f"{name} {shapes[name]}" for name in ("emb.weight", "blocks.0.att.time_faaaa"))
+        raise InputError(f"{path}: the sizes of the tensors {shown} do not fit together: {error}") from None
 
 
 def _refuse_other_architectures(shapes: Mapping[str, Shape], path: Path) -> None:
-    telling = {"x_r": "RWKV-7", "w0": "RWKV-7", "r_k": "RWKV-7", "time_first": "RWKV-4 or RWKV-5.0/5.1"}
-    for name, architecture in telling.items():
+    telltale = {"x_r": "RWKV-7", "w0": "RWKV-7", "r_k": "RWKV-7", "time_first": "RWKV-4 or RWKV-5.0/5.1"}
+    for name, architecture in telltale.items():
         name = f"blocks.0.att.{name}"
         if name in shapes:
             raise InputError(f"{path}: tensor {name} is of {architecture}; infctx reads RWKV-5.2 and RWKV-6")
@@ -269,7 +270,7 @@ def _refuse_other_architectures(shapes: Mapping[str, Shape], path: Path) -> None
 
 
 def _check_shapes(shapes: Mapping[str, Shape], model: RWKV, names: Mapping[str, str], path: Path) -> None:
-    """Every tensor of the model is in the file with its shape, and nothing else is."""
+    """Raises InputError unless the file has exactly the model's tensors, with their shapes."""
     sizes = model.sizes
     expected = {names[ours]: tuple(p.shape) for ours, p in model.state_dict().items() if ours in names}
     if model.initial_wkv is not None:

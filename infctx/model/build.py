@@ -1,4 +1,4 @@
-"""New models: a published name or sizes in, a model with the official initialisation out."""
+"""New models: a published name or sizes in, a model with the official initialization out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def build_model(
     backend: str = "auto",
     **sizes: Any,
 ) -> RWKV:
-    """A new model with the official initialisation; device "meta" takes no memory and draws no weights.
+    """Builds a new model with the official initialization; device "meta" needs no memory and draws no weights.
 
     name: a published size, such as "finch-3b"; or sizes by keyword: version, num_layers, width, and optionally
-    vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`).
-    Raises InputError for other names, and where the sizes do not make a model.
+    vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`)
+    Raises InputError for other names, and if the sizes do not make a model.
     """
     if (name is None) == (not sizes):
         raise InputError("build_model: give the name of a published size, or version, num_layers, width, ...")
@@ -54,7 +54,7 @@ def new_model(
     seed: int,
     compute: Compute = Compute(),  # noqa: B008
 ) -> RWKV:
-    """`build_model` for sizes that are known."""
+    """Builds a new model, as `build_model` does, for given sizes."""
     model = empty_model(sizes, compute).to(dtype)
     if torch.device(device).type == "meta":
         return model
@@ -64,7 +64,7 @@ def new_model(
 
 
 def empty_model(sizes: Sizes, compute: Compute = Compute(), with_state: bool = False) -> RWKV:  # noqa: B008
-    """The module on the meta device: shapes without memory; with_state: with an initial state to learn."""
+    """Makes the module on the meta device: shapes without memory; with_state: adds an initial state to learn."""
     with torch.device("meta"):
         model = RWKV(sizes, compute)
         if with_state:

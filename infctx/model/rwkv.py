@@ -24,13 +24,12 @@ from infctx.recurrence.time_parallel import Received, SharedLayerSegment, TimeRa
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes; nothing of what it is.
+    """How a model computes, apart from its sizes and weights.
 
-    dtype:            of activations, None for that of the weights; the state and the decays stay fp32 (fp64 in an fp64
-                      model)
-    recompute_blocks: holds only the inputs of the blocks and computes the rest again for the backward pass
+    dtype:            of activations, None for the weights' dtype; state and decays stay fp32 (fp64 in an fp64 model)
+    recompute_blocks: keeps only the inputs of the blocks and recomputes the rest in the backward pass
     backend:          of the WKV op, see `infctx.wkv`
-    time_ranks:       the ranks that share the time of a segment, each with a slice of it; None: this one has all of it
+    time_ranks:       the ranks that share a segment, each with a slice of it; None: this rank has the whole segment
     """
 
     dtype: torch.dtype | None = None
@@ -62,7 +61,7 @@ class RWKV(nn.Module):
         self.initial_wkv: nn.Parameter | None = None
         self.initial_time_shift: nn.Parameter | None = None
         self.initial_channel_shift: nn.Parameter | None = None
-        self.initial_units: State | None = None  # what these parameters are in units of; None: one
+        self.initial_units: State | None = None  # the units of these parameters; None: one
 
     def forward(
         self,
@@ -74,11 +73,11 @@ class RWKV(nn.Module):
         """Runs one segment, or with time_ranks this rank's slice of it.
 
         tokens:   (B, T) int64; any T >= 1, with time_ranks a multiple of 16 on every rank but the last
-        state:    what the segment before handed on; None for the initial state (with time_ranks it must be given)
+        state:    after the previous segment; None for the initial state (with time_ranks it must be given)
         starts:   (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
-        received: with time_ranks, keeps what the other ranks send in this segment; given again, the segment is run
-                  again and nobody is asked; None where it is run but once
-        Returns hidden (B, T, D), normalised, ready for the head; and the state after the last token of the segment.
+        received: with time_ranks, keeps the values received in this segment; passed again, the segment is recomputed
+                  and nothing is sent; None if it runs only once
+        Returns hidden (B, T, D), normalized for the head; and the state after the last token of the segment.
         """
         self._check(tokens, state, starts)
         initial = self.initial_state(tokens.shape[0]) if state is None or self._learns_start(starts) else None
@@ -96,10 +95,10 @@ class RWKV(nn.Module):
         return self.output_norm(x), stack_layers(layers)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), in the dtype of the activations."""
+        """Embeds (B, T) -> (B, T, D), in the dtype of the activations."""
         try:
             embedded = self.embedding(tokens)
-        except IndexError:  # of the CPU alone: to look at ids on a GPU would make it wait for each segment
+        except IndexError:  # only on a CPU: checking ids on a GPU would wait for it at each segment
             vocab_size = self.sizes.vocab_size
             outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
             raise InputError(
@@ -114,7 +113,7 @@ class RWKV(nn.Module):
     def _layer_segments(
         self, starts: Tensor | None, initial: State | None, received: Received | None
     ) -> list[LayerSegment]:
-        """What each block is given besides its input; initial: None for zeros."""
+        """Returns the segment of each block, for its recurrence; initial: None for zeros."""
         firsts = [None] * len(self.blocks) if initial is None else initial.layers()
         ranks = self.compute.time_ranks
         if ranks is None:
@@ -124,7 +123,7 @@ class RWKV(nn.Module):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, this rank runs whole segments by itself, whoever shares their time with it otherwise."""
+        """Makes this rank run whole segments by itself, without the other time ranks, while the context is open."""
         compute, self.compute = self.compute, replace(self.compute, time_ranks=None)
         try:
             yield
@@ -139,17 +138,19 @@ class RWKV(nn.Module):
         if starts is not None and (starts.shape != borders or starts.dtype != torch.bool):
             raise InputError(f"model: starts must be bool {borders}, not {starts.dtype} {tuple(starts.shape)}")
         if state is None and self.compute.time_ranks is not None:
-            raise InputError("model: with time_ranks the state before the segment must be given; zeros and a start do")
+            raise InputError(
+                "model: with time_ranks the state before the segment must be given; pass zeros with a start"
+            )
         wanted = (self.sizes.num_layers, batch, self.sizes.width)
         if state is not None and state.time_shift.shape != wanted:
-            raise InputError(f"model: the state is of (L, B, D) = {tuple(state.time_shift.shape)}, not {wanted}")
+            raise InputError(f"model: the state has (L, B, D) = {tuple(state.time_shift.shape)}, not {wanted}")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V).  For inspection: training applies the head in slices, inside the loss."""
+        """Returns (B, T, D) -> (B, T, V), for inspection: training applies the head in slices, inside the loss."""
         return self.head(hidden)
 
     def initial_state(self, batch_size: int) -> State:
-        """What a document starts from: zeros, or the learned state expanded over B (with its gradient)."""
+        """Returns the state that documents start from: zeros, or the learned one expanded over B, with its gradient."""
         weight = self.embedding.weight
         zeros = State.zeros(self.sizes, batch_size, state_dtype(weight.dtype), weight.device)
         parts = zip(zeros, self.initial_parts(), self._units(), strict=True)
@@ -158,20 +159,20 @@ class RWKV(nn.Module):
         )
 
     def initial_parts(self) -> InitialParts:
-        """The learned parameters of the initial state, in `initial_units`; None for each part that is zeros."""
+        """Returns the learned parameters of the initial state, in `initial_units`; None for each part that is zeros."""
         return InitialParts(self.initial_wkv, self.initial_time_shift, self.initial_channel_shift)
 
     def _units(self) -> tuple[Tensor | int, ...]:
         return self.initial_units or (1, 1, 1)
 
     def learned_state(self) -> State | None:
-        """The initial state of one document (B = 1), detached, if the model has one to learn."""
+        """Returns the learned initial state of one document (B = 1), detached; None if the model has none."""
         return None if self.initial_wkv is None else self.initial_state(1).detach()
 
     def add_initial_state(self, shifts: bool = False) -> InitialParts:
-        """Gives the model an initial state to learn, zeros at first, where it has none; returns its parameters.
+        """Adds an initial state to learn, zeros at first, if the model has none; returns its parameters.
 
-        shifts: the two shift vectors too.
+        shifts: adds the two shift vectors too
         """
         zeros = State.zeros(self.sizes, 1, state_dtype(self.embedding.weight.dtype), self.embedding.weight.device)
         wanted = ("wkv", "time_shift", "channel_shift") if shifts else ("wkv",)
@@ -182,9 +183,9 @@ class RWKV(nn.Module):
 
     @torch.no_grad()
     def set_initial_state(self, state: State) -> None:
-        """Makes the state of one document (B = 1), such as `infctx.load_state` gives, what every document starts from.
+        """Makes every document start from a state (B = 1), such as one from `infctx.load_state`.
 
-        Shift vectors that are zeros are no parameters, unless the model has them.  Raises InputError for other sizes.
+        Shift vectors that are zeros add no parameters.  Raises InputError for other sizes.
         """
         refuse_other_sizes(state, self.sizes, "set_initial_state")
         parts = self.add_initial_state(shifts=bool(state.time_shift.any() or state.channel_shift.any()))
@@ -193,9 +194,9 @@ class RWKV(nn.Module):
                 mine.copy_(given[:, 0] / unit)
 
     def set_initial_units(self, units: State) -> None:
-        """Makes the initial state's parameters count in units, so that one learning rate suits all; the state stays.
+        """Scales the initial state's parameters to units, so that one learning rate suits all; the state is unchanged.
 
-        units: wkv (L, H, N or 1, 1), time_shift and channel_shift (L, D or 1); powers of two change no bit.
+        units: wkv (L, H, N or 1, 1), time_shift and channel_shift (L, D or 1); powers of two change no bit
         """
         state = self.initial_state(1)
         self.initial_units = units

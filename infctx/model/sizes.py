@@ -1,4 +1,4 @@
-"""Sizes of a model: what a configuration or a weights file says, and the published models by name."""
+"""Sizes of a model: those of a configuration or a weights file in, all of them out; the published models by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from infctx.small_texts import quoted
 class Sizes:
     """Everything that fixes the shapes of a model.
 
-    version: 5 for RWKV-5.2 (Eagle), 6 for RWKV-6 (Finch).
-    mix_rank, decay_rank: ranks of the two low-rank products of Finch, None for Eagle.
+    version: 5 for RWKV-5.2 (Eagle), 6 for RWKV-6 (Finch)
+    mix_rank, decay_rank: ranks of the two low-rank products of Finch, None for Eagle
     """
 
     version: int
@@ -31,7 +31,7 @@ class Sizes:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights, without an initial state: the closed forms of the architecture."""
+        """Returns the number of weights, without an initial state, by the closed forms of the architecture."""
         layers, width = self.num_layers, self.width
         matrices = 6 * width * width + 2 * width * self.ffn_width
         small = 14 * width
@@ -42,7 +42,7 @@ class Sizes:
 
     @property
     def state_elements(self) -> int:
-        """Numbers in the state of one lane: matrices and both shift vectors of every layer."""
+        """Returns how many numbers one lane's state has: matrices and both shift vectors of every layer."""
         return self.num_layers * (self.width * self.head_size + 2 * self.width)
 
 
@@ -58,9 +58,9 @@ def make_sizes(
     mix_rank: int | None = None,
     decay_rank: int | None = None,
 ) -> Sizes:
-    """Fills in what the official models derive: F = 3.5 D, and the ranks of Finch.
+    """Fills in the sizes that the official models derive: F = 3.5 D, and the ranks of Finch.
 
-    Raises InputError where the sizes do not make a model.
+    Raises InputError if the sizes do not make a model.
     """
     if version not in (5, 6):
         raise InputError(f"version: {version!r} is not known; 5 is RWKV-5 (Eagle), 6 is RWKV-6 (Finch)")
@@ -82,7 +82,7 @@ def make_sizes(
 
 
 def describe(sizes: Sizes) -> str:
-    """One line for people: Finch, 3,099,863,040 parameters, 32 layers of width 2560."""
+    """Returns one line for people: Finch, 3,099,863,040 parameters, 32 layers of width 2560."""
     name = {5: "Eagle", 6: "Finch"}[sizes.version]
     return f"{name}, {sizes.num_parameters:,} parameters, {sizes.num_layers} layers of width {sizes.width}"
 
@@ -97,11 +97,11 @@ PUBLISHED_SIZES = {
     "finch-7b": make_sizes(version=6, num_layers=32, width=4096),
     "finch-14b": make_sizes(version=6, num_layers=61, width=4096),
 }
-"""Shapes of the published models; sizes of a file are read from the file, never from this table."""
+"""Sizes of the published models; the sizes of a file are read from the file, never from this table."""
 
 
 def published_sizes(name: str, place: str = "") -> Sizes:
-    """Sizes of a published model by name; raises InputError with the known names, which begins with `place`."""
+    """Returns the sizes of a published model; raises InputError, which begins with `place`, with the known names."""
     if name not in PUBLISHED_SIZES:
         raise InputError(
             f"{place}no published model is called {quoted(repr(name))}; choose one of these:",

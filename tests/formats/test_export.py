@@ -1,4 +1,4 @@
-"""Export: from whatever holds a model to a file under the official names."""
+"""Export: from anything that holds a model to a file or folder for another program."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tiny_models import random_model, random_tokens
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run with two checkpoints, of which the newer one has the model of `newest_model`."""
+    """Makes a run with two checkpoints; the newer one has the model of `newest_model`."""
     config = load_config(write_config(tmp_path))
     for step, model in ((3, random_model(6, seed=3)), (6, newest_model())):
         optimizer = make_optimizer(model, config.optimizer)
@@ -40,7 +40,7 @@ def newest_model():
 
 
 def save_shards(tensors, folder):
-    """Two files and an index of them."""
+    """Saves tensors in two files with an index."""
     folder.mkdir()
     names = list(tensors)
     for number, chosen in enumerate((names[:9], names[9:])):
@@ -61,13 +61,13 @@ def assert_is(path, model, dtype):
 
 @pytest.mark.parametrize("dtype", EXPORT_DTYPES)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_run_gives_its_newest_checkpoint(tmp_path, run_folder, suffix, dtype):
+def test_a_run_exports_its_newest_checkpoint(tmp_path, run_folder, suffix, dtype):
     output = tmp_path / f"out{suffix}"
-    said = export(run_folder, output, dtype=dtype)
+    line = export(run_folder, output, dtype=dtype)
     assert_is(output, newest_model(), EXPORT_DTYPES[dtype])
     count = len(stored_tensors(newest_model()))
-    assert said.startswith(f"{output}: Finch, ")
-    assert said.endswith(f"{count} tensors in {dtype} under official names, from {run_folder}/checkpoints/step-000006")
+    assert line.startswith(f"{output}: Finch, ")
+    assert line.endswith(f"{count} tensors in {dtype} under official names, from {run_folder}/checkpoints/step-000006")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_folders_of_checkpoints(tmp_path, run_folder, source, seed):
     assert_is(tmp_path / "out.pth", random_model(6, seed=seed, with_state=seed == 6), torch.float32)
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path, run_folder, caplog):
+def test_a_torn_checkpoint_is_skipped(tmp_path, run_folder, caplog):
     torn = run_folder / "checkpoints" / "step-000006" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
     export(run_folder, tmp_path / "out.pth", dtype="fp32")
@@ -91,12 +91,12 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, run_folder, caplog):
 def test_a_weights_file(tmp_path, version, suffix):
     model = random_model(version)
     infctx.save_weights(model, tmp_path / f"in{suffix}")
-    said = export(tmp_path / f"in{suffix}", tmp_path / "out.pth", dtype="bf16")
+    line = export(tmp_path / f"in{suffix}", tmp_path / "out.pth", dtype="bf16")
     assert_is(tmp_path / "out.pth", model, torch.bfloat16)
-    assert {5: "Eagle", 6: "Finch"}[version] in said
+    assert {5: "Eagle", 6: "Finch"}[version] in line
 
 
-def test_nothing_is_overwritten_unless_asked(tmp_path):
+def test_nothing_is_overwritten_without_the_option(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "in.pth")
     (tmp_path / "out.pth").write_bytes(b"precious")
     with pytest.raises(InputError, match=r"out.pth: exists; choose another name, or give --overwrite"):
@@ -106,7 +106,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     assert_is(tmp_path / "out.pth", random_model(5), torch.bfloat16)
 
 
-def test_what_can_not_be_exported(tmp_path):
+def test_bad_sources_and_outputs_are_refused(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "in.pth")
     for source, output, match in [
         (tmp_path / "none.pth", tmp_path / "out.pth", "none.pth: no such file"),
@@ -128,7 +128,7 @@ def test_what_can_not_be_exported(tmp_path):
 
 
 def tuned_run(folder, shifts=False):
-    """A run that tuned the state of the weights in base.pth, and its state."""
+    """Makes a run that tuned a state over the weights in base.pth; returns the model and the state."""
     base = random_model(6, seed=6)
     infctx.save_weights(base, folder / "base.pth")
     changes = {"model__weights": str(folder / "base.pth"), "model__learn": "initial_state"}
@@ -146,12 +146,12 @@ def tuned_run(folder, shifts=False):
     return base, base.initial_state(1).detach()
 
 
-def test_a_tuned_run_gives_its_state_in_every_form(tmp_path):
+def test_a_tuned_run_exports_its_state_in_every_form(tmp_path):
     model, state = tuned_run(tmp_path)
     run = tmp_path / "run"
     for name in ("state.pth", "state.st", "state.safetensors"):
-        said = export(run, tmp_path / name)
-        assert said.startswith(
+        line = export(run, tmp_path / name)
+        assert line.startswith(
             f"{tmp_path / name}: a state of 2 layers with 3 heads of 8, from {run}/checkpoints/step-"
         )
         found = infctx.load_state(tmp_path / name, model)
@@ -166,7 +166,7 @@ def test_a_tuned_run_gives_its_state_in_every_form(tmp_path):
         assert all(torch.equal(merged.get_parameter(n), p) for n, p in model.named_parameters())
     export(run, tmp_path / "weights.pth", form="weights", dtype="fp32")
     assert_is(tmp_path / "weights.pth", random_model(6, seed=6), torch.float32)
-    # States go from form to form, and out of a merged file or a run that trained one.
+    # States convert between forms, also from a merged file.
     export(tmp_path / "state.pth", tmp_path / "again.st")
     assert (tmp_path / "again.st").read_bytes() == (tmp_path / "state.st").read_bytes()
     export(tmp_path / "merged.pth", tmp_path / "out.pth", form="pth")
@@ -179,15 +179,15 @@ def test_a_tuned_run_gives_its_state_in_every_form(tmp_path):
 @pytest.mark.parametrize("dtype", EXPORT_DTYPES)
 def test_other_names_and_back(tmp_path, version, names, dtype):
     infctx.save_weights(random_model(version), tmp_path / "in.pth", EXPORT_DTYPES[dtype])
-    said = export(tmp_path / "in.pth", tmp_path / "theirs.safetensors", names=names, dtype=dtype)
-    assert f"under {names} names" in said
-    assert ("eps" in said) == (names == "fla")
+    line = export(tmp_path / "in.pth", tmp_path / "theirs.safetensors", names=names, dtype=dtype)
+    assert f"under {names} names" in line
+    assert ("eps" in line) == (names == "fla")
     assert naming_of(read_tensors(tmp_path / "theirs.safetensors")) == names
     export(tmp_path / "theirs.safetensors", tmp_path / "back.pth", dtype=dtype)
     assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "in.pth").read_bytes()
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_options_that_do_not_go_together_are_refused(tmp_path):
     _, state = tuned_run(tmp_path, shifts=True)
     run, base, out = tmp_path / "run", tmp_path / "base.pth", tmp_path / "out.pth"
     infctx.save_state(state._replace(time_shift=0 * state[1], channel_shift=0 * state[1]), tmp_path / "state.pth")
@@ -221,7 +221,7 @@ def test_what_does_not_go_together(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["run", "shards", "merged.pth"])
-def test_a_state_that_lies_among_the_weights(tmp_path, run_folder, layout):
+def test_a_state_among_the_weights(tmp_path, run_folder, layout):
     model = newest_model()
     source = {"run": run_folder, "shards": tmp_path / "shards", "merged.pth": tmp_path / "merged.pth"}[layout]
     if layout == "merged.pth":
@@ -234,14 +234,14 @@ def test_a_state_that_lies_among_the_weights(tmp_path, run_folder, layout):
     assert torch.equal(infctx.load_state(tmp_path / "out.pth", model).wkv[:, 0], model.initial_wkv)
     assert torch.equal(infctx.load_state(tmp_path / "out.st", model).wkv[:, 0], model.initial_wkv.half().float())
     assert_is(tmp_path / "all.pth", model, torch.float32)
-    said = export(source, tmp_path / "theirs.safetensors", names="huggingface")
-    assert "its initial state is left out" in said
+    line = export(source, tmp_path / "theirs.safetensors", names="huggingface")
+    assert "its initial state is left out" in line
     infctx.save_weights(random_model(6), tmp_path / "plain.pth")
     with pytest.raises(InputError, match="plain.pth: is a model without an initial state"):
         export(tmp_path / "plain.pth", tmp_path / "no.st")
 
 
-def test_a_state_goes_out_without_its_weights_and_keeps_what_it_was_tuned_over(tmp_path, caplog):
+def test_a_state_is_exported_without_its_weights_and_keeps_their_fingerprint(tmp_path, caplog):
     model, state = tuned_run(tmp_path)
     base = (tmp_path / "base.pth").rename(tmp_path / "moved.pth")
     for name in ("out.pth", "out.st", "out.safetensors"):
@@ -251,12 +251,12 @@ def test_a_state_goes_out_without_its_weights_and_keeps_what_it_was_tuned_over(t
     assert (tmp_path / "out.safetensors").read_bytes() == (checkpoint / "state.safetensors").read_bytes()
     export(base, tmp_path / "merged.pth", state=tmp_path / "out.safetensors")
     assert not caplog.records
-    infctx.save_weights(random_model(6, seed=9), tmp_path / "base.pth")  # where the run's weights were
+    infctx.save_weights(random_model(6, seed=9), tmp_path / "base.pth")  # in place of the run's weights
     export(tmp_path / "run", tmp_path / "wrong.pth", form="merged")
     assert "was tuned over other weights than" in caplog.text
 
 
-def test_files_are_for_everybody(tmp_path):
+def test_files_are_readable_by_everyone(tmp_path):
     tuned_run(tmp_path)
     before = os.umask(0o022)
     try:
@@ -280,7 +280,7 @@ def test_files_are_for_everybody(tmp_path):
     ],
 )
 @pytest.mark.parametrize("layout", ["shards", "in.safetensors", "in.pth", "old.pth"])
-def test_the_bytes_are_those_of_the_whole_written_at_once(tmp_path, version, suffix, names, source_names, layout):
+def test_the_bytes_match_a_file_written_in_one_go(tmp_path, version, suffix, names, source_names, layout):
     model = random_model(version, num_layers=3, with_state=source_names == "official")
     official = stored_tensors(model)
     weights = {name: tensor for name, tensor in official.items() if not is_state_name(name)}
@@ -326,7 +326,7 @@ def test_values_beyond_the_dtype_are_named_and_nothing_is_left(tmp_path, version
 @pytest.mark.parametrize("form", ["weights", "merged"])
 @pytest.mark.parametrize("version", [5, 6])
 @torch.no_grad()
-def test_the_rwkv_package_reads_what_is_exported_from_shards(tmp_path, rwkv_package, version, form):
+def test_the_rwkv_package_reads_an_export_of_shards(tmp_path, rwkv_package, version, form):
     model = random_model(version, with_state=True, noise=0.1, width=128, head_size=64)
     save_shards(stored_tensors(model), tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out.pth", dtype="fp32", form=form)

@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's layout: what is written, what reads it, and that nothing of anybody's is lost."""
+"""Folders in Hugging Face's layout: their content, reading them back, and no loss of other files."""
 
 import json
 
@@ -18,7 +18,7 @@ from runs import infctx_here
 from tiny_models import random_model
 
 RANKS = {"mix_rank": 32, "decay_rank": 64}
-"""Those that Hugging Face's code has at this width."""
+"""The ranks in Hugging Face's code at this width."""
 
 
 def small_model(version, **sizes):
@@ -29,12 +29,12 @@ def small_model(version, **sizes):
 def test_a_folder_and_back(tmp_path, version, names):
     model = small_model(version, with_state=True)
     infctx.save_weights(model, tmp_path / "in.pth")
-    code, said, errors = infctx_here(
+    code, output, errors = infctx_here(
         "export", tmp_path / "in.pth", f"{tmp_path}/out.v1/", "--names", names, "--dtype", "fp32"
     )
     folder = tmp_path / "out.v1"
     assert (code, errors) == (0, "")
-    assert said.startswith(f"{folder}: ") and "; its initial state is left out; " in said
+    assert output.startswith(f"{folder}: ") and "; its initial state is left out; " in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.v1"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS])
     found = read_tensors(folder / WEIGHTS)
@@ -53,7 +53,7 @@ def test_a_folder_and_back(tmp_path, version, names):
 @pytest.mark.parametrize(("version", "repository"), [(5, "RWKV/rwkv-5-world-1b5"), (6, "RWKV/v6-Finch-1B6-HF")])
 def test_the_configuration_for_the_remote_code(tmp_path, version, repository):
     infctx.save_weights(small_model(version, num_layers=3, vocab_size=65536), tmp_path / "in.pth")
-    said = export(tmp_path / "in.pth", tmp_path / "out", names="huggingface")
+    line = export(tmp_path / "in.pth", tmp_path / "out", names="huggingface")
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {
         "architectures": [f"Rwkv{version}ForCausalLM"],
         "auto_map": {
@@ -77,12 +77,12 @@ def test_the_configuration_for_the_remote_code(tmp_path, version, repository):
         "torch_dtype": "bfloat16",
     }
     assert repository in PUBLISHED_FOLDERS
-    assert said.endswith(f"; add the model's .py files and the tokenizer from {repository} on the hub (docs/models.md)")
+    assert line.endswith(f"; add the model's .py files and the tokenizer from {repository} on the hub (docs/models.md)")
 
 
 def test_the_configuration_for_fla(tmp_path):
     infctx.save_weights(random_model(6, ffn_width=40), tmp_path / "in.pth")
-    said = export(tmp_path / "in.pth", tmp_path / "out", names="fla", dtype="fp16")
+    line = export(tmp_path / "in.pth", tmp_path / "out", names="fla", dtype="fp16")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config["architectures"] == ["RWKV6ForCausalLM"] and config["model_type"] == "rwkv6"
     sizes = ("hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "vocab_size")
@@ -91,10 +91,10 @@ def test_the_configuration_for_fla(tmp_path):
     assert (config["expand_k"], config["expand_v"], config["hidden_act"]) == (1.0, 1.0, "sqrelu")
     assert (config["norm_eps"], config["norm_bias"], config["norm_first"]) == (1e-5, True, True)
     assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (0, 0, "float16")
-    assert said.endswith("; it has no tokenizer; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn")
+    assert line.endswith("; it has no tokenizer; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn")
 
 
-def test_what_cannot_be_a_folder(tmp_path):
+def test_models_that_cannot_be_a_folder_are_refused(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "eagle.pth")
     for name, sizes in [("ranks", {}), ("mix", {"mix_rank": 32}), ("width", RANKS | {"ffn_width": 40})]:
         infctx.save_weights(random_model(6, **sizes), tmp_path / f"{name}.pth")
@@ -119,7 +119,7 @@ def test_what_cannot_be_a_folder(tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_is_there_is_kept(tmp_path):
+def test_existing_files_are_kept(tmp_path):
     infctx.save_weights(small_model(6), tmp_path / "in.pth")
     infctx.save_weights(small_model(6, seed=1), tmp_path / "other.pth")
     out = tmp_path / "out"
@@ -128,7 +128,7 @@ def test_what_is_there_is_kept(tmp_path):
     with pytest.raises(InputError, match=f"^{out}: exists; choose another name, or give --overwrite$"):
         export(tmp_path / "other.pth", out, names="huggingface")
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=f"^{out}: also holds notes.txt, and nothing of that is removed; choose"):
+    with pytest.raises(InputError, match=f"^{out}: also holds notes.txt, which is not part of an export; choose"):
         export(tmp_path / "other.pth", out, names="huggingface", overwrite=True)
     assert (out / WEIGHTS).read_bytes() == before and (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()

@@ -1,4 +1,4 @@
-"""Weights under the names of others: their names, order and shapes; there and back bit for bit; refusals by name."""
+"""Weights under other programs' names: names, order and shapes; there and back bit for bit; refusals by name."""
 
 import random
 import re
@@ -14,9 +14,9 @@ from infctx.model.time_mix import DataDependentMixing
 
 from tiny_models import random_model
 
-# Of a model of 2 layers, vocabulary 19, width 24, 3 heads of 8, feed-forward width 64, ranks 3 and 5, what each module
-# holds, in its order: name, shape, and the official name of the same tensor, if it is the same.  N is the layer, and
-# * stands for weight and then bias.
+# The tensors of each module, in its order, for a model of 2 layers, vocabulary 19, width 24, 3 heads of 8, feed-forward
+# width 64, ranks 3 and 5: name, shape, and the official name if the official tensor is the same.  N is the layer, and
+# * means weight and then bias.
 
 HUGGINGFACE_5 = """
 rwkv.embeddings.weight 19x24 emb.weight
@@ -109,7 +109,7 @@ every_table = pytest.mark.parametrize(("naming", "version"), TABLES)
 
 
 def table(naming, version):
-    """Their name -> shape and official name (None where it is another tensor), of both layers."""
+    """Returns their name -> shape and official name (None if the tensor differs), for both layers."""
     text = re.sub(r"(.*)\*(.*)\*\n", r"\1weight\2weight\n\1bias\2bias\n", TABLES[naming, version])
     before, of_layer, after = re.fullmatch(r"\n([^N]*\n)(.*N\S*\n)([^N]*)\n", text, re.DOTALL).groups()
     lines = [before, of_layer.replace(".N.", ".0."), of_layer.replace(".N.", ".1."), after]
@@ -130,7 +130,7 @@ def to_naming(naming):
 
 
 def refusal(convert, *arguments):
-    """The one line that a conversion says."""
+    """Returns the one line of a conversion's InputError."""
     with pytest.raises(InputError) as refused:
         convert(*arguments, "some/model.pth")
     message = str(refused.value)
@@ -210,7 +210,7 @@ def test_mixing_as_fla_computes_it_is_ours():
 @every_table
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_there_and_back_bit_for_bit(naming, version, dtype):
-    stored = official(version, dtype=dtype, num_layers=11)  # layer 10 comes behind layer 9
+    stored = official(version, dtype=dtype, num_layers=11)  # layer 10 comes after layer 9
     found = from_official(stored, naming, "model.pth")
     assert naming_of(found) == naming
     assert {tensor.dtype for tensor in found.values()} == {dtype}
@@ -223,7 +223,7 @@ def test_there_and_back_bit_for_bit(naming, version, dtype):
 
 
 @pytest.mark.parametrize("version", [5, 6])
-def test_official_tensors_pass_untouched(version):
+def test_official_tensors_are_returned_unchanged(version):
     stored = official(version, with_state=True)
     for found in (to_official(stored, "model.pth"), from_official(stored, "official", "model.pth")):
         assert list(found) == list(stored)
@@ -231,7 +231,7 @@ def test_official_tensors_pass_untouched(version):
 
 
 @every_table
-def test_renamed_tensors_are_not_copied_and_parts_keep_no_whole(naming, version):
+def test_renamed_tensors_are_not_copied_and_parts_do_not_keep_the_whole(naming, version):
     found = theirs(naming, version)
     again = to_official(found, "model.pth")
     for name, (_, same) in table(naming, version).items():
@@ -255,7 +255,7 @@ def test_renamed_tensors_are_not_copied_and_parts_keep_no_whole(naming, version)
         (["model.layers.12.attn.x_bias"], "fla"),
     ],
 )
-def test_a_naming_is_told_by_its_names(names, naming):
+def test_a_naming_is_recognized_by_its_names(names, naming):
     assert naming in NAMINGS
     assert naming_of(iter(names)) == naming
     if naming == "official":
@@ -301,7 +301,7 @@ def test_an_unknown_tensor_is_named(naming, version, name):
 
 @every_table
 @pytest.mark.parametrize("layer", ["2", "9999", "1" * 5000])
-def test_a_layer_of_one_tensor_alone_costs_nothing(naming, version, layer):
+def test_a_layer_with_a_single_tensor_costs_nothing(naming, version, layer):
     tensors = theirs(naming, version)
     known = next(name for name in tensors if ".1." in name)
     message = refusal(to_official, tensors | {known.replace(".1.", f".{layer}."): torch.ones(24)})
@@ -309,7 +309,7 @@ def test_a_layer_of_one_tensor_alone_costs_nothing(naming, version, layer):
     assert "is missing" in message
 
 
-def test_many_layers_of_one_tensor_each_cost_no_memory():
+def test_many_layers_with_one_tensor_each_cost_no_memory():
     tensor = torch.ones(1)
     tensors = {f"rwkv.blocks.{10**30 + layer}.ln1.weight": tensor for layer in range(2000)}
     tracemalloc.start()
@@ -319,10 +319,10 @@ def test_many_layers_of_one_tensor_each_cost_no_memory():
     finally:
         tracemalloc.stop()
     assert "tensor rwkv.embeddings.weight is missing" in message
-    assert peak < 3e6  # bytes; all the names of these layers would take more than 5 MB
+    assert peak < 3e6  # bytes; all the names of these layers would need more than 5 MB
 
 
-def test_names_are_shown_in_one_line():
+def test_names_are_shown_on_one_line():
     for name in ("rwkv.a\nb", "rwkv.\x1b[31m", "rwkv.\u2028"):
         assert repr(name) in refusal(to_official, {name: torch.ones(1)})
 
@@ -344,7 +344,7 @@ def test_a_shape_that_cannot_be_converted_is_named(name):
     for wrong in odd:
         message = refusal(to_official, tensors | {name: wrong})
         assert f"tensor {name} has shape {tuple(wrong.shape)}; (" in message
-        assert message.count("D") >= 2  # the letters of the shape, and what they are
+        assert message.count("D") >= 2  # the letters of the shape, and their meaning
 
 
 @every_table
@@ -357,14 +357,14 @@ def test_the_shapes_of_renamed_tensors_are_left_to_the_reader(naming, version):
 
 
 @every_table
-def test_a_learned_state_has_no_place(naming, version):
+def test_a_learned_state_is_refused(naming, version):
     message = refusal(to_naming(naming), official(version, with_state=True))
     assert f"tensor 'blocks.0.att.time_state' has no place under the {naming} names" in message
     assert "leave the initial state out" in message
     assert "official names" in message
 
 
-def test_eagle_has_no_names_of_fla():
+def test_eagle_has_no_fla_names():
     message = refusal(to_naming("fla"), official(5))
     assert message.endswith("RWKV-5 has no fla names; choose one of official, huggingface")
 
@@ -381,7 +381,7 @@ def test_an_unknown_official_tensor_is_named(naming, version, name):
     assert f"tensor {name!r} does not belong to RWKV-{version} under the official names" in message
 
 
-@pytest.mark.filterwarnings("ignore")  # the library warns when it is imported and when it is used
+@pytest.mark.filterwarnings("ignore")  # the library warns when it is imported and used
 def test_the_real_library_holds_these_tensors():
     models = pytest.importorskip("fla.models")
     found = theirs("fla", 6)

@@ -1,4 +1,4 @@
-"""The table of published files against the architecture, the shipped configurations and what is said of a file."""
+"""The table of published files against the architecture and the shipped configurations; messages about files."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ FINCH_3B = "RWKV-x060-World-3B-v2.1-20240417-ctx4096.pth"
 
 @pytest.mark.parametrize("file", PUBLISHED_FILES, ids=lambda file: file.name)
 def test_a_file_has_the_bytes_of_its_sizes(file):
-    """bf16, and 130 to 160 bytes a tensor for names and the archive around them."""
+    """bf16, and 130 to 160 bytes per tensor for names and the archive around them."""
     sizes = published_sizes(file.size)
     beyond = file.num_bytes - 2 * sizes.num_parameters
     assert 100 <= beyond / len(stored_names(sizes)) <= 200
     assert file.repository == {5: EAGLE, 6: FINCH}[sizes.version]
 
 
-def test_every_size_is_published_and_no_file_twice():
+def test_every_size_is_published_and_no_file_is_listed_twice():
     assert {file.size for file in PUBLISHED_FILES} == set(PUBLISHED_SIZES)
     assert len({file.name for file in PUBLISHED_FILES}) == len(PUBLISHED_FILES)
 
@@ -62,12 +62,12 @@ def test_the_shipped_configurations_name_published_files(path):
         ("RWKV-x070-mine.pth", "by its name it is RWKV-7"),
     ],
 )
-def test_what_is_said_of_a_missing_file(path, expected):
+def test_the_message_for_a_missing_file(path, expected):
     assert expected in missing_weights(Path(path))
     assert missing_weights(Path(path)).startswith(f"there is no {path}")
 
 
-def test_a_download_that_stopped_is_seen_by_its_size(tmp_path):
+def test_a_stopped_download_is_recognized_by_its_size(tmp_path):
     path = tmp_path / FINCH_3B
     refuse_stopped_download(path)
     with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Initial states on disk: every form there and back, read by the programs they are for, everything else one line."""
+"""Initial states on disk: every form there and back, read by the programs they are for; one line for anything else."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def refused(action, *arguments, **options):
 
 @pytest.mark.parametrize(("form", "suffix"), FORMS)
 @pytest.mark.parametrize("version", [5, 6])
-def test_every_form_comes_back_and_is_recognised_by_its_content(tmp_path, version, form, suffix):
+def test_every_form_comes_back_and_is_recognized_by_its_content(tmp_path, version, form, suffix):
     model, state = model_and_state(version)
     path = tmp_path / f"state{suffix}"
     infctx.save_state(state, path, form, model=model if form == "merged" else None)
@@ -51,7 +51,7 @@ def test_every_form_comes_back_and_is_recognised_by_its_content(tmp_path, versio
         assert is_state_file(path) == (form != "merged")
 
 
-def test_the_suffix_says_the_form(tmp_path):
+def test_the_suffix_decides_the_form(tmp_path):
     _, state = model_and_state()
     for suffix, form in ((".pth", "pth"), (".st", "st"), (".state", "st"), (".safetensors", "infctx")):
         infctx.save_state(state, tmp_path / f"by_suffix{suffix}")
@@ -61,7 +61,7 @@ def test_the_suffix_says_the_form(tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", [5, 6])
-def test_pth_is_what_rwkv_runner_asks_for(tmp_path, version, dtype):
+def test_pth_is_the_form_that_rwkv_runner_needs(tmp_path, version, dtype):
     model, state = model_and_state(version)
     infctx.save_state(state, tmp_path / "state.pth", "pth", dtype=dtype)
     tensors = torch.load(tmp_path / "state.pth", weights_only=True)
@@ -75,7 +75,7 @@ def test_pth_is_what_rwkv_runner_asks_for(tmp_path, version, dtype):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()  # nothing else is stored
 
 
-def test_st_is_what_web_rwkv_asks_for(tmp_path):
+def test_st_is_the_form_that_web_rwkv_needs(tmp_path):
     _, state = model_and_state()
     infctx.save_state(state, tmp_path / "state.pth")
     infctx.save_state(state, tmp_path / "state.st")
@@ -99,7 +99,7 @@ def test_merged_is_the_model_with_the_state(tmp_path, suffix, dtype):
     assert torch.equal(found.initial_wkv, state.wkv[:, 0])  # fp32, whatever the weights are
     for name, parameter in plain.named_parameters():
         assert torch.equal(found.get_parameter(name), parameter.to(dtype or torch.float32).float()), name
-    # A state that the model has already is replaced.
+    # A state that the model already has is replaced.
     infctx.save_state(state, tmp_path / "again.pth", "merged", model=random_model(6, seed=8, with_state=True, **SIZES))
     assert torch.equal(infctx.load_state(tmp_path / "again.pth", model).wkv, state.wkv)
 
@@ -107,8 +107,8 @@ def test_merged_is_the_model_with_the_state(tmp_path, suffix, dtype):
 @pytest.mark.parametrize("version", [5, 6])
 @pytest.mark.parametrize("form", ["pth", "merged"])
 @torch.no_grad()
-def test_the_rwkv_package_starts_from_it(tmp_path, rwkv_package, version, form):
-    """Merged into the weights, and as a file of its own, which ChatRWKV turns and puts into the package's state."""
+def test_the_rwkv_package_starts_from_a_state(tmp_path, rwkv_package, version, form):
+    """Merged into the weights, and as a separate file, transposed into the package's state as ChatRWKV does."""
     sizes = {"num_layers": 3, "width": 128, "vocab_size": 50, "head_size": 64}
     model = random_model(version, with_state=True, noise=0.1, **sizes)
     state = model.initial_state(1)
@@ -151,7 +151,7 @@ def test_the_golden_states_load(name):
     assert torch.equal(model(tokens)[0], hidden)
 
 
-def test_shift_vectors_have_a_place_in_our_own_form_only(tmp_path):
+def test_only_our_form_has_a_place_for_shift_vectors(tmp_path):
     model, state = model_and_state(shifts=True)
     infctx.save_state(state, tmp_path / "state.safetensors")
     found = infctx.load_state(tmp_path / "state.safetensors", model)
@@ -169,7 +169,7 @@ def test_shift_vectors_have_a_place_in_our_own_form_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "expected"),
     [
         ({"num_layers": 2}, "the state has 2 layers with 2 heads of 20, the model 3 layers with 2 heads of 20"),
         ({"width": 60}, "the state has 3 layers with 3 heads of 20, the model 3 layers with 2 heads of 20"),
@@ -177,19 +177,19 @@ def test_shift_vectors_have_a_place_in_our_own_form_only(tmp_path):
     ],
 )
 @pytest.mark.parametrize(("form", "suffix"), FORMS)
-def test_a_state_of_another_size(tmp_path, form, suffix, other, said):
+def test_a_state_of_another_size_is_refused(tmp_path, form, suffix, other, expected):
     model, _ = model_and_state()
     another, state = model_and_state(**other)
     path = tmp_path / f"state{suffix}"
     infctx.save_state(state, path, form, model=another)
     message = refused(infctx.load_state, path, model)
-    assert message.startswith(f"{path}: {said}")
-    assert said.split(",")[0] in refused(infctx.save_state, state, tmp_path / "merged.pth", "merged", model=model)
+    assert message.startswith(f"{path}: {expected}")
+    assert expected.split(",")[0] in refused(infctx.save_state, state, tmp_path / "merged.pth", "merged", model=model)
     assert "set_initial_state" in refused(model.set_initial_state, state)
 
 
 def stored(**changes):
-    """Form pth of a state of three layers with changed tensors; None leaves one out."""
+    """Returns form pth of a state of three layers with changed tensors; None removes one."""
     tensors = {f"blocks.{layer}.att.time_state": torch.ones(2, 20, 20) for layer in range(3)}
     for name, tensor in changes.items():
         tensors[name] = tensor
@@ -200,7 +200,7 @@ STATE = "blocks.{}.att.time_state".format
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "expected"),
     [
         ({}, "is no state (the file has no tensors)"),
         ({"a": torch.ones(2)}, "is no state (found a)"),
@@ -220,16 +220,16 @@ STATE = "blocks.{}.att.time_state".format
         ({"wkv": torch.ones(3, 2, 20, 20), "other": torch.ones(2)}, "is no state (found other, wkv)"),
     ],
 )
-def test_what_is_no_state(tmp_path, tensors, said):
+def test_files_that_are_not_a_state_are_refused(tmp_path, tensors, expected):
     model, _ = model_and_state()
     for path in (tmp_path / "state.pth", tmp_path / "state.safetensors"):
         torch.save(tensors, path) if path.suffix == ".pth" else save_file(tensors, path)
         message = refused(infctx.load_state, path, model)
         assert message.startswith(f"{path}: ")
-        assert said in message
+        assert expected in message
 
 
-def test_other_files_given_as_a_state(tmp_path):
+def test_other_files_are_refused_as_a_state(tmp_path):
     model, _ = model_and_state()
     assert "no such file" in refused(infctx.load_state, tmp_path / "gone.pth", model)
     (tmp_path / "text.pth").write_text("hello")
@@ -252,19 +252,19 @@ def test_values_beyond_fp16_are_named(tmp_path):
     assert read_state(tmp_path / "state.pth").wkv[1, 0, 1, 3, 7] == -70000
 
 
-def test_what_can_not_be_saved(tmp_path):
+def test_bad_arguments_of_save_state_are_refused(tmp_path):
     model, state = model_and_state()
     assert "no form 'ggml'" in refused(infctx.save_state, state, tmp_path / "a.pth", "ggml")
     assert "form st is written as .st or .state" in refused(infctx.save_state, state, tmp_path / "a.pth", "st")
     assert "a state is written as" in refused(infctx.save_state, state, tmp_path / "a.bin")
     assert "give the model" in refused(infctx.save_state, state, tmp_path / "a.pth", "merged")
-    assert "the state is of 2 documents" in refused(infctx.save_state, model.initial_state(2), tmp_path / "a.pth")
+    assert "the state has 2 documents" in refused(infctx.save_state, model.initial_state(2), tmp_path / "a.pth")
     state.wkv[0, 0, 0, 0, 0] = float("inf")
     assert "not finite; not written" in refused(infctx.save_state, state, tmp_path / "a.pth")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_goes_where_the_model_is(tmp_path):
+def test_a_loaded_state_gets_the_precision_of_the_model(tmp_path):
     model, state = model_and_state()
     infctx.save_state(state, tmp_path / "state.pth")
     precise = random_model(6, dtype=torch.float64, **SIZES)

@@ -1,4 +1,4 @@
-"""Files of tensors from others: whatever is in them, one line of refusal and nothing run."""
+"""Files of tensors from others: whatever they hold, a refusal is one line and no code runs."""
 
 import io
 import json
@@ -28,7 +28,7 @@ SUFFIXES = (".pth", ".safetensors")
 
 @pytest.fixture(scope="module")
 def whole_files(tmp_path_factory):
-    """suffix -> the bytes of a whole file of a small model."""
+    """Returns suffix -> the bytes of a complete file of a small model."""
     folder, model = tmp_path_factory.mktemp("whole"), random_model(6)
     for suffix in SUFFIXES:
         infctx.save_weights(model, folder / f"model{suffix}")
@@ -59,7 +59,7 @@ def test_round_trip(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_content_tells_the_format(tmp_path, whole_files, suffix):
+def test_the_content_decides_the_format(tmp_path, whole_files, suffix):
     other = SUFFIXES[suffix == SUFFIXES[0]]
     (tmp_path / f"model{other}").write_bytes(whole_files[suffix])
     assert infctx.load_model(tmp_path / f"model{other}").sizes.version == 6
@@ -80,7 +80,7 @@ def test_other_ways_of_saving_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_cut_short(tmp_path, whole_files, suffix):
+def test_a_file_cut_short_is_refused(tmp_path, whole_files, suffix):
     path, content = tmp_path / f"model{suffix}", whole_files[suffix]
     for length in (1, 2, 5, 8, 9, 10, 100, 1000, len(content) // 2, len(content) - 1000, len(content) - 1):
         path.write_bytes(content[:length])
@@ -89,12 +89,12 @@ def test_a_file_cut_short(tmp_path, whole_files, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_damage_is_an_input_error_or_other_numbers(tmp_path, whole_files, suffix):
+def test_damage_gives_an_input_error_or_other_numbers(tmp_path, whole_files, suffix):
     random = np.random.default_rng(0)
     path, content = tmp_path / f"model{suffix}", np.frombuffer(whole_files[suffix], np.uint8)
     for trial in range(60):
         damaged = content.copy()
-        # in the header or the directory at the end, where structure is
+        # in the header or in the directory at the end, where the structure is
         near = random.integers(0, 3000, 8)
         places = near if trial % 2 else len(content) - 1 - near
         damaged[places] = random.integers(0, 256, 8)
@@ -107,12 +107,12 @@ def test_damage_is_an_input_error_or_other_numbers(tmp_path, whole_files, suffix
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "model"])
-def test_an_empty_file(tmp_path, name):
+def test_an_empty_file_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     assert "the file is empty" in refusal(tmp_path / name)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "model.pth")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"folder: holds no model.safetensors, pytorch_model.bin or index of these"):
@@ -123,13 +123,13 @@ def test_a_file_that_is_not_there(tmp_path):
     "content",
     [b"text\n" * 100, b"\0" * 64, b"PK\x03\x04" + b"x" * 50, b"\xff" * 7 + b"\x7f{", b"\x02\0\0\0\0\0\0\0{}", b"\x80"],
 )
-def test_files_that_hold_something_else(tmp_path, content):
+def test_files_that_hold_something_else_are_refused(tmp_path, content):
     (tmp_path / "model.pth").write_bytes(content)
     refusal(tmp_path / "model.pth")
 
 
 class Planted:
-    """Pickled, an order to whoever loads it to make a folder."""
+    """Makes a folder when its pickle is loaded."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -141,7 +141,7 @@ class Planted:
 
 
 @pytest.mark.parametrize("way", ["value", "whole", "plain pickle", "old torch"])
-def test_no_code_in_a_pickle_is_run(tmp_path, way):
+def test_no_code_in_a_pickle_runs(tmp_path, way):
     path, planted = tmp_path / "model.pth", tmp_path / "planted"
     tensors = stored_tensors(random_model(5))
     if way == "plain pickle":
@@ -158,18 +158,18 @@ def test_no_code_in_a_pickle_is_run(tmp_path, way):
 
 
 @pytest.mark.parametrize("value", [3, "text", None, [1.0], {"a": torch.ones(2)}, 1.5])
-def test_entries_that_are_no_tensors_are_named(tmp_path, value):
+def test_entries_that_are_not_tensors_are_named(tmp_path, value):
     torch.save(stored_tensors(random_model(5)) | {"blocks.0.ln1.bias": value}, tmp_path / "model.pth")
     assert f"entry 'blocks.0.ln1.bias' is a {type(value).__name__}" in refusal(tmp_path / "model.pth")
 
 
-def test_names_that_are_no_text_are_named(tmp_path):
+def test_names_that_are_not_text_are_named(tmp_path):
     torch.save(stored_tensors(random_model(5)) | {7: torch.ones(2)}, tmp_path / "model.pth")
     assert "entry 7" in refusal(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), 3, (torch.ones(2),)])
-def test_a_file_that_is_no_dict(tmp_path, content):
+def test_a_file_that_is_not_a_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
     assert f"holds a {type(content).__name__}, not a dict" in refusal(tmp_path / "model.pth")
 
@@ -188,10 +188,10 @@ def test_sparse_tensors_are_named(tmp_path):
     assert "tensor emb.weight" in refusal(tmp_path / "model.pth")
 
 
-def test_a_small_file_can_not_ask_for_much_memory(tmp_path):
+def test_a_small_file_cannot_claim_much_memory(tmp_path):
     tensors = stored_tensors(random_model(5))
     for name in ("emb.weight", "head.weight"):
-        tensors[name] = torch.ones(1, 1).expand(1 << 40, 24)  # 100 TB of a file of some KB
+        tensors[name] = torch.ones(1, 1).expand(1 << 40, 24)  # 100 TB from a file of a few KB
     torch.save(tensors, tmp_path / "model.pth")
     assert "tensor emb.weight" in refusal(tmp_path / "model.pth")
 
@@ -208,7 +208,7 @@ def test_a_header_whose_length_reads_like_a_zip(tmp_path):
 
 @pytest.mark.parametrize("name", ["emb.weight", "rwkv.embeddings.weight", "blocks.0.att.time_maa_w"])
 @pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0], [0, 2**62, 2**62], [0, 5], []])
-def test_a_shape_out_of_all_bounds(tmp_path, name, shape):
+def test_a_shape_out_of_all_bounds_is_refused(tmp_path, name, shape):
     values = bytes(0 if shape else 4)
     header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, len(values)]}}).encode()
     path = tmp_path / "model.safetensors"
@@ -217,7 +217,7 @@ def test_a_shape_out_of_all_bounds(tmp_path, name, shape):
 
 
 def pickle_of_shared_tuples(times, as_value=False):
-    """{t: None} or {"t": t}, where t = (1,) and so often t = (t, t): its hash takes 2 ** times steps."""
+    """Pickles {t: None} or {"t": t}, with t = (1,) and then `times` times t = (t, t): a hash takes 2 ** times steps."""
     tuples = b"K\x01\x85q\x01" + b"h\x01\x86q\x01" * times
     return b"\x80\x02}" + (b"X\x01\0\0\0t" + tuples if as_value else tuples + b"N") + b"s."
 
@@ -229,7 +229,7 @@ def zip_of(path, compression=zipfile.ZIP_STORED, **records):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         (pickle_of_shared_tuples(40), "its pickle holds tuples of tuples, which no file of weights needs"),
         (pickle_of_shared_tuples(40, as_value=True), "its pickle holds tuples of tuples"),
@@ -246,33 +246,33 @@ def zip_of(path, compression=zipfile.ZIP_STORED, **records):
     ],
 )
 @pytest.mark.parametrize("container", ["zip", "before torch 1.6"])
-def test_a_pickle_that_asks_for_too_much_is_refused_at_once(tmp_path, content, says, container):
+def test_a_pickle_that_needs_too_much_is_refused_at_once(tmp_path, content, expected, container):
     path, start = tmp_path / "model.pth", time.perf_counter()
     if container == "zip":
         zip_of(path, version="3", data__pkl=content, byteorder="little")
-        says = "bytes, which no file of weights needs" if len(content) > 8 << 20 else says
+        expected = "bytes, which no file of weights needs" if len(content) > 8 << 20 else expected
     else:
         torch.save({}, path, _use_new_zipfile_serialization=False)
         path.write_bytes(path.read_bytes().partition(b"}q\x00.")[0][:-2] + content + b"\x80\x02]q\x00.")
-    assert says in refusal(path)
-    assert time.perf_counter() - start < 5  # for ever, without
+    assert expected in refusal(path)
+    assert time.perf_counter() - start < 5  # forever without the check
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "expected"),
     [
         ("README.md", b"# infctx\nTrains", 'not a .pth of weights: it begins with the text "# infctx"; name a weights'),
         ("a.pth", b"\xff\xfe" * 40, "not a whole .pth or .safetensors file; copy it again, or name a weights file"),
         ("a.pth", b"PK\x03\x04" + b"x" * 50, "its end or its list of parts is damaged"),
     ],
 )
-def test_what_a_file_is_instead_is_one_short_line(tmp_path, name, content, says):
+def test_the_refusal_of_another_kind_of_file_is_one_short_line(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     message = refusal(tmp_path / name)
-    assert says in message and len(message) < 120 + len(str(tmp_path))
+    assert expected in message and len(message) < 120 + len(str(tmp_path))
 
 
-def test_a_pickle_that_unpacks_to_much_is_not_unpacked(tmp_path):
+def test_a_compressed_pickle_is_not_unpacked(tmp_path):
     zip_of(tmp_path / "model.pth", zipfile.ZIP_DEFLATED, data__pkl=b"\x80\x02}." + bytes(64 << 20))
     assert (tmp_path / "model.pth").stat().st_size < 1 << 17
     tracemalloc.start()
@@ -282,15 +282,15 @@ def test_a_pickle_that_unpacks_to_much_is_not_unpacked(tmp_path):
 
 
 def test_a_zip_of_two_pickles_is_refused(tmp_path):
-    """Which of them is read is up to the reader: the one looked at and the one opened could differ."""
+    """Readers choose differently: the one checked and the one opened might not be the same."""
     with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
         for name in ("model/data.pkl", "model/DATA.PKL", "other/data.pkl"):
             archive.writestr(name, b"\x80\x02}.")
     assert "3 data.pkl in it" in refusal(tmp_path / "model.pth")
 
 
-def test_values_that_a_file_does_not_hold_are_not_made_up(tmp_path):
-    """Before torch 1.6: a storage of 2 GB that the list of storages leaves out."""
+def test_values_that_a_file_does_not_hold_are_refused(tmp_path):
+    """In the format from before torch 1.6: a storage of 2 GB that is missing from the list of storages."""
     path = tmp_path / "model.pth"
     torch.save({"emb.weight": torch.ones(4, 5)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -301,7 +301,7 @@ def test_values_that_a_file_does_not_hold_are_not_made_up(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_all_that_a_state_dict_holds_passes_the_look_at_its_pickle(tmp_path, options):
+def test_everything_in_a_state_dict_passes_the_check_of_its_pickle(tmp_path, options):
     layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(2, 3)).sum().backward()
@@ -318,7 +318,7 @@ def test_all_that_a_state_dict_holds_passes_the_look_at_its_pickle(tmp_path, opt
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_zip_that_torch_did_not_write(tmp_path):
+def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
         archive.writestr("notes.txt", "nothing here")
     assert "not a whole .pth" in refusal(tmp_path / "model.pth")
@@ -355,7 +355,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 @pytest.fixture
 def limit_file_size():
-    """Sets the largest file that this process may write: the nearest thing to a full disk."""
+    """Limits the size of files that this process writes: the closest we get to a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
@@ -365,7 +365,7 @@ def limit_file_size():
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("room", [0.0, 0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_full_disk_names_the_file(tmp_path, whole_files, limit_file_size, suffix, room, streams):
+def test_the_error_for_a_full_disk_names_the_file(tmp_path, whole_files, limit_file_size, suffix, room, streams):
     source, path = tmp_path / "source.pth", tmp_path / f"model{suffix}"
     infctx.save_weights(random_model(6), source)
     limit_file_size(int(room * len(whole_files[suffix])))

@@ -1,4 +1,4 @@
-"""Tensors one at a time: the same bytes as the libraries write, the same values as they read, in little memory."""
+"""Tensors one at a time: the bytes that the libraries write, the values that they read, in little memory."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import infctx
 from infctx.errors import InputError
 from infctx.formats import tensor_stream
-from infctx.formats.other_names import from_official, to_official, ways_from_official, ways_to_official
+from infctx.formats.other_names import conversions_from_official, conversions_to_official, from_official, to_official
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import read_tensors, write_tensors
 from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def odd_tensors():
-    """Every dtype and many a shape and name; more than 256 of them, where a pickle counts in other bytes."""
+    """Returns tensors of every dtype and odd shapes and names; over 256, because a pickle then counts differently."""
     shapes = [(), (0,), (3, 0, 2), (1,), (7,), (5, 3), (1, 1, 24), (2, 3, 4, 5)]
     tensors = {
         f"blocks.{number}.{dtype}": torch.randn(shape).to(dtype)
@@ -46,7 +46,7 @@ def planned(tensors):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("tensors", [odd_tensors(), {}, {"one": torch.ones(3)}], ids=["many", "none", "one"])
-def test_the_bytes_are_those_of_the_library(tmp_path, suffix, tensors):
+def test_the_bytes_match_the_library(tmp_path, suffix, tensors):
     streamed, whole = tmp_path / f"streamed{suffix}", tmp_path / f"whole{suffix}"
     write_tensors(tensors, whole)
     stream_tensors(LazyTensors(planned(tensors), tensors.__getitem__), streamed)
@@ -63,7 +63,7 @@ def test_the_bytes_are_those_of_the_library(tmp_path, suffix, tensors):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_views_are_written_as_what_they_show(tmp_path, suffix):
+def test_only_the_values_of_a_view_are_written(tmp_path, suffix):
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {"turned": whole.mT, "part": whole[1:3], "column": whole[:, 2], "wide": torch.ones(1).expand(5)}
     plan = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
@@ -76,7 +76,7 @@ def test_views_are_written_as_what_they_show(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_each_tensor_is_asked_for_once_and_let_go(tmp_path, suffix):
+def test_each_tensor_is_looked_up_once_and_released(tmp_path, suffix):
     tensors, made = odd_tensors(), {}
 
     def read(name):
@@ -116,7 +116,7 @@ def test_other_suffixes_are_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("most_mapped", [0, 200, 1 << 26])
-def test_tensors_of_several_files_are_read_as_they_are_asked_for(tmp_path, monkeypatch, most_mapped):
+def test_tensors_of_several_files_are_read_when_looked_up(tmp_path, monkeypatch, most_mapped):
     monkeypatch.setattr(tensor_stream, "MOST_MAPPED", most_mapped)
     parts = [{f"{part}.{n}": torch.randn(n, 3) for n in range(8)} | {"same": torch.ones(part + 1)} for part in range(5)]
     write_tensors(parts[0], tmp_path / "0.safetensors")
@@ -131,7 +131,7 @@ def test_tensors_of_several_files_are_read_as_they_are_asked_for(tmp_path, monke
         tensor_stream, "read_tensors", lambda file, *rest: opened.append(file) or read_tensors(file, *rest)
     )
     found = StoredTensors(files)
-    expected = {name: tensor for part in parts for name, tensor in part.items()}  # the last of the same name
+    expected = {name: tensor for part in parts for name, tensor in part.items()}  # the last one of the same name wins
     assert list(found) == list(expected)
     assert len(found) == len(expected)
     assert found.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -139,7 +139,7 @@ def test_tensors_of_several_files_are_read_as_they_are_asked_for(tmp_path, monke
     for name in reversed(expected):
         assert torch.equal(found[name], expected[name]), name
     counts = [opened.count(file) for file in files]
-    assert [counts[0], *counts[2:4]] == [8, 1, 1]  # of a safetensors file each, of what cannot be mapped all at once
+    assert [counts[0], *counts[2:4]] == [8, 1, 1]  # each from safetensors, all at once from unmapped files
     for count in (counts[1], counts[4]):
         fewest, most = {1 << 26: (1, 1), 200: (2, 4), 0: (7, 9)}[most_mapped]
         assert fewest <= count <= most
@@ -148,7 +148,7 @@ def test_tensors_of_several_files_are_read_as_they_are_asked_for(tmp_path, monke
 
 
 class Recorded(Mapping):
-    """The tensors, and which of them were looked up."""
+    """The tensors, and the names that were looked up."""
 
     def __init__(self, tensors):
         self.tensors, self.names = tensors, []
@@ -165,19 +165,19 @@ class Recorded(Mapping):
 
 
 @pytest.mark.parametrize(("naming", "version"), [("huggingface", 5), ("huggingface", 6), ("fla", 6), ("official", 6)])
-def test_a_tensor_under_other_names_needs_few_and_tells_its_shape_without_values(naming, version):
+def test_a_conversion_looks_up_few_tensors_and_gives_the_shape_without_values(naming, version):
     official = stored_tensors(random_model(version))
     theirs = from_official(official, naming, "model.pth")
-    for tensors, ways, expected in [
-        (official, ways_from_official(official, naming, "model.pth"), theirs),
-        (theirs, ways_to_official(theirs, "model.pth"), to_official(theirs, "model.pth")),
+    for tensors, conversions, expected in [
+        (official, conversions_from_official(official, naming, "model.pth"), theirs),
+        (theirs, conversions_to_official(theirs, "model.pth"), to_official(theirs, "model.pth")),
     ]:
-        assert list(ways) == list(expected)
-        for name, way in ways.items():
+        assert list(conversions) == list(expected)
+        for name, convert in conversions.items():
             recorded = Recorded(tensors)
-            assert torch.equal(way(recorded), expected[name]), name
+            assert torch.equal(convert(recorded), expected[name]), name
             assert len(recorded.names) == (5 if name.endswith("attn.x_bias") else 1)
-            empty = way(planned(tensors))
+            empty = convert(planned(tensors))
             assert (empty.device.type, empty.shape) == ("meta", expected[name].shape)
 
 
@@ -197,7 +197,7 @@ def test_weights_are_checked_when_opened_and_read_when_looked_up(tmp_path, versi
         open_weights(path)
 
 
-# In a process of its own: what a process that ran before it held is no part of the peak.
+# In a separate process: memory that the tests used earlier must not count.
 EXPORTS = """
 import sys
 from pathlib import Path
@@ -223,7 +223,7 @@ for source, output, options in [
 
 
 @pytest.mark.slow
-def test_an_export_takes_the_memory_of_some_tensors_and_not_of_all(tmp_path):
+def test_an_export_needs_memory_for_a_few_tensors_only(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     model = infctx.build_model(version=6, num_layers=20, width=512, vocab_size=500, device="meta")
@@ -237,16 +237,16 @@ def test_an_export_takes_the_memory_of_some_tensors_and_not_of_all(tmp_path):
     wkv, shift = torch.ones(20, 1, 8, 64, 64), torch.zeros(20, 1, 512)
     metadata = {"weights": "those of another model"}
     infctx.save_state(infctx.State(wkv, shift, shift), tmp_path / "state.safetensors", metadata=metadata)
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", EXPORTS, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
-    assert "was tuned over other weights" in told.stderr
+    assert "was tuned over other weights" in result.stderr
     megabytes = sum(shape.numel() for shape in shapes.values()) * 4 >> 20
     assert megabytes > 270
-    lines = told.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert len(lines) == 6
     for source, _, megabytes_more in map(str.split, lines):
-        # bf16 weights alone are 140, tensors at most 4, the state 5; a .pth is mapped by up to 64, and read at last.
-        assert int(megabytes_more) < (0.4 if source.endswith(".pth") else 0.2) * megabytes, told.stdout
+        # The bf16 weights are 140, a tensor at most 4, the state 5; up to 64 of a .pth is mapped.
+        assert int(megabytes_more) < (0.4 if source.endswith(".pth") else 0.2) * megabytes, result.stdout
     weights = infctx.load_model(tmp_path / "e.pth", torch.bfloat16)
     assert torch.equal(weights.head.weight, torch.full((500, 512), 0.01).half().bfloat16())

@@ -1,4 +1,4 @@
-"""Models on disk: official names, order and shapes; read by the rwkv package; anything else refused by name."""
+"""Models on disk: official names, order and shapes; read by the rwkv package; refusals name the tensor."""
 
 import hashlib
 import json
@@ -29,12 +29,12 @@ ODD = {"width": 40, "head_size": 20, "vocab_size": 37, "ffn_width": 52}
 
 
 def stored(version, **options):
-    """Official name -> tensor of a small random model."""
+    """Returns official name -> tensor of a small random model."""
     return stored_tensors(random_model(version, **options))
 
 
 def refusal(tensors, path):
-    """The one line that load_model says about a file of these tensors."""
+    """Returns the one line with which load_model refuses a file of these tensors."""
     torch.save(tensors, path)
     with pytest.raises(InputError) as refused:
         infctx.load_model(path)
@@ -46,7 +46,7 @@ def refusal(tensors, path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", ["eagle", "finch"])
-def test_a_file_goes_through_bit_for_bit(tmp_path, name, suffix):
+def test_a_file_is_loaded_and_saved_bit_for_bit(tmp_path, name, suffix):
     original = torch.load(GOLDEN / f"{name}-tiny.pth", weights_only=True)
     for step, source in enumerate((GOLDEN / f"{name}-tiny.pth", tmp_path / f"1{suffix}"), start=1):
         infctx.save_weights(infctx.load_model(source), tmp_path / f"{step}{suffix}")
@@ -58,7 +58,7 @@ def test_a_file_goes_through_bit_for_bit(tmp_path, name, suffix):
     for key, tensor in original.items():
         assert found[key].dtype == tensor.dtype
         assert found[key].is_contiguous()
-        assert torch.equal(found[key], tensor), key  # the same shape, too
+        assert torch.equal(found[key], tensor), key  # the shape as well
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -79,11 +79,11 @@ def test_the_initial_state_is_stored_value_major(tmp_path, version, suffix):
 
 @pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_dtypes(tmp_path, stored_dtype, suffix):
+def test_files_of_every_dtype_are_read(tmp_path, stored_dtype, suffix):
     model = random_model(6, with_state=True)
     path = tmp_path / f"model{suffix}"
     infctx.save_weights(model, path, stored_dtype)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # saving leaves the model as it is
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # saving does not change the model
     low = infctx.load_model(path, dtype=stored_dtype)
     state_dtype = torch.float64 if stored_dtype == torch.float64 else torch.float32
     for (name, mine), its in zip(model.named_parameters(), low.parameters(), strict=True):
@@ -98,7 +98,7 @@ def test_dtypes(tmp_path, stored_dtype, suffix):
 @pytest.mark.parametrize("version", [5, 6])
 def test_sizes_are_read_from_the_file(tmp_path, version, suffix):
     ranks = {"mix_rank": 7, "decay_rank": 11} if version == 6 else {}
-    model = random_model(version, num_layers=11, **ODD, **ranks)  # blocks.10 comes behind blocks.9
+    model = random_model(version, num_layers=11, **ODD, **ranks)  # blocks.10 comes after blocks.9
     infctx.save_weights(model, tmp_path / f"model{suffix}")
     assert read_sizes(tmp_path / f"model{suffix}") == model.sizes
     again = infctx.load_model(tmp_path / f"model{suffix}")
@@ -126,7 +126,7 @@ def test_a_loaded_model_shares_nothing_with_its_file(tmp_path):
         assert path.read_bytes() == before
         model = infctx.load_model(path)
         wanted = [parameter.detach().clone() for parameter in model.parameters()]
-        path.write_bytes(bytes(len(before)))  # written over in place, as a running copy would
+        path.write_bytes(bytes(len(before)))  # overwritten in place, as a copy in progress would
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), wanted, strict=True))
 
 
@@ -141,7 +141,7 @@ def test_a_loaded_model_shares_nothing_with_its_file(tmp_path):
     ],
 )
 @torch.no_grad()
-def test_the_rwkv_package_reads_what_we_write(tmp_path, rwkv_package, version, with_state, sizes):
+def test_the_rwkv_package_reads_our_files(tmp_path, rwkv_package, version, with_state, sizes):
     if version == 5:
         sizes = {name: value for name, value in sizes.items() if not name.endswith("_rank")}
     model = random_model(version, with_state=with_state, noise=0.1, seed=version, **sizes)
@@ -177,13 +177,13 @@ def test_every_missing_tensor_is_named(tmp_path, version):
 def test_every_odd_shape_is_named(tmp_path, version):
     tensors = stored(version, with_state=True)
     for name, tensor in tensors.items():
-        # A tensor that tells a size is believed, and then the next one that disagrees is named, with both shapes.
+        # Some tensors decide a size; the refusal then names the next tensor that disagrees, with both shapes.
         part = name.split(".")[-2] if name.endswith((".weight", ".bias")) else name.split(".")[-1]
-        telling = {"emb", "time_faaaa", "time_maa_w2", "time_decay_w1"} | ({"key"} if ".ffn." in name else set())
+        telltale = {"emb", "time_faaaa", "time_maa_w2", "time_decay_w1"} | ({"key"} if ".ffn." in name else set())
         for odd in (torch.cat([tensor, tensor[:1]]), tensor[None], tensor[:0]):
             message = refusal(tensors | {name: odd}, tmp_path / "model.pth")
             assert re.search(r"tensors? (emb|blocks\.\d|ln_out|head)\.\S+ (has |is |\()", message), message
-            if part not in telling:
+            if part not in telltale:
                 assert f"tensor {name} " in message
                 assert str(tuple(odd.shape)) in message
 
@@ -266,7 +266,7 @@ def test_values_beyond_fp16_are_named(tmp_path):
         infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
     assert list(tmp_path.iterdir()) == []
     infctx.save_weights(model, tmp_path / "model.pth", torch.bfloat16)
-    with torch.no_grad():  # what is not finite anyway is stored as it is
+    with torch.no_grad():  # a value that is not finite is stored unchanged
         model.blocks[1].channel_mix.value.weight[3, 2] = float("inf")
     infctx.save_weights(model, tmp_path / "model.pth", torch.float16)
     assert infctx.load_model(tmp_path / "model.pth").blocks[1].channel_mix.value.weight[3, 2] == float("inf")
@@ -297,7 +297,7 @@ def test_files_and_folders_under_other_names(tmp_path, version, naming, layout):
             assert torch.equal(again.get_parameter(name), parameter), name
 
 
-def test_a_broken_index_of_shards(tmp_path):
+def test_a_broken_index_of_shards_is_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for content in ("", "[1]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(content)
@@ -310,14 +310,14 @@ def test_a_broken_index_of_shards(tmp_path):
         infctx.load_model(tmp_path)
 
 
-def test_the_fingerprint_tells_models_apart(tmp_path):
+def test_the_fingerprint_distinguishes_models(tmp_path):
     model = random_model(6, with_state=True)
     infctx.save_weights(model, tmp_path / "low.pth", torch.bfloat16)
     low = infctx.load_model(tmp_path / "low.pth")
     kept = fingerprint(low)
     assert kept == fingerprint(model) == fingerprint(infctx.load_model(tmp_path / "low.pth", torch.bfloat16))
     low.initial_wkv.data.zero_()
-    assert fingerprint(low) == kept  # a state is no weight
+    assert fingerprint(low) == kept  # a state is not a weight
     for name, parameter in low.named_parameters():
         if not name.startswith("initial"):
             before = parameter.data.clone()
@@ -332,7 +332,7 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
 @given(data=strategies.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_fingerprint_sees_any_two_values_exchanged_and_any_bit(large_weights, data):
-    """Two values 231 = 3 * 7 * 11 places apart are what 0.1.0 could not see."""
+    """0.1.0 could not see two values exchanged 231 = 3 * 7 * 11 places apart."""
     model, kept = large_weights
     parameter = data.draw(strategies.sampled_from(list(model.parameters())))
     bits = parameter.data.view(-1).view(torch.int16)
@@ -350,7 +350,7 @@ def test_the_fingerprint_sees_any_two_values_exchanged_and_any_bit(large_weights
 
 @pytest.fixture(scope="module")
 def large_weights():
-    """A model with more values in a matrix than are hashed at a time, and its fingerprint."""
+    """Returns a model with more values in a matrix than are hashed at a time, and its fingerprint."""
     model = infctx.build_model(version=5, num_layers=1, width=64, vocab_size=18000, dtype=torch.bfloat16)
     assert model.head.weight.numel() > HASHED_AT_ONCE
     return model, fingerprint(model)
@@ -358,7 +358,7 @@ def large_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_fingerprint_is_the_same_however_weights_are_held(tmp_path, dtype, suffix):
+def test_the_fingerprint_does_not_depend_on_how_weights_are_held(tmp_path, dtype, suffix):
     infctx.save_weights(random_model(6, dtype=torch.float64), tmp_path / f"a{suffix}", dtype)
     marks = {fingerprint(open_weights(tmp_path / f"a{suffix}"))}
     marks |= {fingerprint(infctx.load_model(tmp_path / f"a{suffix}", held)) for held in (torch.float32, torch.bfloat16)}
@@ -366,7 +366,7 @@ def test_the_fingerprint_is_the_same_however_weights_are_held(tmp_path, dtype, s
     assert re.fullmatch(r"sha256:[0-9a-f]{16}", mark)
 
 
-def test_fingerprints_of_0_1_0_are_still_recognised():
+def test_fingerprints_of_0_1_0_are_still_recognized():
     model = infctx.build_model(version=5, num_layers=1, width=64, vocab_size=66000, dtype=torch.bfloat16)
     assert model.head.weight.numel() > 1 << 22  # more than was summed at a time
     digest = hashlib.sha256()
