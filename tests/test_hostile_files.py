@@ -89,7 +89,8 @@ def read_store(file):
 
 
 def read_log(file):
-    _reopen_step_log(file, 5).close()
+    log, _ = _reopen_step_log(file, 5)
+    log.close()
     read_step_log(file.parent)
 
 
