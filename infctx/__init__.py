@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from infctx.data.tokenizer import get_tokenizer as tokenizer
     from infctx.errors import InputError
     from infctx.evaluate.generate import generate
+    from infctx.formats.model_files import load_model
     from infctx.formats.state_file import load_state, save_state
-    from infctx.formats.weights import load_model, save_weights
+    from infctx.formats.weights import save_weights
     from infctx.model.build import build_model
     from infctx.model.rwkv import RWKV
     from infctx.model.state import State
@@ -46,7 +47,7 @@ _DEFINED_AS = {
     "TokenStore": "infctx.data.token_store.TokenStore",
     "build_model": "infctx.model.build.build_model",
     "generate": "infctx.evaluate.generate.generate",
-    "load_model": "infctx.formats.weights.load_model",
+    "load_model": "infctx.formats.model_files.load_model",
     "load_state": "infctx.formats.state_file.load_state",
     "save_state": "infctx.formats.state_file.save_state",
     "save_weights": "infctx.formats.weights.save_weights",

@@ -43,7 +43,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    folder, lock = _locked_folder(path)
+    try:
+        folder, lock = _locked_folder(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     old = folder.with_suffix(".old")
     try:
         yield folder

@@ -106,22 +106,24 @@ def _refuse(
 
 
 def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str, as_folder: bool) -> str:
-    weights = find_model(source).weights
+    weights, tuned = find_model(source)
     stored = open_weights(weights)
     leaves_out = names != "official" and stored.has_state
     if as_folder:
         num_tensors = write_hub_folder(stored, output, dtype, names)
     else:
         num_tensors = copy_weights(stored, output, dtype, names, state={} if leaves_out else None)
-    more = "; its initial state is left out" if leaves_out else ""
+    lines = [
+        f"{output}: {describe(stored.sizes)}",
+        f"  {num_tensors} tensors in {_name(dtype)} under {names} names, from {weights}",
+    ]
+    if tuned or leaves_out:
+        lines.append(f"  without the initial state of {tuned or weights}: export that by itself, or --form merged")
     if as_folder:
-        more += f"; {_still_missing(stored.sizes, names)}"
+        lines.append(f"  {_still_missing(stored.sizes, names)}")
     if names == "fla":  # its configuration has one eps for all norms; the official code has 64e-5 for the heads' norm
-        more += "; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn"
-    return (
-        f"{output}: {describe(stored.sizes)}, {num_tensors} tensors in {_name(dtype)} under {names} "
-        f"names, from {weights}{more}"
-    )
+        lines.append("  once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn")
+    return "\n".join(lines)
 
 
 def _still_missing(sizes: Sizes, names: str) -> str:

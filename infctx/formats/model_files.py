@@ -41,6 +41,21 @@ class ModelFiles(NamedTuple):
     state: Path | None
 
 
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", backend: str = "auto"
+) -> RWKV:
+    """Reads a model of RWKV-5.2 or RWKV-6; version and every size come from the file.
+
+    path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
+    Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a run, a checkpoint, or a model in
+    Hugging Face's layout, in one file or several
+    `blocks.N.att.time_state` tensors, or the tuned state of a run, become the model's initial state.
+
+    Raises InputError naming the file and the tensor for anything else.
+    """
+    return open_model(Path(path), None, dtype, device, Compute(backend=backend))
+
+
 def open_model(
     path: Path | ModelFiles,
     state: Path | None = None,

@@ -29,28 +29,13 @@ HASHED_AT_ONCE = 1 << 20
 """Values: 2 MB as bf16."""
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", backend: str = "auto"
-) -> RWKV:
-    """Reads a model of RWKV-5.2 or RWKV-6; version and every size come from the file.
-
-    path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
-    Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a checkpoint of infctx, or a model in
-    Hugging Face's layout, in one file or several
-    `blocks.N.att.time_state` tensors, if any, become the model's initial state.
-
-    Raises InputError naming the file and the tensor for anything else.
-    """
-    return read_model(open_weights(path), dtype, device, Compute(backend=backend))
-
-
 def read_model(
     stored: StoredWeights,
     dtype: torch.dtype,
     device: torch.device | str,
     compute: Compute = Compute(),  # noqa: B008
 ) -> RWKV:
-    """Reads the model of opened weights, as `load_model` does."""
+    """Reads the model of opened weights, as `infctx.load_model` does."""
     model = empty_model(stored.sizes, compute, stored.has_state)
     names = stored_names(stored.sizes)
     tensors = {ours: stored.tensors[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
