@@ -1,7 +1,7 @@
 """infctx trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.
 
-The public interface is the names below; each is described where it is defined.  They are looked up at first use, so
-that `import infctx` costs nothing and commands that need no model do not load torch.  examples/ shows them at work.
+The names below are the public interface; each is documented where it is defined.  They are loaded at first use, so
+`import infctx` costs nothing and commands that need no model do not load torch.  examples/ shows how to use them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if not TYPE_CHECKING:  # type checkers have the imports above, and with this they would let any name pass
+if not TYPE_CHECKING:  # type checkers use the imports above; with this they would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _DEFINED_AS:

@@ -1,1 +1,1 @@
-"""What a model has learned: its loss by position, and what it writes."""
+"""Shows what a model has learned: its loss by position, and the text it generates."""

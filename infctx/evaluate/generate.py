@@ -18,14 +18,14 @@ PROMPT_SEGMENT_TOKENS = 1024
 def generate(
     model: RWKV, prompt: str, *, max_tokens: int = 256, temperature: float = 1.0, top_p: float = 0.7, seed: int = 0
 ) -> Iterator[bytes]:
-    """Yields the bytes of each token that follows the prompt, until the document ends or max_tokens are there.
+    """Yields the bytes of each token after the prompt, until the document ends or there are max_tokens.
 
-    temperature: 0 takes the most likely token each time.
-    top_p: only the most likely tokens that together reach this probability are drawn from; 1 for all.
-    An empty prompt begins a document after the end of another.  Raises InputError for values out of range, and
-    where no tokenizer goes with the model's vocabulary.
+    prompt:      an empty one starts a new document, after the end of another
+    temperature: 0 picks the most likely token each time
+    top_p:       draws only from the most likely tokens that together reach this probability; 1 for all
+    Raises InputError for values out of range, and if no tokenizer fits the model's vocabulary.
     """
-    if not temperature >= 0:  # so that no NaN goes through
+    if not temperature >= 0:  # written so that NaN fails too
         raise InputError(f"generate: temperature: {temperature} does not fit; give 0 or more")
     if not 0 < top_p <= 1:
         raise InputError(f"generate: top_p: {top_p} does not fit; give more than 0, and 1 at most")
@@ -41,11 +41,11 @@ def generate(
     if not 0 <= seed < 1 << 63:
         raise InputError(f"generate: seed: {seed} does not fit; give 0 to 2^63 - 1")
     tokens = torch.tensor(tokenizer.encode(prompt).tolist() or [END_OF_DOCUMENT])[None]
-    return _go_on(model, tokenizer, tokens, max_tokens, temperature, top_p, torch.Generator().manual_seed(seed))
+    return _continue(model, tokenizer, tokens, max_tokens, temperature, top_p, torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def _go_on(
+def _continue(
     model: RWKV,
     tokenizer: Tokenizer,
     tokens: Tensor,
@@ -67,12 +67,12 @@ def _go_on(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """One token from logits (V)."""
+    """Draws one token from logits (V)."""
     if not logits.isfinite().all():
         raise InputError("generate: the model's logits are not finite; the weights are damaged")
     if temperature == 0:
         return int(logits.argmax())
     likely, ids = torch.softmax((logits - logits.max()) / temperature, dim=0).sort(descending=True)
     before = likely.cumsum(0) - likely
-    likely = likely.masked_fill(before >= top_p, 0)  # the first is always kept: nothing is before it
+    likely = likely.masked_fill(before >= top_p, 0)  # always keeps the first: nothing comes before it
     return int(ids[torch.multinomial(likely, 1, generator=random)])

@@ -1,7 +1,7 @@
-"""The held-out loss of a run, before its first step and after its last: kept in its folder, and shown as text.
+"""Measures a run's held-out loss before its first step and after its last, saves it in its folder, and shows it.
 
 `held_out.json` (evaluate/record) and TensorBoard get each table at its step.  Before the first step, only a model that
-has learned something already is worth measuring.  A tuned state is compared with no state, at the end.
+has already learned something is worth measuring.  A tuned state is compared with no state, at the end.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from infctx.model.rwkv import RWKV
 from infctx.plan.plan import Plan
 
 TENSORBOARD = "tensorboard"
-"""The folder of TensorBoard's files in the folder of a run."""
+"""The folder of TensorBoard's files in a run's folder."""
 EVALUATION_BYTES = 4 << 30
-"""What evaluating takes of a device besides the weights: activations of one document, slices of the logits."""
+"""Memory that evaluation needs besides the weights: activations of one document, slices of the logits."""
 
 UNMEASURABLE = (InputError, OSError, torch.OutOfMemoryError)
-"""What keeps a loss from being measured, and is no reason to lose a run."""
+"""Errors that keep a loss from being measured; none is a reason to lose a run."""
 
 log = logging.getLogger(__name__)
 
 
 def fine_tunes(config: Config) -> bool:
-    """Whether the weights of a finished model learn further."""
+    """Returns whether the run trains the weights of a finished model further."""
     return config.model.weights is not None and not config.model.freezes_weights
 
 
 def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watchdog | None) -> None:
-    """Measures a model that is about to learn further, on the first rank; what goes wrong is a line in the log.
+    """Measures a model before fine-tuning, on the first rank; if that fails, there is a line in the log.
 
-    device: of the run; where the model lies on the CPU it is moved there for as long as that takes, if it fits
+    device:   of the run; a model on the CPU moves there for the measurement, if it fits
     watchdog: of the ranks that wait meanwhile
-    The model and the random generators are as before after it.
+    The model and the random generators are left unchanged.
     """
     config, home = plan.config, model.embedding.weight.device
     assert config.data.held_out is not None  # or there is nothing to measure
@@ -75,10 +75,10 @@ def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watc
 
 
 def measure_after(plan: Plan, model: RWKV, step: int) -> str:
-    """Measures what a run has learned at its last step, keeps it, and returns it as a table: beside what was there
-    before, where that is known.
+    """Measures the model after its last step, saves the losses, and returns them as a table, next to those before
+    training if these are known.
 
-    Raises one of UNMEASURABLE, where the held-out documents are gone for example.
+    Raises one of UNMEASURABLE, for example if the held-out documents are gone.
     """
     config = plan.config
     assert config.data.held_out is not None  # or there is nothing to measure
@@ -99,7 +99,7 @@ def measure_after(plan: Plan, model: RWKV, step: int) -> str:
     kept = f"kept in {config.run.folder / HELD_OUT}"
     try:
         _keep(config, store, [*found, Evaluation(step, model.initial_wkv is not None, after)], earlier)
-    except OSError as error:  # such as a full disk, which is no reason not to show it
+    except OSError as error:  # such as a full disk: show the table anyway
         kept = f"not kept in {config.run.folder / HELD_OUT}: {error.strerror}"
     comparable = before is not None and [_place(bucket) for bucket in before] == [_place(bucket) for bucket in after]
     table = format_comparison(before, after, store, names) if before and comparable else format_table(after, store)
@@ -107,14 +107,14 @@ def measure_after(plan: Plan, model: RWKV, step: int) -> str:
 
 
 def fits(model: RWKV, device: torch.device) -> bool:
-    """Whether a GPU has room for the whole model and its evaluation."""
+    """Returns whether a GPU has room for the whole model and its evaluation."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return needed + EVALUATION_BYTES < free_device_memory(device)
 
 
 @contextmanager
 def without_state(model: RWKV) -> Iterator[None]:
-    """Documents start from zeros inside."""
+    """A context in which documents start from zeros."""
     parts = {f"initial_{name}": part for name, part in model.initial_parts()._asdict().items()}
     for name in parts:
         setattr(model, name, None)
@@ -135,7 +135,7 @@ def _evaluate(config: Config, model: RWKV, store: TokenStore, watchdog: Watchdog
 
 @contextmanager
 def _moved(model: RWKV, device: torch.device) -> Iterator[None]:
-    """The model is on a device inside; what that took of a GPU is free again after it, and not its peak."""
+    """A context with the model on a device; afterward, its GPU memory is free and does not count in the peak."""
     home = model.embedding.weight.device
     model.to(device)
     try:
@@ -152,7 +152,7 @@ def _read_earlier(config: Config, store: TokenStore) -> list[Evaluation]:
     try:
         return read_record(path, store.path, config.run.evaluate_tokens)
     except ValueError as error:
-        log.warning("%s: is damaged (%s), and is written anew", path, error)
+        log.warning("%s: is damaged (%s); it will be replaced", path, error)
         return []
 
 

@@ -1,4 +1,4 @@
-"""Loss by position: how much a model gains from what it has read of a document."""
+"""Loss by position: shows how much a model gains from the part of a document that it has read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_DOCUMENTS = 1024
 
 @dataclass
 class Bucket:
-    """Targets begin..end-1 of the documents: how many, their loss in nats, the bytes they stand for (0: unknown)."""
+    """Targets begin..end-1 of the documents: their number, total loss in nats, and bytes (0: unknown)."""
 
     begin: int
     end: int
@@ -48,12 +48,12 @@ def evaluate_store(
     max_tokens: int,
     each_segment: Callable[[], None] = lambda: None,
 ) -> list[Bucket]:
-    """Loss of the documents of a store by position in the document, each read from its beginning with its state.
+    """Measures the loss of a store's documents by position in the document, each read from its beginning.
 
-    max_tokens is shared out so that every document (1,024 at most, evenly spaced) is read up to one common length.
-    each_segment: is called after each segment, by which others see that this process is at work.
-    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.  Shows a progress bar when
-    standard error is a terminal.
+    max_tokens:   total to read: every document (at most 1,024, evenly spaced) is read up to one common length
+    each_segment: called after each segment, to show that this process is at work
+    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.  Shows a progress bar if standard
+    error is a terminal.
     """
     if segment_tokens < 1 or max_tokens < 1:
         raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
@@ -78,13 +78,13 @@ def evaluate_store(
 
 
 def refuse_tokens_beyond(store: TokenStore, vocab_size: int, max_tokens: int) -> None:
-    """Raises InputError if an evaluation over max_tokens would meet a token that the model does not have."""
+    """Raises InputError if an evaluation of max_tokens would meet a token beyond the model's vocabulary."""
     for _ in _read(store, vocab_size, _choose(store, vocab_size, max_tokens)):
         pass
 
 
 def format_table(buckets: list[Bucket], store: TokenStore) -> str:
-    """The buckets as a table for people, with a line for all of them."""
+    """Formats the buckets as a table, with a line for all of them together."""
     lines = [f"held-out loss by position in {store.path}", f"{_HEAD}   nats/token   bits/byte"]
     for bucket in [*buckets, total(buckets)]:
         bits = "-" if bucket.bits_per_byte is None else f"{bucket.bits_per_byte:.3f}"
@@ -93,7 +93,7 @@ def format_table(buckets: list[Bucket], store: TokenStore) -> str:
 
 
 def format_comparison(before: list[Bucket], after: list[Bucket], store: TokenStore, names: tuple[str, str]) -> str:
-    """The same documents evaluated twice, side by side, in bits a byte where the bytes are known."""
+    """Formats two evaluations of the same documents side by side, in bits per byte if the bytes are known."""
     known = total(before).bits_per_byte is not None
     unit = "bits a byte" if known else "nats a token"
     lines = [f"held-out loss by position in {store.path}, {unit}", f"{_HEAD} {names[0]:>16} {names[1]:>16}      change"]
@@ -112,7 +112,7 @@ def _place(bucket: Bucket) -> str:
 
 
 def summarise(buckets: list[Bucket]) -> str:
-    """The outcome in one clause: the whole, the first bucket and the last."""
+    """Summarizes the loss in one clause: of all targets, the first bucket and the last."""
     first, last, whole = buckets[0], buckets[-1], total(buckets)
     if first is last:
         return f"{_value(whole)} {_unit(whole)}"
@@ -132,13 +132,13 @@ def _unit(bucket: Bucket) -> str:
 
 
 def total(buckets: list[Bucket]) -> Bucket:
-    """All buckets as one, with begin = end = 0."""
+    """Adds all buckets into one, with begin = end = 0."""
     sums = (sum(getattr(bucket, name) for bucket in buckets) for name in ("num_tokens", "nats", "num_bytes"))
     return Bucket(0, 0, *sums)
 
 
 def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: torch.Tensor | None) -> None:
-    """Adds the losses of places begin, begin + 1, ... to their buckets."""
+    """Adds the losses of positions begin, begin + 1, ... to their buckets."""
     end = begin + len(losses)
     while not buckets or buckets[-1].end < end:
         last_end = buckets[-1].end if buckets else 0
@@ -151,7 +151,7 @@ def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: tor
 
 
 def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, int]:
-    """Number of each document to read -> tokens to read of it: at most 1,024, evenly spaced, of those with a target."""
+    """Returns document number -> tokens to read of it, for at most 1,024 evenly spaced documents that have a target."""
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
     spaced = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
@@ -163,7 +163,7 @@ def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, in
 
 
 def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number and tokens of each chosen document."""
+    """Yields the number and tokens of each chosen document."""
     for document, num_tokens in chosen.items():
         tokens = torch.from_numpy(store.tokens(document, 0, num_tokens))
         if tokens.max() >= vocab_size:
@@ -175,7 +175,7 @@ def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterato
 
 
 def _common_length(lengths: list[int], max_tokens: int) -> int:
-    """The largest length to cut all documents at, so that no more than max_tokens are left; at least 2."""
+    """Returns the largest length to cut all documents at so that at most max_tokens are left; at least 2."""
     left = max_tokens
     for count, length in zip(range(len(lengths), 0, -1), sorted(lengths), strict=True):
         if length * count > left:

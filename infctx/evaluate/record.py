@@ -1,12 +1,12 @@
-"""Held-out losses on disk: what was measured of a model, kept as JSON to plot or to compare with later.
+"""Held-out losses on disk: the measurements of a model as JSON, to plot or compare later.
 
     {"store": "data/python/held_out", "tokens": 262144, "evaluations": [
       {"step": 240, "with_state": false, "buckets": [
         {"begin": 0, "end": 256, "num_tokens": 4096, "nats_per_token": 1.38, "bits_per_byte": 2.02}]}]}
 
-tokens is the most that was to be read; step counts the steps of a run, 0 before the first, null where the model came
-without a run; with_state says whether documents began from a state that the model has learned; bits_per_byte is null
-where the bytes that a token stands for are not known.
+tokens: the limit on tokens read; step: steps of the run so far, 0 before the first, null for a model without a run;
+with_state: whether documents started from a learned initial state; bits_per_byte: null if the bytes of a token are
+unknown.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from infctx.files import atomic_file
 from infctx.small_texts import read_json
 
 HELD_OUT = "held_out.json"
-"""Its name in the folder of a run."""
+"""The record's name in a run's folder."""
 
 
 class Evaluation(NamedTuple):
-    """What was measured at a step, see above."""
+    """The measurement at a step, see above."""
 
     step: int | None
     with_state: bool
@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
 
 
 def write_record(path: Path, store: Path, tokens: int, evaluations: list[Evaluation]) -> None:
-    """Writes all that was measured of one store, reading `tokens` of it at most; whole or not at all."""
+    """Writes the evaluations of one store, reading at most `tokens` of it; completely or not at all."""
     entries = [
         {"step": step, "with_state": with_state, "buckets": [_entry(bucket) for bucket in buckets]}
         for step, with_state, buckets in evaluations
@@ -44,9 +44,9 @@ def write_record(path: Path, store: Path, tokens: int, evaluations: list[Evaluat
 
 
 def read_record(path: Path, store: Path, tokens: int) -> list[Evaluation]:
-    """What was measured of the same documents before; nothing where the file is not there, or is of others.
+    """Returns earlier evaluations of the same documents; none if the file does not exist or is about others.
 
-    Raises ValueError for a file that is damaged.
+    Raises ValueError for a damaged file.
     """
     if not path.is_file():
         return []

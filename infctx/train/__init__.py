@@ -1,1 +1,1 @@
-"""Training: start reading at loop.py; the exact gradient over any length is in window.py."""
+"""Training: start reading in loop.py; window.py has the exact gradient over any length."""

@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to resume as if it had never stopped.
 
-What a checkpoint's folder holds is described in `infctx.formats.checkpoint_folder`; here it is filled, by every rank
-its share, and read again.
+`infctx.formats.checkpoint_folder` describes the files in a checkpoint.  Here every rank writes its share of them, and
+reads them again.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Writes `step-N` of the run as it stands, whole or not at all; then removes those beyond run.keep_checkpoints.
+    """Saves the run as `step-N`, completely or not at all, then keeps only the newest run.keep_checkpoints.
 
-    Every rank must call it, with a folder that all of them see; an error of one is raised on all.
+    Every rank must call it, with a folder that all of them see; an error on one is raised on all.
     """
     engine, ranks, settings = run.engine, run.engine.ranks, run.plan.config.run
     engine.mark("checkpoint")
     path = checkpoint_path(settings.checkpoints, run.progress.step)
     with atomic_folder(path) if ranks.is_first else nullcontext() as own:
         temporary = ranks.from_first(lambda: own)
-        assert temporary is not None  # rank 0 has made it
+        assert temporary is not None  # rank 0 made it
         learned = engine.learned_state() if run.plan.config.model.freezes_weights else None
         entries = ranks.together(lambda: _write_share(temporary, run, learned))
         if ranks.is_first:
@@ -90,7 +90,7 @@ def _write_share(folder: Path, run: Run, learned: State | None) -> dict[str, tup
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """The settings that differ from those a checkpoint was saved with, as `section.setting old -> new`."""
+    """Returns the settings that have changed since a checkpoint was saved, as `section.setting old -> new`."""
     before, now = saved_settings(path), _found_anywhere(config).model_dump(mode="json")
     return [
         f"{section}.{name} {quoted(str(before.get(section, {}).get(name)))} -> {value}"
@@ -101,7 +101,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
 
 def _found_anywhere(config: Config) -> Config:
-    """With the whole path of the weights that a state is tuned over: a tuned run is a model wherever one stands."""
+    """Makes the path of frozen weights absolute, so that a tuned run can be used as a model from any folder."""
     if not config.model.freezes_weights or config.model.weights is None:
         return config
     model = config.model.model_copy(update={"weights": config.model.weights.absolute()})
@@ -109,7 +109,7 @@ def _found_anywhere(config: Config) -> Config:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Makes this process the one that trains in a folder, until the returned file is closed; else InputError."""
+    """Locks a folder for training until the returned file is closed; InputError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a")
     try:
@@ -120,24 +120,27 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def load_progress(path: Path, engine: Engine) -> tuple[State, Progress]:
-    """Fills the optimizer and the random generators from a checkpoint; returns the carried state of this rank's lanes,
-    on the CPU, and the progress.  Raises InputError for what no run has written so."""
+    """Restores the optimizer and the random generators from a checkpoint.
+
+    Returns the carried state of this rank's lanes, on the CPU, and the progress.  Raises InputError for content that no
+    run would write.
+    """
     read_moments(path, engine)
     state, others = read_carry(path, engine.ranks)
     dtype = state_dtype(engine.model.embedding.weight.dtype)
     wanted = State.zeros(engine.model.sizes, state.batch_size, dtype, "meta")
     if [(part.shape, part.dtype) for part in state] != [(part.shape, part.dtype) for part in wanted]:
-        raise InputError(f"{path}: its carry is of a model of other sizes or another dtype; {ANOTHER_CHECKPOINT}")
+        raise InputError(f"{path}: its carry belongs to a model of other sizes or another dtype; {ANOTHER_CHECKPOINT}")
     try:
         torch.set_rng_state(others["random_cpu"])
         if "random_cuda" in others and torch.cuda.is_available():
             torch.cuda.set_rng_state(others["random_cuda"])
     except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path}: holds no state of the random generators; {ANOTHER_CHECKPOINT}") from None
+        raise InputError(f"{path}: has no state of the random generators; {ANOTHER_CHECKPOINT}") from None
     progress = _read_progress(path / PROGRESS)
     lanes = state.batch_size * engine.ranks.data_ranks
     if progress.position and progress.position.get("num_lanes", lanes) != lanes:
-        raise InputError(f"{path}: its carry has {lanes} lanes, its position others; {ANOTHER_CHECKPOINT}")
+        raise InputError(f"{path}: its carry has {lanes} lanes, its position another number; {ANOTHER_CHECKPOINT}")
     return state, progress
 
 
@@ -146,7 +149,7 @@ ShortText = Annotated[str, Field(max_length=64, pattern=r"^[^\p{C}]*$")]
 
 
 class _SavedProgress(BaseModel):
-    """progress.json; what a position means is the lanes' affair (infctx.data.lanes)."""
+    """The content of progress.json; infctx.data.lanes gives the position its meaning."""
 
     step: Size
     position: dict[ShortText, bool | WholeNumber | ShortText | list[WholeNumber] | None] | None
@@ -157,24 +160,24 @@ def _read_progress(file: Path) -> Progress:
     try:
         saved = read_json_as(_SavedProgress, file)
     except ValueError as error:
-        raise InputError(f"{file}: holds no progress of a run ({error}); {ANOTHER_CHECKPOINT}") from None
+        raise InputError(f"{file}: has no valid progress of a run ({error}); {ANOTHER_CHECKPOINT}") from None
     return Progress(saved.step, saved.position, saved.num_tokens)
 
 
 def load_units(path: Path) -> State | None:
-    """What the tuned state of a checkpoint counts in; InputError for units that do not go with its own carry."""
+    """Returns the units of a checkpoint's tuned state, if any; InputError if they do not fit its carry."""
     carry, others = read_carry(path, Ranks())
     found = [others.get(f"unit_{name}") for name in State._fields]
     if found == [None] * len(found):
         return None
     units = [unit for unit, part in zip(found, carry, strict=True) if unit is not None and _counts_in(part[:, 0], unit)]
     if len(units) < len(found):
-        raise InputError(f"{path}: what its state counts in does not go with its carry; {ANOTHER_CHECKPOINT}")
+        raise InputError(f"{path}: the units of its state do not fit its carry; {ANOTHER_CHECKPOINT}")
     return State(*units)
 
 
 def _counts_in(part: Tensor, unit: Tensor) -> bool:
-    """Whether a part of a state can be in these units: one for all values along a dimension, or one for each."""
+    """Returns whether a unit fits a part of a state: along each dimension, one for all values or one for each."""
     fits = unit.ndim == part.ndim and all(has in (1, size) for has, size in zip(unit.shape, part.shape, strict=True))
     return fits and unit.dtype == part.dtype and bool(((unit > 0) & unit.isfinite()).all())
 
@@ -184,6 +187,6 @@ def _units(units: State | None) -> dict[str, Tensor]:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The random generators of the CPU and of a GPU."""
+    """Returns the states of the random generators of the CPU and, if the device is one, of the GPU."""
     states = {"random_cpu": torch.get_rng_state()}
     return states | ({"random_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: where it came from, said so that the user can look there."""
+"""Finds where a loss or gradient that is not finite came from, and explains it so that the user can look there."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from infctx.train.window import cut_window
 
 
 class Failure(NamedTuple):
-    """Where a number that is not finite was seen first, and the documents of its lane (of all lanes: unknown)."""
+    """The place of the first number that is not finite, and the documents of its lane (of all lanes if unknown)."""
 
     place: str
     documents: str
 
 
 def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | None) -> list[str]:
-    """Lines with the step and the layer, the documents, and the checkpoint that stays."""
+    """Returns lines with the step and the layer, the documents, and the checkpoint that is left."""
     what = "the gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     kept = f"the last checkpoint, {checkpoint}, is untouched" if checkpoint else "there is no checkpoint yet"
     return [
@@ -37,14 +37,14 @@ def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | 
 
 @torch.no_grad()
 def find_failure(engine: Engine, window: Window, state: State, config: Config) -> Failure:
-    """Runs the window again from the state before it, and looks at every layer after every segment.
+    """Computes the window again from the state before it, and checks every layer after every segment.
 
-    Where all of that is finite, it is the gradient that broke: it flows from the last layer to the first, so the
-    last layer with a gradient that is not finite is where it began.  Every rank must call it; all return the same.
+    If all of that is finite, the gradient broke.  It flows from the last layer to the first, so it broke in the last
+    layer whose gradient is not finite.  Every rank must call it; all return the same.
     """
     model, lanes = engine.model, len(window.documents)
     groups = [slice(begin, begin + config.pass_lanes) for begin in range(0, lanes, config.pass_lanes)]
-    with model.alone(), engine.gathered([model.head.weight]):  # every rank runs its lanes whole
+    with model.alone(), engine.gathered([model.head.weight]):  # every rank computes whole segments of its lanes
         seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
     everyone = engine.ranks.gather(seen)
     first = min((place for rank in everyone for place, _ in rank if place is not None), default=None)
@@ -71,15 +71,15 @@ def _where_gradient_broke(engine: Engine) -> str:
 def _first_bad(
     model: RWKV, window: Window, state: State, group: slice, segment_tokens: int
 ) -> tuple[tuple[int, int] | None, list[bool]]:
-    """(segment, layer) where some lanes of a group first break (layer L is the head), and which lanes are finite."""
+    """Returns the first (segment, layer) that breaks in a group (layer L is the head), and which lanes are finite."""
     device = state.wkv.device
     tokens, targets, starts = (part[group].to(device) for part in (window.tokens, window.targets, window.starts))
     found = None
-    # To the end, also after what was found: all ranks must do the same.
+    # Continue to the end even after a find: all ranks must do the same.
     for number, segment in enumerate(cut_window(tokens, targets, starts, segment_tokens)):
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
-        assert segment.targets is not None  # cut_window gives them
+        assert segment.targets is not None  # cut_window always sets them
         losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
         for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
             if found is None and not all(lanes):
@@ -88,7 +88,7 @@ def _first_bad(
 
 
 def _documents(documents: list[list[list[int]]], finite: list[list[bool]] | None, engine: Engine) -> str:
-    """The documents of the lanes that are not finite, of all ranks; finite: by rank and lane, None for no lane."""
+    """Lists the documents of the lanes that are not finite; finite: by rank and lane, None if no lane is."""
     lanes = []
     for rank in range(0, engine.ranks.world_size, engine.ranks.time_ranks):
         for lane, numbers in enumerate(documents[rank]):

@@ -1,4 +1,4 @@
-"""The end of a run: writes what was learned, shows what it is worth on held-out documents, and says what to do next."""
+"""The end of a run: writes what was learned, measures it on held-out documents, and prints what to do next."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ log = logging.getLogger(__name__)
 
 
 def finish(run: Run) -> None:
-    """For the first rank, once the process group is closed.  What was learned is on disk, and announced, before
-    anything else is tried; a held-out loss that cannot be measured is a warning."""
+    """Finishes a run, on the first rank, after the process group is closed.
+
+    What was learned is on disk and announced before anything else is tried.  If the held-out loss cannot be measured,
+    there is a warning.
+    """
     config, model, measured = run.plan.config, whole_model(run), True
     with model.alone():
         print(f"{_outcome(run)}\n{_list_files(run, _write(run, model))}", flush=True)
@@ -47,7 +50,7 @@ def finish(run: Run) -> None:
                 print(measure_after(run.plan, model, run.progress.step))
                 if config.model.freezes_weights:
                     _show_samples(model, TokenStore(config.data.held_out))
-            except BrokenPipeError:  # of whoever was reading this
+            except BrokenPipeError:  # nobody reads our output anymore
                 raise
             except UNMEASURABLE as error:
                 measured = False
@@ -56,7 +59,7 @@ def finish(run: Run) -> None:
 
 
 def whole_model(run: Run) -> RWKV:
-    """The model in this process alone, for what comes after the steps; on the CPU where the device is full."""
+    """Returns a whole model in this process, for the work after the last step; on the CPU if the device is full."""
     model, engine = run.model, run.engine
     if engine.holds_whole_weights:
         return model
@@ -79,7 +82,7 @@ def _outcome(run: Run) -> str:
 
 
 def _write(run: Run, model: RWKV) -> list[Path]:
-    """Writes what was learned into the run's folder; returns the files."""
+    """Writes the weights or states that were learned into the run's folder; returns the files."""
     folder = run.plan.config.run.folder
     if run.plan.config.model.freezes_weights:
         return write_states(model, folder, run.tuned_over)
@@ -88,9 +91,9 @@ def _write(run: Run, model: RWKV) -> list[Path]:
 
 
 def write_states(model: RWKV, folder: Path, tuned_over: str | None) -> list[Path]:
-    """state.safetensors, .st and .pth in a run's folder, those that can hold the state; says why not.
+    """Writes state.safetensors, .st and .pth into a run's folder; warns about formats that cannot hold the state.
 
-    tuned_over: fingerprint of the weights that it was tuned over
+    tuned_over: fingerprint of the weights that the state was tuned over
     """
     state, written = model.learned_state(), []
     assert state is not None and tuned_over is not None
@@ -100,7 +103,7 @@ def write_states(model: RWKV, folder: Path, tuned_over: str | None) -> list[Path
             save_state(state, path, metadata={TUNED_OVER: tuned_over})
             written.append(path)
         except InputError as error:
-            path.unlink(missing_ok=True)  # of an earlier end of this run: it would be taken for this state
+            path.unlink(missing_ok=True)  # left by an earlier end of this run; it would pass for this state
             log.warning("not written: %s", error)
     return written
 
@@ -116,7 +119,7 @@ def _list_files(run: Run, learned: list[Path]) -> str:
 
 
 def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
-    """What one would run now, each a line for a shell in this folder."""
+    """Returns commands to run next, each a line for a shell in this folder."""
     config = run.plan.config
     folder, commands = str(config.run.folder), []
     if not measured:
@@ -124,23 +127,23 @@ def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
         commands.append(["infctx", "evaluate", folder, str(config.data.held_out), "--max-tokens", tokens])
     if tokenizer_for_vocab(model.sizes.vocab_size):
         commands.append(["infctx", "generate", folder, "--prompt", "def "])
-    if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that take one file
+    if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that want a single file
         commands.append(["infctx", "export", folder, f"{folder}/merged.pth", "--form", "merged"])
     commands.append(["tensorboard", "--logdir", f"{folder}/{TENSORBOARD}"])
     return [shlex.join([*_program(name), *words]) for name, *words in commands]
 
 
 def _program(name: str) -> list[str]:
-    """How one starts a program of this Python from this folder."""
+    """Returns the words that start a program of this Python from this folder."""
     folder = Path(sys.executable).parent
-    if not (folder / name).is_file():  # infctx runs without being installed
+    if not (folder / name).is_file():  # infctx is not installed
         return [sys.executable, "-m", {"tensorboard": "tensorboard.main"}.get(name, name)]
     return [f"{min(os.path.relpath(folder), str(folder), key=len)}/{name}"]
 
 
 @torch.no_grad()
 def _show_samples(model: RWKV, store: TokenStore) -> None:
-    """What the model writes after the first words of a held-out document."""
+    """Prints what the model writes after the first words of a held-out document."""
     name = tokenizer_for_vocab(model.sizes.vocab_size)
     if name is None:
         return

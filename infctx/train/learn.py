@@ -1,6 +1,6 @@
-"""What learns: all weights, or the initial state of a model that stays as it is (state tuning), and in what units.
+"""Chooses what learns: all weights, or only the initial state of a frozen model (state tuning), and in which units.
 
-The steps of a run are the same either way (train/loop).
+Training steps are the same either way (train/loop).
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from infctx.train.window import cut_window
 
 
 def freeze_weights(model: RWKV, shifts: bool = False) -> None:
-    """Leaves the initial state as all that learns, zeros at first where the model has none; shifts: with its shift
-    vectors.  For frozen weights no gradient is computed, and the inputs of their products are not held."""
+    """Freezes everything but the initial state, which begins as zeros if the model has none.
+
+    shifts: whether its shift vectors learn too
+    Frozen weights get no gradient, and the inputs of their products are not kept.
+    """
     model.requires_grad_(False)
     parts = model.add_initial_state(shifts)
     for part in parts if shifts else parts[:1]:
-        assert part is not None  # it was added
+        assert part is not None  # just added
         part.requires_grad_()
 
 
 @torch.no_grad()
 def natural_units(model: RWKV, window: Window, settings: WindowSettings, most_lanes: int | None = None) -> State:
-    """The size of the states that the model itself makes of a window: what one unit of its initial state is.
+    """Returns the typical size of the model's own states in a window, to use as the units of its initial state.
 
-    The root mean square over the seams, lanes and value channels for each key channel of `wkv`, over all channels for
-    the shift vectors, rounded to a power of two.  States differ by orders of magnitude from model to model, layer to
-    layer and channel to channel, with the decay and the size of the keys; and Adam moves every number by about the
-    learning rate, whatever its gradient.  In these units one learning rate suits all.
+    A unit is a root mean square over seams and lanes, rounded to a power of two: for each key channel of `wkv`, over
+    its value channels; for the shift vectors, over all channels.  States differ by orders of magnitude between models,
+    layers and channels, because decays and keys do; but Adam moves every number by about the learning rate, whatever
+    its gradient.  In these units, one learning rate suits them all.
 
-    most_lanes: that are run at once, if settings.lanes_per_pass does not say it; None for all.
+    most_lanes: how many lanes to compute at once if settings.lanes_per_pass is not set; None for all
     """
     weight = model.embedding.weight
     squares = []
@@ -56,6 +59,6 @@ def natural_units(model: RWKV, window: Window, settings: WindowSettings, most_la
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """The nearest power of two by ratio, exact: x = mantissa * 2^n with 0.5 <= mantissa < 1."""
+    """Rounds to the power of two nearest in ratio, exactly: x = mantissa * 2^n with 0.5 <= mantissa < 1."""
     x = x * 0.5**0.5
     return x / torch.frexp(x).mantissa

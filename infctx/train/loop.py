@@ -1,10 +1,10 @@
-"""Training: a configuration in; checkpoints, weights and reports in the run's folder out.  Start reading here.
+"""The training loop: a configuration in; checkpoints, weights and reports in the run's folder out.  Start reading here.
 
     infctx train configs/finch-tiny.yaml           or        make train CONFIG=configs/finch-tiny.yaml
 
-Planned (plan/plan), opened (train/start), trained here, and brought to its end (train/finish).  A step: the next window
-of every lane (data/lanes), forward over its seams and backward over its segments (train/window), clip, AdamW
-(distributed/engine), report (train/metrics), now and then a checkpoint (train/checkpoint).
+A run is planned (plan/plan), opened (train/start), trained here, and finished (train/finish).  A step reads the next
+window of every lane (data/lanes), goes forward and then backward over its segments (train/window), clips the gradient
+and steps AdamW (distributed/engine), reports (train/metrics), and now and then saves a checkpoint (train/checkpoint).
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from infctx.train.window import backward_through_window, cut_window
 
 
 def train(config: Config) -> None:
-    """Trains as `config` says, from the newest checkpoint of its folder if there is one.
+    """Trains a run from its configuration, or resumes it from the newest checkpoint in its folder.
 
-    Raises InputError for what the machine lacks or the user got wrong, TrainingFailed for a loss that is not finite.
+    Raises InputError for a user's mistake or a machine that is not up to it, TrainingFailed for a loss or gradient that
+    is not finite.
     """
     devices = open_devices(make_plan(config, refuse=not started_by_launcher()))
     with only_run_in(config.run.folder, devices.ranks):
@@ -49,7 +50,7 @@ def train(config: Config) -> None:
 
 
 def train_steps(run: Run) -> bool:
-    """Steps to the last one, or until SIGINT or SIGTERM; says whether the run is done."""
+    """Trains until the last step, SIGINT or SIGTERM; returns whether the run is done."""
     config, engine, ranks = run.plan.config, run.engine, run.engine.ranks
     steps, first = config.optimizer.steps, run.progress.step + 1
     with open_metrics(config, first, ranks.is_first) as metrics, stop_requests() as received:
@@ -80,8 +81,10 @@ def train_steps(run: Run) -> bool:
 
 
 def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
-    """Adds the gradient of one step, group of lanes by group; returns the sum of this rank's losses and the state to
-    carry on."""
+    """Adds the gradient of one step, one group of lanes after another.
+
+    Returns the sum of this rank's losses and the state to carry into the next step.
+    """
     config, engine = run.plan.config, run.engine
     settings = config.window
     tokens, targets, starts = (part.to(engine.device) for part in (window.tokens, window.targets, window.starts))
@@ -104,7 +107,7 @@ def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM put their name in, so that a step is finished and saved; a second one kills."""
+    """A context that lists SIGINT and SIGTERM by name, so that the step can end and be saved; a second signal kills."""
     received: list[str] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:

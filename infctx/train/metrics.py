@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, a log file with one JSON object a step, TensorBoard's scalars and settings."""
+"""Reports of a run: a progress line, a log with one JSON object per step, and scalars and settings for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from infctx.small_texts import parse_json
 
 STEP_LOG = "steps.jsonl"
 MOST_COLUMNS = 100
-"""Of the progress line."""
+"""Longest progress line."""
 LAG_TO_SHOW = 0.1
-"""How much longer than the median a rank takes to be shown in the progress line."""
+"""The progress line names the slowest rank if it takes this much longer than the median, as a fraction."""
 
 
 class Step(NamedTuple):
-    """What a step has come to: the tokens seen so far, its loss (nats a target), the gradient norm before clipping, the
-    state to carry on, and the initial state if one learns."""
+    """The results of a step: the tokens seen so far, its loss (nats per target), the gradient norm before clipping, the
+    state to carry into the next step, and the initial state if one learns."""
 
     number: int
     num_tokens: int
@@ -42,12 +42,12 @@ class Step(NamedTuple):
 
 
 def open_metrics(config: Config, first_step: int, reports: bool) -> Metrics | NoMetrics:
-    """What reports a run's steps from first_step on; reports: whether this is the rank that does."""
+    """Returns the reporter of a run from first_step on; reports: whether this is the rank that reports."""
     return Metrics(config, first_step) if reports else NoMetrics()
 
 
 class NoMetrics:
-    """Reports nothing: there is one report of a run, not one of each rank."""
+    """Reports nothing: only one rank reports."""
 
     def __enter__(self) -> NoMetrics:
         return self
@@ -63,7 +63,7 @@ class NoMetrics:
 
 
 class Metrics:
-    """Reports of one run, a context to use them in."""
+    """Reports the steps of a run; a context that closes its files at the end."""
 
     def __init__(self, config: Config, first_step: int) -> None:
         self.steps, self.step_tokens = config.optimizer.steps, config.step_tokens
@@ -73,7 +73,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.step_log, self.seconds_before = _reopen_step_log(folder / STEP_LOG, first_step)
         self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
-        settings = textwrap.indent(dump_config(config), "    ")  # which Markdown shows as it is written
+        settings = textwrap.indent(dump_config(config), "    ")  # Markdown shows indented text unchanged
         self.writer.add_text("settings", settings, first_step)
         self.bar = tqdm(
             total=self.steps,
@@ -93,9 +93,9 @@ class Metrics:
         self.step_log.close()
 
     def report(self, done: Step, busy_seconds: Tensor) -> None:
-        """Reports a step with its speed and memory; and of many ranks, which one the others wait for.
+        """Reports a step with its speed and memory, and with several ranks, the one that the others wait for.
 
-        busy_seconds: of every rank, from the beginning of the step to where its gradients are reduced.
+        busy_seconds: of every rank, from the beginning of the step until its gradients are reduced
         """
         step, carry = done.number, done.carry
         now = time.perf_counter()
@@ -134,31 +134,33 @@ class Metrics:
             print(line, file=sys.stderr, flush=True)
 
     def stop(self, line: str) -> None:
-        """The last line of a run that stops before its end, below the progress line."""
+        """Prints the last line of a run that stops early, below the progress line."""
         self.bar.close()
         print(line, file=sys.stderr, flush=True)
 
 
 def read_step_log(folder: Path) -> list[dict[str, Any]]:
-    """One dict a step: step, tokens (seen so far), seconds (of training so far, over resumes), loss, learning_rate,
-    gradient_norm, tokens_per_second, peak_memory_gb.  Before 0.2 there were no tokens and seconds."""
+    """Returns a dict per step: step, tokens (seen so far), seconds (of training so far, resumes included), loss,
+    learning_rate, gradient_norm, tokens_per_second, peak_memory_gb.  Before 0.2 there were no tokens and seconds."""
     return [parse_json(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
 
 
 def state_sizes(state: State) -> list[float]:
-    """Root mean square of the matrices of each layer."""
+    """Returns the root mean square of each layer's matrices."""
     return state.wkv.square().mean(dim=(1, 2, 3, 4)).sqrt().tolist()
 
 
 def _columns() -> int:
-    """Of the progress line: those of the terminal, MOST_COLUMNS at most."""
+    """Returns the width of the progress line: the terminal's, but at most MOST_COLUMNS."""
     found = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
     return min(found or MOST_COLUMNS, MOST_COLUMNS)
 
 
 def _reopen_step_log(path: Path, first_step: int) -> tuple[IO[str], float]:
-    """Drops what a killed run wrote after the checkpoint that this one resumes from; returns the log, to be written on,
-    and the seconds of training until then."""
+    """Drops entries that a killed run wrote after the checkpoint that this one resumes from.
+
+    Returns the log, open for appending, and the seconds of training so far.
+    """
     kept, seconds = [], 0.0
     if path.exists() and first_step > 1:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -166,16 +168,16 @@ def _reopen_step_log(path: Path, first_step: int) -> tuple[IO[str], float]:
                 entry = parse_json(line)
                 if entry["step"] < first_step and isinstance(entry["loss"], float):
                     kept.append(line + "\n")
-                    seconds = float(entry.get("seconds", 0.0))  # older logs have none
+                    seconds = float(entry.get("seconds", 0.0))  # older logs do not have them
             except (ValueError, KeyError, TypeError):
-                continue  # the line that the kill cut off
+                continue  # a line that the kill cut off
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8"), seconds
 
 
 def duration(seconds: float) -> str:
-    """Such as 2:31 or 1:02:31."""
+    """Formats seconds like 2:31 or 1:02:31."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

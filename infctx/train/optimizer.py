@@ -16,7 +16,7 @@ DECAY_LR_SCALE = 2.0
 
 
 def make_optimizer(model: RWKV, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; each group carries `lr_scale` and the names of its parameters."""
+    """Returns AdamW over the trainable parameters; each group has `lr_scale` and the names of its parameters."""
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=settings.peak_lr,
@@ -27,9 +27,9 @@ def make_optimizer(model: RWKV, settings: OptimizerSettings) -> torch.optim.Opti
 
 
 def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
-    """The official rules: decays at twice the rate; weight decay on matrices, embeddings and the initial state only.
+    """Applies the official rules: twice the rate for decays; weight decay for matrices, embeddings and initial state.
 
-    The low-rank products of Finch are no such matrices: they, the token-shift weights, bonuses and norms have none.
+    Everything else has no weight decay: Finch's low-rank products, token-shift weights, bonuses and norms.
     """
     matrices = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
@@ -51,7 +51,7 @@ def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int) -> float:
-    """Sets the learning rate of step 1, 2, ... in every group; returns that of an ordinary group."""
+    """Sets the learning rate of step 1, 2, ... in every group; returns it without any group's `lr_scale`."""
     rate = learning_rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
@@ -59,13 +59,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSetti
 
 
 def learning_rate(settings: OptimizerSettings, step: int) -> float:
-    """Learning rate of step 1, 2, ..., steps: linear warm-up from 1 %, then the schedule down to final_lr."""
+    """Returns the learning rate of step 1, 2, ..., steps: linear warm-up from 1 %, then the schedule to final_lr."""
     warmup, peak = settings.warmup, settings.peak_lr
     if step <= warmup:
         return peak * (0.01 + 0.99 * step / warmup)
     if settings.schedule == "constant":
         return peak
     final = peak / 10 if settings.final_lr is None else settings.final_lr
-    progress = (step - warmup) / (settings.steps - warmup)  # up to 1 at the last step
+    progress = (step - warmup) / (settings.steps - warmup)  # 1 at the last step
     remaining = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
     return final + (peak - final) * remaining

@@ -1,8 +1,8 @@
-"""Rehearsal: a run of any size, made small enough to try at a desk.
+"""Rehearsal: a run of any size, made small enough to try on a laptop.
 
 In: a configuration.  Out: the folder of a small run with the same structure (version, lanes, segments in a window,
-schedule, precision, strategy), its configuration in REHEARSAL, and a line for each setting that was replaced.  It is
-then trained like any other run.
+schedule, precision, strategy), with its configuration in REHEARSAL, and a line for each setting that was replaced.  The
+small run is then trained like any other.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class Rehearsal(NamedTuple):
     file: Path
     """Its configuration."""
     lines: list[str]
-    """What was replaced, for people."""
+    """A report of what was replaced."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it has come to its end."""
+        """Returns whether it was trained to its end."""
         return any((self.file.parent / name).exists() for name in ("model.pth", "state.safetensors"))
 
 
 def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
-    """Makes the folder of a rehearsal, RUN_FOLDER-rehearsal; one that is there from before is replaced.
+    """Makes the folder of a rehearsal, RUN_FOLDER-rehearsal, replacing an earlier rehearsal.
 
-    name: of the configuration, as people know it.
-    Raises InputError where that folder holds something else, or where what the run names is there and wrong.
+    name: of the configuration, as the user gave it
+    Raises InputError if that folder has other content, or if a file that the run names exists but is wrong.
     """
     refuse_folder(config.run.folder)
     folder = config.run.folder.with_name(f"{config.run.folder.name}-rehearsal")
@@ -75,12 +75,12 @@ def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
         settings, lines = _shrink(config, folder)
         file = folder / REHEARSAL
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        load_config(file)  # or the shrinking is wrong
+        load_config(file)  # fails only if _shrink is wrong
     return Rehearsal(file, [f"Rehearsal of {name}: the same run on a small model.  Replaced:", *lines])
 
 
 def describe_real_run(config: Config, command: str) -> list[str]:
-    """What would run on the real machine, what is still missing here, and the plan."""
+    """Returns the command for the real machine, the files still missing here, and the plan."""
     missing = missing_files(config)
     lines = ["What would run on the real machine:", f"  {command}"]
     if missing:
@@ -92,7 +92,7 @@ def describe_real_run(config: Config, command: str) -> list[str]:
 
 
 def _shrink(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the small run, whose files are in `folder`, and what was replaced."""
+    """Returns the settings of the small run, whose files are in `folder`, and the lines about replaced settings."""
     settings = config.model_dump(mode="json")
     _, sizes = find_weights(config)
     small_distributed = _distributed(config, sizes)
@@ -126,7 +126,7 @@ def _shown(value: Any) -> str:
 
 
 def _distributed(config: Config, sizes: Sizes | None) -> dict[str, Any]:
-    """Two processes for each kind of sharing that the run has, with the strategy that the real machine would take."""
+    """Uses at most two processes for each kind of sharing in the run, with the strategy of the real machine."""
     asked = config.distributed
     device_type = "cpu" if config.run.device == "cpu" else "cuda"
     real = resolve_strategy(config, sizes, device_type, device_memory(device_type, asked.devices)).distributed
@@ -141,7 +141,7 @@ def _distributed(config: Config, sizes: Sizes | None) -> dict[str, Any]:
 
 
 def _window(config: Config, distributed: dict[str, Any]) -> dict[str, Any]:
-    """As many lanes at once, passes and segments, of fewer tokens."""
+    """Keeps lanes, passes and segments, up to a limit, with fewer tokens in each segment."""
     asked, time_ranks = config.window, distributed["time_ranks"]
     rank_lanes = min(config.rank_lanes, MOST_LANES)
     lanes = rank_lanes * distributed["devices"] // time_ranks
@@ -173,7 +173,7 @@ def _run(config: Config, folder: Path, devices: int) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "folder": str(folder),
-        "threads": asked.threads or 1,  # many would wait for each other in so small a model
+        "threads": asked.threads or 1,  # in such a small model, more would wait for each other
         "device": "cpu" if asked.device == "cuda" and gpus < devices else asked.device,
         "save_every_steps": min(asked.save_every_steps, 2),
         "log_every_steps": 1,
@@ -182,7 +182,7 @@ def _run(config: Config, folder: Path, devices: int) -> dict[str, Any]:
 
 
 def _data(config: Config, folder: Path, window_tokens: int) -> tuple[dict[str, Any], list[str]]:
-    """The stores that are there, or small ones of documents that every machine has, and what to say about those."""
+    """Uses the stores that exist, or small ones of documents that every machine has, and lines about those."""
     asked, notes = config.data, []
     data: dict[str, Any] = {}
     if asked.document_tokens is not None:
@@ -193,7 +193,7 @@ def _data(config: Config, folder: Path, window_tokens: int) -> tuple[dict[str, A
         _write_store(folder / "train", documents[:-2])
         _write_store(folder / "held_out", documents[-2:])
         data |= {"store": str(folder / "train"), "held_out": asked.held_out and str(folder / "held_out")}
-        notes = ["documents: yours are not there -> the Python installation's long sources, a token a byte"]
+        notes = ["documents: yours are not here -> the Python installation's long sources, one token per byte"]
     return data, notes
 
 
@@ -206,7 +206,7 @@ def _write_store(path: Path, documents: list[str]) -> None:
 
 
 def _sizes(config: Config, sizes: Sizes | None, vocab_size: int) -> Sizes:
-    """A few narrow layers of the same version; Finch where nothing shows which it is."""
+    """Chooses a few narrow layers of the same version; Finch if the version is unknown."""
     if sizes is None:
         return make_sizes(version=6, num_layers=LAYERS, width=WIDTH, head_size=HEAD_SIZE, vocab_size=vocab_size)
     num_layers = min(sizes.num_layers, LAYERS)
@@ -219,7 +219,7 @@ def _sizes(config: Config, sizes: Sizes | None, vocab_size: int) -> Sizes:
 
 
 def _model(config: Config, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Random weights in a file where the run reads some, or new ones of these sizes; no state of another size."""
+    """Uses a file of random weights if the run reads one, else new weights; drops a state, whose size is wrong."""
     asked = config.model
     model: dict[str, Any] = {"size": None, "initial_state": None}
     if asked.backend == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A run in the middle of its work: what changes from step to step, and what it works with."""
+"""A run while it trains: its model, engine and data, and the values that change from step to step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from infctx.model.state import State
 from infctx.plan.plan import Plan
 
 STATE_FILES = (STATE_FILE, "state.st", "state.pth")
-"""What a run that tunes a state leaves in its folder at its end, in each form that can hold the state."""
+"""Files that a state-tuning run writes at its end, in each format that can hold the state."""
 
 
 class Progress(NamedTuple):
-    """What a run knows besides its tensors: steps done, position of the lanes (None before the first), tokens seen."""
+    """Steps done, position of the lanes (None before the first step), tokens seen."""
 
     step: int
     position: dict[str, Any] | None
@@ -27,9 +27,10 @@ class Progress(NamedTuple):
 
 @dataclass
 class Run:
-    """Made by `infctx.train.start.open_run`, taken on by the loop, closed by `infctx.train.finish.finish`.
+    """Opened by `infctx.train.start.open_run`, trained by the loop, and finished by `infctx.train.finish.finish`.
 
-    tuned_over: fingerprint of the frozen weights that a state learns over; None where the weights learn
+    carry:      the state of this rank's lanes, carried from step to step
+    tuned_over: fingerprint of the frozen weights that a state is tuned over; None if the weights learn
     checkpoint: the newest, None before the first
     """
 

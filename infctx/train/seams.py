@@ -1,4 +1,4 @@
-"""Seams: what the window keeps at the borders of its segments, on the device or in host memory."""
+"""Seams: the states that a window keeps between its segments, on the device or in host memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SEAM_STORES = ("auto", "device", "host")
 
 
 class Seams:
-    """The states before some segments, in one block of memory: the device's, or the host's (pinned for a GPU); and what
-    other ranks sent in these segments, where time is shared over ranks.
+    """The states before some segments, in one block of device or host memory (pinned for a GPU).  When ranks share
+    time, also the values that other ranks sent in these segments.
 
     Copies to and from pinned memory are queued on the current stream, which keeps them in order.
     """
@@ -34,11 +34,11 @@ class Seams:
             block[index - self.segments[0]].copy_(part.detach(), non_blocking=True)
 
     def get(self, index: int) -> State:
-        """The state before a segment."""
+        """Returns the state before a segment."""
         return State(*(self._fetch(block, index) for block in self.states))
 
     def put_received(self, index: int, received: Received) -> None:
-        """Takes over what came in during a segment."""
+        """Keeps the values received during a segment."""
         for name, part in received.stacked().items():
             if name not in self.received:
                 self.received[name] = self._block(part)
@@ -47,7 +47,7 @@ class Seams:
             self.with_received.add(index)
 
     def get_received(self, index: int) -> Received:
-        """What came in during a segment; empty where nothing did."""
+        """Returns the values received during a segment; empty if there are none."""
         if index not in self.with_received:
             return Received()
         return Received.of_stacked({name: self._fetch(block, index) for name, block in self.received.items()})

@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint, shared out over the ranks: each writes its share into files of its own.
+"""The tensors of a checkpoint, divided among the ranks: each writes its share into separate files.
 
-One rank writes NAME.safetensors, many write NAME-00001-of-00004.safetensors and so on.  A parameter that is spread over
-the ranks is made whole for a moment, one after the other; the rank that writes it keeps a copy in host memory, the
-others let it go, so that none ever holds more than its share.  Files are read by whoever needs a tensor, however many
-ranks there are now.
+A single rank writes NAME.safetensors; several write NAME-00001-of-00004.safetensors and so on.  Parameters spread over
+the ranks are gathered one at a time.  The rank that writes one keeps a copy in host memory and the others drop it, so
+none ever holds more than its share.  When reading, each rank opens the files that have its tensors, however many ranks
+there are now.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from infctx.formats.tensor_file import open_safetensors, write_tensors
 from infctx.formats.weights import state_name
 from infctx.model.state import State
 
-ANOTHER_CHECKPOINT = "remove this checkpoint to go on from the one before"
+ANOTHER_CHECKPOINT = "remove this checkpoint to resume from the one before"
 
 
 def write_weights(folder: Path, engine: Engine) -> list[Path]:
-    """This rank's share of the weights under their official names, and rank 0's index if there are many: its files."""
+    """Writes this rank's share of the weights under their official names, and with several ranks, rank 0's index.
+
+    Returns the files written.
+    """
     names = stored_names(engine.model.sizes)
     mine: dict[str, Tensor] = {}
     files: dict[str, str] = {}
@@ -50,7 +53,7 @@ def write_weights(folder: Path, engine: Engine) -> list[Path]:
 
 
 def write_moments(folder: Path, engine: Engine) -> list[Path]:
-    """This rank's share of the optimizer's state, as <parameter>/<name>: its file."""
+    """Writes this rank's share of the optimizer's state, as <parameter>/<name>; returns its file."""
     mine = {}
     for name, parameter, owner in _share_out(engine):
         for key, values in engine.whole_moments(parameter).items():
@@ -60,9 +63,9 @@ def write_moments(folder: Path, engine: Engine) -> list[Path]:
 
 
 def read_moments(folder: Path, engine: Engine) -> None:
-    """Gives the optimizer its state, or this rank's part of it.
+    """Restores the optimizer's state, or this rank's part of it.
 
-    Raises InputError where a parameter that learns has none, or one of another shape.
+    Raises InputError if a parameter that learns has none, or one of another shape.
     """
     files = _tensors_of(folder, "optimizer")
     if not files:
@@ -73,11 +76,11 @@ def read_moments(folder: Path, engine: Engine) -> None:
             continue
         keys = {key: f"{name}/{key}" for key in (*MOMENTS, "step")}
         moments = {key: _read(files[stored], stored) for key, stored in keys.items() if stored in files}
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3, which leaves an empty tensor
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # from ZeRO-3, which leaves an empty tensor
         wanted = {key: (shape, parameter.dtype) for key in MOMENTS} | {"step": (torch.Size(), torch.float32)}
         found = {key: (tensor.shape, tensor.dtype) for key, tensor in moments.items()}
         if found != wanted or not 0 < moments["step"].item() < float("inf"):
-            raise InputError(f"{folder}: the optimizer's state of {name} is not there whole; {ANOTHER_CHECKPOINT}")
+            raise InputError(f"{folder}: the optimizer's state of {name} is incomplete; {ANOTHER_CHECKPOINT}")
         if not begun:
             engine.begin_moments(moments["step"].item())
             begun = True
@@ -85,7 +88,10 @@ def read_moments(folder: Path, engine: Engine) -> None:
 
 
 def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ranks) -> list[Path]:
-    """The carried state of this rank's lanes, once for all that share them; and rank 0's `others`: its file."""
+    """Writes the carried state of this rank's lanes, once for all ranks that share them, and rank 0's `others`.
+
+    Returns the file written.
+    """
     if ranks.time_rank > 0:
         return []
     tensors = {name: part.detach().cpu().contiguous() for name, part in carry._asdict().items()}
@@ -94,9 +100,9 @@ def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ra
 
 
 def read_carry(folder: Path, ranks: Ranks) -> tuple[State, dict[str, Tensor]]:
-    """The carried state of the lanes that are this rank's now, on the CPU; and the `others`.
+    """Reads the carried state of this rank's current lanes, on the CPU, and the `others`.
 
-    Raises InputError where a file holds no state.
+    Raises InputError if a file has no state.
     """
     with ExitStack() as files:
         opened = [files.enter_context(open_safetensors(path)) for path in tensor_files(folder, "carry")]
@@ -108,7 +114,7 @@ def _carry_in(opened: list[Any], folder: Path, ranks: Ranks) -> tuple[State, dic
         missing = set(State._fields) - set(file.keys())
         dimensions = [] if missing else [len(file.get_slice(name).get_shape()) for name in State._fields]
         if dimensions != [5, 3, 3]:
-            raise InputError(f"{folder}: its carry is no state of a model; {ANOTHER_CHECKPOINT}")
+            raise InputError(f"{folder}: its carry is not the state of a model; {ANOTHER_CHECKPOINT}")
     lanes = [file.get_slice("wkv").get_shape()[1] for file in opened]
     wanted, first, parts = ranks.lanes(sum(lanes)), 0, []
     for file, count in zip(opened, lanes, strict=True):
@@ -120,16 +126,16 @@ def _carry_in(opened: list[Any], folder: Path, ranks: Ranks) -> tuple[State, dic
 
 
 def _share_out(engine: Engine) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """Every parameter with its name and the rank that writes it: always the one that has the least so far."""
+    """Yields every parameter's name, itself, and the rank that writes it: the one with the least to write so far."""
     loads = [0] * engine.ranks.world_size
     for name, parameter in engine.model.named_parameters():
         owner = loads.index(min(loads))
-        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())  # of ZeRO-3, which leaves an empty tensor
+        loads[owner] += getattr(parameter, "ds_numel", parameter.numel())  # from ZeRO-3, which leaves an empty tensor
         yield name, parameter, owner
 
 
 def _official(name: str, tensor: Tensor, names: dict[str, str]) -> dict[str, Tensor]:
-    """A parameter under its official name; the initial state, layer by layer, value-major."""
+    """Returns a parameter under its official name; the initial state layer by layer, value-major."""
     if name == "initial_wkv":
         return {state_name(layer): wkv.mT for layer, wkv in enumerate(tensor)}
     return {names[name]: tensor}
@@ -148,7 +154,7 @@ def _write(folder: Path, stem: str, tensors: dict[str, Tensor], ranks: Ranks) ->
 
 
 def _tensors_of(folder: Path, stem: str) -> dict[str, Path]:
-    """The file of each tensor."""
+    """Returns the file of each tensor."""
     found: dict[str, Path] = {}
     for path in tensor_files(folder, stem):
         with open_safetensors(path) as file:
@@ -157,5 +163,5 @@ def _tensors_of(folder: Path, stem: str) -> dict[str, Path]:
 
 
 def _read(path: Path, name: str) -> Any:
-    with open_safetensors(path) as file:  # anew each time, so that what was read is let go
+    with open_safetensors(path) as file:  # open it each time, so that memory of earlier reads is freed
         return file.get_tensor(name)

@@ -1,4 +1,4 @@
-"""The start of a run: devices and a plan in; a `Run`, new or as its newest whole checkpoint left it, out."""
+"""The start of a run: devices and a plan in; a `Run` out, new or resumed from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ log = logging.getLogger(__name__)
 
 
 def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
-    """A new run, or the one in the folder as its newest whole checkpoint left it."""
+    """Opens a new run, or the one in the folder, as its newest complete checkpoint left it."""
     fabric, ranks, plan = devices
     config = plan.config
     if config.run.threads or fabric.device.type == "cpu":
         torch.set_num_threads(config.run.threads or max(1, torch.get_num_threads() // config.distributed.devices))
     torch.manual_seed(config.run.seed)
     checkpoint = ranks.from_first(lambda: find_checkpoint(config))
-    if not checkpoint:  # what another run has measured, like its log of steps
+    if not checkpoint:  # measured by another run, and replaced like its step log
         ranks.from_first(lambda: (config.run.folder / HELD_OUT).unlink(missing_ok=True))
-    # Before zero3 has spread it, a model that learns may be too large for one device.
+    # Until zero3 has spread it over the ranks, a model that learns may be too large for one device.
     too_large = plan.strategy == "zero3" and not config.model.freezes_weights
     device = torch.device("cpu") if too_large else fabric.device
     model = make_model(plan, checkpoint, device, ranks.join_time())
-    if config.data.held_out and config.run.evaluate_tokens:  # now, not when all the work is done
+    if config.data.held_out and config.run.evaluate_tokens:  # fail now, not when all the work is done
         held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
         ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
         if fine_tunes(config) and not checkpoint:
-            open_lanes(config, model.sizes.vocab_size)  # its mistakes, before minutes are spent
+            open_lanes(config, model.sizes.vocab_size)  # find mistakes before spending minutes
             ranks.from_first(lambda: measure_before(plan, model, fabric.device, watchdog))
     tuned_over = fingerprint(model) if config.model.freezes_weights else None
     if config.model.freezes_weights:
@@ -96,7 +96,7 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint to go on from, None for a new run; cleans up what a killed run left half done."""
+    """Returns the checkpoint to resume from, None for a new run; removes half-written leftovers of a killed run."""
     folder = config.run.checkpoints
     remove_leftovers(folder)
     if config.run.resume == "never" and checkpoints(folder):
@@ -112,7 +112,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def write_settings(config: Config) -> None:
-    """Writes every setting of this start into the run's folder; a config.yaml that a person wrote there stays."""
+    """Writes every setting of this start into the run's folder; keeps a config.yaml that a person wrote there."""
     path = config.run.folder / SETTINGS
     if path.exists() and not path.read_bytes().startswith(SETTINGS_HEAD.encode()):
         log.warning("%s: was not written by infctx, so it stays; the checkpoints have this run's settings", path)
@@ -122,9 +122,9 @@ def write_settings(config: Config) -> None:
 
 
 def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_ranks: TimeRanks | None = None) -> RWKV:
-    """The model of the checkpoint, or of `model.weights`, or a new one, computing in run.precision.
+    """Returns the model of the checkpoint or of `model.weights`, or a new one, that computes in run.precision.
 
-    Weights that learn are fp32; weights that stay as they are, of `model.weights` always, are held in run.precision.
+    Weights that learn are fp32.  Frozen weights always come from `model.weights` and are held in run.precision.
     """
     config, settings = plan.config, plan.config.model
     if checkpoint and (STATE_FILE in (listed_files(checkpoint) or ())) != settings.freezes_weights:
@@ -134,12 +134,12 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
     if checkpoint or plan.weights:
         model = _open_model(plan, checkpoint, low or torch.float32, device, compute)
     else:
-        assert plan.sizes is not None  # or the plan would have refused
+        assert plan.sizes is not None  # the plan refuses a run without
         model = new_model(plan.sizes, device, torch.float32, config.run.seed, compute)
     if model.initial_time_shift is not None and settings.learn != "initial_state_and_shifts":
         raise InputError(
             f"{checkpoint or settings.initial_state or settings.weights}: the state has shift vectors, and model.learn "
-            f"{settings.learn} has no place for them; begin from a state without them, or learn them too"
+            f"{settings.learn} has no place for them; start from a state without them, or learn them too"
         )
     if settings.freezes_weights:
         freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
@@ -149,10 +149,10 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
 def _open_model(
     plan: Plan, checkpoint: Path | None, frozen_dtype: torch.dtype, device: torch.device, compute: Compute
 ) -> RWKV:
-    """A model that is read from files, of the sizes that the plan has."""
+    """Reads a model from files; its sizes must be those of the plan."""
     settings, wanted = plan.config.model, plan.sizes
     files = ModelFiles(checkpoint, None) if checkpoint and not settings.freezes_weights else plan.weights
-    assert files is not None  # a state is tuned over weights that are there
+    assert files is not None  # a state is tuned over existing weights
     source, state = settings.weights, settings.initial_state
     if checkpoint:
         source, state = (source, checkpoint / STATE_FILE) if settings.freezes_weights else (checkpoint, None)
@@ -169,11 +169,11 @@ def _open_model(
 
 
 def state_units(config: Config, model: RWKV, checkpoint: Path | None, ranks: Ranks) -> State:
-    """What the state that learns counts in: as the run began with, or of the first window of all lanes."""
+    """Returns the units of the state that learns: the checkpoint's, or measured in the first window of all lanes."""
     units = load_units(checkpoint) if checkpoint else None
     if units is None:
         window, _ = next(open_lanes(config, model.sizes.vocab_size))
-        with model.alone():  # every rank runs all of it, and finds the same
+        with model.alone():  # every rank computes all of it, with the same result
             units = natural_units(model, window, config.window, config.rank_lanes)
     device, found = model.embedding.weight.device, units
     return ranks.from_first(lambda: found.to("cpu")).to(device)
@@ -182,7 +182,7 @@ def state_units(config: Config, model: RWKV, checkpoint: Path | None, ranks: Ran
 def open_lanes(
     config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
 ) -> Lanes:
-    """The windows of the configured documents, from the one after `position` on, of all lanes or of a rank's."""
+    """Returns the windows of the configured documents after `position`, for all lanes or a rank's."""
     store = TokenStore(config.data.store)
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     return Lanes(
@@ -199,9 +199,9 @@ def open_lanes(
 
 @contextmanager
 def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Holds the lock of a run's folder; an InputError on every rank if another run has it.
+    """Holds the lock of a run's folder; raises InputError on every rank if another run has it.
 
-    A folder that is made for a run, which is then refused before it has begun, is removed again.
+    If the run is refused before it starts, a folder made for it is removed again.
     """
     is_new = not folder.exists()
     with ExitStack() as locks:
@@ -215,7 +215,7 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _new_carry(config: Config, model: RWKV) -> State:
-    """Zeros: every lane's first document starts from the initial state."""
+    """Returns zeros: every lane's first document starts from the initial state."""
     weight = model.embedding.weight
     return State.zeros(model.sizes, config.rank_lanes, state_dtype(weight.dtype), "cpu")
 

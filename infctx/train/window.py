@@ -1,12 +1,14 @@
 """The window: the exact gradient over many segments, in the memory of one.
 
-In: a window of tokens and the state that came with it; out: gradients in `.grad`, the loss, the state after it.
+In: a window of tokens and the state before it; out: gradients in `.grad`, the loss, and the state after it.
 
-The document is long, so only one segment's activations are held.  Going forward without gradients, the state at
-every seam is kept.  Going back from the last segment to the first, each is run again from its seam with gradients;
-what later segments ask of a state comes in as its gradient, and what this one asks is handed to the one before:
+Memory holds the activations of one segment only, so a window is computed twice.  First forward, without gradients,
+keeping just the state at every seam between segments.  Then from the last segment to the first: each is computed again
+from its seam, now with gradients.  The segment after it supplies the gradient of its state_out, and
 
-    backward(loss + <state_out, gradient of state_out>)   gives the weights' part and the gradient of state_in.
+    backward(loss + <state_out, gradient of state_out>)   adds to the weights' gradients and gives that of state_in,
+
+which in turn is the gradient of state_out for the segment before.
 """
 
 from __future__ import annotations
@@ -28,19 +30,19 @@ from infctx.train.seams import Seams
 
 
 class Backward(Protocol):
-    """Who makes the backward calls, and with what the sum of the losses is multiplied in them."""
+    """Makes the backward calls, with the sum of the losses multiplied by `scale`."""
 
     scale: float
 
     def enter(self, segment: int, doing: Literal["forward", "backward"]) -> None:
-        """Says what comes next, segments counted from 0: a run without gradients, or one with a backward call."""
+        """Announces the next pass over a segment (counted from 0): without gradients, or with a backward call."""
 
     def backward(self, scalar: Tensor) -> None:
-        """Adds the gradient of the scalar."""
+        """Adds the gradient of the scalar to `.grad`."""
 
 
 class PlainBackward:
-    """Backward on one device, by torch itself."""
+    """Calls torch's own backward, on one device."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -52,7 +54,7 @@ class PlainBackward:
         scalar.backward()
 
 
-# Seven parameters: the public interface of `infctx`, with a default for all that one can do without.
+# Seven parameters: this is the public interface of `infctx`, and everything optional has a default.
 def window_backward(
     model: RWKV,
     tokens: Tensor,
@@ -62,17 +64,17 @@ def window_backward(
     starts: Tensor | None = None,
     state: State | None = None,
 ) -> tuple[Tensor, State]:
-    """Adds the gradient of the mean loss of a whole window to `.grad`, holding the activations of one segment.
+    """Adds the exact gradient of a window's mean loss to `.grad`, in the memory of one segment.
 
     tokens:            (B, T) int64, any T
-    targets:           (B, T) int64, the token that follows each; -100 = no loss there
-    segment_tokens:    tokens of a segment; any length gives the same gradient
-    gradient_segments: over how many segments a gradient flows: the window is cut into stretches of so many segments
-                       with the exact gradient in each and none between; None: the whole window, 1: truncated BPTT
+    targets:           (B, T) int64, the token that follows each one; -100 for no loss
+    segment_tokens:    tokens in a segment; the gradient is the same for any length
+    gradient_segments: cuts the window into stretches of this many segments: the gradient is exact within a stretch,
+                       and none flows between them.  None: the whole window is one stretch; 1: truncated BPTT.
     starts:            (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
-    state:             what came before the window; None: documents start at its first token, from the initial state.
-                       If it requires gradients it receives them.
-    Returns the mean loss over the unmasked targets (0 without any) and the detached state after the window.
+    state:             the state before the window; None: documents start at its first token, from the initial state.
+                       If it requires gradients, it receives them.
+    Returns the mean loss over the unmasked targets (0 if there are none) and the detached state after the window.
     Raises InputError for shapes that do not fit.
     """
     _check(tokens, targets, segment_tokens, gradient_segments, starts, model.sizes.vocab_size)
@@ -95,7 +97,7 @@ def backward_through_window(
     gradient_segments: int | None = None,
     seam_store: str = "auto",
 ) -> tuple[Tensor, State]:
-    """The work of window_backward, for whoever makes the backward calls: one a segment.
+    """Does the work of window_backward, with one call of `backward` per segment.
 
     Returns the sum of the losses (unscaled) and the state after the window, both detached.
     """
@@ -118,7 +120,7 @@ def _backward_through_stretch(
     backward: Backward,
     seam_store: str,
 ) -> tuple[Tensor, State]:
-    """Forward over the seams of a stretch of segments, then backward over the segments, last first."""
+    """Goes forward over a stretch of segments to fill the seams, then backward from the last segment to the first."""
     seams = Seams(stretch, state, seam_store)
     came_in = state
     with torch.no_grad():
@@ -136,13 +138,13 @@ def _backward_through_stretch(
         backward.enter(index, "backward")
         state = seams.get(index).leaf()
         loss, next_state = segment_loss(segments[index], state, seams.get_received(index))
-        if gradient is None:  # the last segment: nothing asks anything of its state, said with zeros
+        if gradient is None:  # the last segment: no gradient comes from beyond it
             last_state = next_state.detach()
             gradient = State(*(torch.zeros_like(part) for part in last_state))
         backward.backward(loss * backward.scale + next_state.dot(gradient))
         gradient = state.gradient()
         loss_sum = loss_sum + loss.detach()
-    assert last_state is not None and gradient is not None  # a stretch has a segment
+    assert last_state is not None and gradient is not None  # a stretch has at least one segment
     if any(part.requires_grad for part in came_in):
         backward.backward(came_in.dot(gradient))
     return loss_sum, last_state
@@ -156,9 +158,10 @@ def cut_window(
     time_rank: int = 0,
     time_ranks: int = 1,
 ) -> list[Segment]:
-    """Cuts (B, T) into segments of `segment_tokens`, the last one perhaps shorter; no copies.
+    """Cuts (B, T) into segments of `segment_tokens` without copying; the last may be shorter.
 
-    time_rank of time_ranks: gives this slice of each segment; slices are of one length, a multiple of 16.
+    time_rank, time_ranks: which slice of each segment to return, out of how many; slices have equal lengths, a multiple
+                           of 16
     """
     slice_tokens = segment_tokens // time_ranks
     assert time_ranks == 1 or (segment_tokens % (START_SPACING * time_ranks) == tokens.shape[1] % segment_tokens == 0)
