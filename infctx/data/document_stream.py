@@ -32,11 +32,11 @@ class DocumentStream:
         self._keys: tuple[int, tuple[int, ...]] = (-1, ())
 
     def epoch(self, i: int) -> int:
-        """The epoch of stream index i."""
+        """Returns the epoch of stream index i."""
         return i // self.num_documents
 
     def document(self, i: int) -> int:
-        """The document at stream index i >= 0."""
+        """Returns the document at stream index i >= 0."""
         epoch, place = divmod(i, self.num_documents)
         if not self.shuffle:
             return place

@@ -17,15 +17,15 @@ MAX_HEADER_BYTES = 200_000  # longer ones are lists that a program wrote
 
 
 def python_documents(min_bytes: int = MIN_BYTES) -> Iterator[tuple[str, str]]:
-    """(name, text) of the standard library's long sources: the language reference, then the others by name."""
-    # A venv has no standard library of its own: sysconfig gives that of the Python it was made with.
+    """Yields (name, text) of the standard library's long sources: the language reference, then the others by name."""
+    # A venv has no standard library: sysconfig finds that of the Python it was made with.
     folder = Path(sysconfig.get_path("stdlib"))
     paths = _files(folder, ".py", min_bytes)
     return _texts(folder, sorted(paths, key=lambda path: path.relative_to(folder).as_posix() != FIRST))
 
 
 def cpp_documents(min_bytes: int = MIN_BYTES) -> Iterator[tuple[str, str]]:
-    """The same of torch's long C++ headers, by name."""
+    """Yields the same for torch's long C++ headers, by name."""
     torch = importlib.util.find_spec("torch")  # finds its folder without importing it
     assert torch is not None and torch.origin is not None
     folder = Path(torch.origin).parent / "include"

@@ -25,7 +25,7 @@ MAGICS = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
-"""What files that are no UTF-8 text begin with."""
+"""First bytes of files that are not UTF-8 text."""
 OTHER, HIDDEN, BINARY = "", "hidden ", "binary "  # reasons for leaving a file out
 REMEDIES = {
     OTHER: "--format text takes those that are text too",
@@ -49,11 +49,11 @@ class _File:
 
 
 def find_sources(inputs: Sequence[str], input_format: str | None = None) -> tuple[list[Source], list[str]]:
-    """The files that `inputs` name, in the order of the inputs, each folder and glob sorted by name; and lines for the
-    user about what was left out and what was named twice.
+    """Returns the files that `inputs` name, in their order, each folder and glob sorted by name; and lines for the user
+    about files left out or named twice.
 
-    input_format: "text" or "jsonl", what standard input and files of any other suffix hold
-    Raises InputError for names that lead nowhere, and for files named directly that cannot be read as text.
+    input_format: "text" or "jsonl": the format of standard input and of files with any other suffix
+    Raises InputError for names without files, and for files named directly that cannot be read as text.
     """
     if input_format not in (None, "text", "jsonl"):
         raise InputError(f"format {input_format!r} is not known; choose text or jsonl")
@@ -92,7 +92,7 @@ def _standard_input(input_format: str | None) -> Source:
 
 
 def _files_of(name: str) -> list[_File]:
-    """The files that an input leads to; InputError where it leads nowhere."""
+    """Yields the files that an input leads to; InputError if there are none."""
     path = Path(name)
     if path.is_dir():
         return _below(path)
@@ -117,7 +117,7 @@ def _below(folder: Path) -> list[_File]:
 
 
 def _taken(file: _File, input_format: str | None) -> Source | tuple[str, str]:
-    """The file as a source, or the reason why it is left out and what kind of file it is."""
+    """Returns the file as a source, or the reason to leave it out and its kind."""
     path, named = file.path, file.named
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
@@ -144,7 +144,7 @@ def _taken(file: _File, input_format: str | None) -> Source | tuple[str, str]:
 
 
 def _binary_kind(source: Source) -> str | None:
-    """What a file is that is no text, from the way it begins; None for text."""
+    """Returns the kind of a file that is not text, from its first bytes; None for text."""
     if not Path(source.path).is_file():  # a pipe can be read only once
         return None
     first = first_bytes(source)
@@ -155,7 +155,7 @@ def _binary_kind(source: Source) -> str | None:
 
 
 def _left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each reason: how many files of which kinds, the commonest first, and how to take them."""
+    """Returns a line for each reason: how many files of which kinds, the commonest first, and how to include them."""
     counts = Counter(left_out)
     lines = []
     for reason, remedy in REMEDIES.items():

@@ -1,10 +1,10 @@
 """Batches: a token store in, windows of lanes out, endlessly, each with the position from which to continue.
 
 A lane is one row of the batch: documents laid end to end, each starting at a multiple of 16 tokens. A window is filled
-lane by lane. The next free lane takes the next document of the stream; a document that does not fit in the rest of the
+lane by lane. The next free lane gets the next document of the stream; a document that does not fit in the rest of the
 window continues in the same lane in the next one. Lanes are counted over all processes. Each process computes the whole
-assignment from the lengths alone and reads the tokens of its own lanes only, so the same documents come in the same
-order on any number of ranks.
+assignment from the lengths alone and reads tokens only for its lanes, so the same documents come in the same order on
+any number of ranks.
 
 A document d_0 .. d_{n-1} (d_{n-1} ends it) gives n - 1 places with input d_i and target d_{i+1}, padded to a multiple
 of 16 with input 0 and target -100.
@@ -58,7 +58,7 @@ class Window:
     """One step's batch for the lanes of one process.
 
     tokens: inputs, int64 (lanes, T)
-    targets: the tokens that follow, int64 (lanes, T), -100 where there is none
+    targets: the tokens that follow, int64 (lanes, T), -100 for none
     starts: bool (lanes, T / 16), True where a document begins
     documents: for each lane, the store's numbers of the documents in it
     num_targets: targets that are not -100, over the lanes of ALL processes
@@ -75,7 +75,7 @@ class Window:
 
 @dataclass
 class _Open:
-    """The document that a lane is in: its stream index, number and length, and the first token that is no input yet."""
+    """A lane's current document: its stream index, number and length, and its first token that is not an input yet."""
 
     index: int
     document: int
@@ -84,7 +84,7 @@ class _Open:
 
 
 @dataclass
-class _Run:
+class _Part:
     """`count` targets of a document, from its token `begin` on, at place `place` of a lane."""
 
     document: int
@@ -107,7 +107,7 @@ class Lanes:
     if `position` belongs to other documents, lanes or another order.
     """
 
-    # Eight parameters: what makes two runs see the same documents in the same order, each from a setting of its own.
+    # Eight parameters, each from its setting: together they make two runs see the same documents in the same order.
     def __init__(
         self,
         store: Store,
@@ -152,28 +152,28 @@ class Lanes:
         return self
 
     def __next__(self) -> tuple[Window, dict[str, Any]]:
-        runs = [self._fill(lane) for lane in range(self.num_lanes)]
-        num_targets = sum(run.count for lane_runs in runs for run in lane_runs)
-        window = self._read([runs[lane] for lane in self.lanes], num_targets)
+        parts = [self._fill(lane) for lane in range(self.num_lanes)]
+        num_targets = sum(part.count for lane_parts in parts for part in lane_parts)
+        window = self._read([parts[lane] for lane in self.lanes], num_targets)
         return window, self._position()
 
-    def _fill(self, lane: int) -> list[_Run]:
+    def _fill(self, lane: int) -> list[_Part]:
         """Gives one lane its documents for this window."""
-        runs: list[_Run] = []
+        parts: list[_Part] = []
         place = 0
         while place < self.window_tokens:
             current = self._open[lane] or self._next_usable()
             left = current.length - 1 - current.begin
             count = min(left, self.window_tokens - place)
-            runs.append(_Run(current.document, current.begin, count, place))
+            parts.append(_Part(current.document, current.begin, count, place))
             # The window and all starts are multiples of 16, so the padding of a document always fits.
             place += -(-count // START_SPACING) * START_SPACING
             current.begin += count
             self._open[lane] = current if count < left else None
-        return runs
+        return parts
 
     def _next_usable(self) -> _Open:
-        """The next document of the stream that has a target."""
+        """Returns the next document of the stream that has a target."""
         while True:
             found = self._at(self._next)
             self._next += 1
@@ -184,33 +184,33 @@ class Lanes:
         document = self._stream.document(index)
         return _Open(index, document, self.store.length(document), begin)
 
-    def _read(self, lanes: list[list[_Run]], num_targets: int) -> Window:
+    def _read(self, lanes: list[list[_Part]], num_targets: int) -> Window:
         tokens = np.zeros((len(lanes), self.window_tokens), np.int64)
         targets = np.full_like(tokens, MASKED)
         starts = np.zeros((len(lanes), self.window_tokens // START_SPACING), bool)
-        for row, runs in enumerate(lanes):
-            for run in runs:
-                ids = self._checked_tokens(run)
-                tokens[row, run.place : run.place + run.count] = ids[:-1]
-                targets[row, run.place : run.place + run.count] = ids[1:]
-                starts[row, run.place // START_SPACING] = run.begin == 0
+        for row, parts in enumerate(lanes):
+            for part in parts:
+                ids = self._checked_tokens(part)
+                tokens[row, part.place : part.place + part.count] = ids[:-1]
+                targets[row, part.place : part.place + part.count] = ids[1:]
+                starts[row, part.place // START_SPACING] = part.begin == 0
         return Window(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
             starts=torch.from_numpy(starts),
-            documents=[[self.store.number(run.document) for run in runs] for runs in lanes],
+            documents=[[self.store.number(part.document) for part in parts] for parts in lanes],
             num_targets=num_targets,
             epoch=self._stream.epoch(self._next - 1),
         )
 
-    def _checked_tokens(self, run: _Run) -> np.ndarray:
-        """The inputs of a run and its last target."""
-        ids = self.store.tokens(run.document, run.begin, run.begin + run.count + 1)
+    def _checked_tokens(self, part: _Part) -> np.ndarray:
+        """Returns the inputs of a part and its last target."""
+        ids = self.store.tokens(part.document, part.begin, part.begin + part.count + 1)
         if ids.max() >= self.vocab_size:
             place = int(np.argmax(ids >= self.vocab_size))
-            document = self.store.number(run.document)
+            document = self.store.number(part.document)
             raise InputError(
-                f"{self.store.path}.bin: token {run.begin + place} of document {document} is {ids[place]}, and the "
+                f"{self.store.path}.bin: token {part.begin + place} of document {document} is {ids[place]}, and the "
                 f"model's vocabulary has {self.vocab_size} ids; prepare it with the model's tokenizer"
             )
         return ids

@@ -14,7 +14,7 @@ from infctx.errors import InputError
 
 
 class Pieces:
-    """A store of the pieces of another store's documents; takes 8 bytes of memory per document.
+    """A store of the pieces of another store's documents; needs 8 bytes of memory per document.
 
     Each piece has `piece_tokens` targets; the last one of a document has what is left. The last target of a piece is
     the first input of the next, so every target of the document is there exactly once.
@@ -34,25 +34,25 @@ class Pieces:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the store that was cut."""
+        """Returns the fingerprint of the original store."""
         return self._store.fingerprint
 
     def length(self, i: int) -> int:
-        """Tokens in piece i, its last target included."""
+        """Returns the number of tokens in piece i, its last target included."""
         document, begin = self._place(i)
         return min(self.document_tokens + 1, self._store.length(document) - begin)
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
-        """Tokens begin..end-1 of piece i."""
+        """Returns tokens begin..end-1 of piece i."""
         document, first = self._place(i)
         return self._store.tokens(document, first + begin, first + end)
 
     def number(self, i: int) -> int:
-        """The document that piece i belongs to: the number that messages name."""
+        """Returns the document that piece i belongs to: the number in messages."""
         return self._place(i)[0]
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The document of piece i, and the place of the piece's first token there."""
+        """Returns the document of piece i, and the place of the piece's first token in it."""
         document = bisect_right(self._ends, i)
         before = self._ends[document - 1] if document else 0
         return document, (i - before) * self.document_tokens

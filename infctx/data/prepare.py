@@ -58,7 +58,7 @@ class SplitSummary:
 
 @dataclass
 class PrepareSummary:
-    """What `prepare` has written; as a string, the lines to show.
+    """A summary of what `prepare` wrote; as a string, the lines to show.
 
     notes: lines about the inputs: what was left out, what was named twice
     """
@@ -135,7 +135,7 @@ def prepare(
 
 
 def _documents_per_held_out(held_out: float) -> int:
-    """One document out of this many is held out; 0: none."""
+    """Returns the size of the groups in which one document is held out; 0: none."""
     if not 0 <= held_out <= 0.5:
         raise InputError(
             f"--held-out: {held_out} is no share that can be held out; give 0 to 0.5 of the documents, such as 0.05"
@@ -183,7 +183,7 @@ def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
 def _encoded(
     documents: Iterator[Document], tokenizer: Tokenizer, workers: int
 ) -> Generator[Iterable[np.ndarray], None, None]:
-    """The ids of each document, as arrays, in order."""
+    """Yields the ids of each document, as arrays, in order."""
     if workers == 1:
         for document in documents:
             yield tokenizer.encode_pieces(document.pieces)
@@ -203,12 +203,12 @@ def _encoded(
                 yield from pool.result()
         except WorkerKilled:
             raise InputError(
-                "a worker process was killed, perhaps for lack of memory; run again with fewer workers (--workers 1)"
+                "a worker process was killed, perhaps because memory ran out; use fewer workers (--workers 1)"
             ) from None
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[Batch | Document]:
-    """Short documents in batches, long ones one by one."""
+    """Yields short documents in batches, long ones one by one."""
     batch: Batch = []
     size = 0
     for document in documents:
@@ -236,7 +236,7 @@ def _encode_batch(tokenizer: str, batch: Batch) -> list[list[np.ndarray]]:
 
 
 def _random_split(group: int, seed: int) -> Callable[[int], str]:
-    """Gives the split of document i: of every `group` documents one, at random, is held out; group 0: none."""
+    """Gives the split of document i: of every `group` documents, a random one is held out; group 0: none."""
 
     def split(i: int) -> str:
         if group and random.Random(f"{seed}/{i // group}").randrange(group) == i % group:
@@ -297,7 +297,7 @@ def _with_both_splits(
 
 
 def _stored_pieces(store: TokenStore, i: int) -> Iterator[np.ndarray]:
-    """The ids of a stored document, without its end."""
+    """Returns the ids of a stored document, without its end."""
     end = store.length(i) - 1
     return (store.tokens(i, begin, min(begin + COPY_TOKENS, end)) for begin in range(0, end, COPY_TOKENS))
 

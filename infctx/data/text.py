@@ -46,13 +46,13 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk; 0 for standard input."""
+        """Returns the bytes on disk; 0 for standard input."""
         return 0 if self.path == STDIN else Path(self.path).stat().st_size
 
 
 @dataclass
 class Document:
-    """A text, and where it is from.
+    """A text and its origin.
 
     pieces: of bounded size; to be read to the end before the next document is asked for
     """
@@ -62,7 +62,7 @@ class Document:
 
 
 def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Document]:
-    """The documents of all sources, in order.
+    """Yields the documents of all sources, in order.
 
     on_bytes: called with the number of bytes read from disk since its last call
     Raises InputError, naming file and place, for empty files, bytes that are not UTF-8, broken lines and damaged
@@ -78,7 +78,7 @@ def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] 
 
 
 def first_bytes(source: Source) -> bytes:
-    """The beginning of a file, decompressed: at most one block."""
+    """Returns the beginning of a file, decompressed: at most one block."""
     with closing(_blocks(source, lambda num_bytes: None)) as blocks:
         return next(blocks, b"")
 
@@ -100,7 +100,7 @@ def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator
 
 
 def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Generator[bytes, None, None]:
-    """The decompressed bytes of a file in blocks, none of them empty."""
+    """Yields the decompressed bytes of a file in blocks, none of them empty."""
     counted = 0
     try:
         with nullcontext(sys.stdin.buffer) if source.path == STDIN else open(source.path, "rb") as file:
@@ -128,7 +128,7 @@ def _decompressed(source: Source, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a file. The package's own stream reader does not notice a frame that is cut short."""
+    """Reads all frames of a file. The package's own stream reader does not notice a frame that is cut short."""
     frame, buffer = None, bytearray()
     while data := file.read(ZSTD_BLOCK_BYTES):
         while data:

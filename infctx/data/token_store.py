@@ -35,7 +35,7 @@ MAX_SEQUENCE_TOKENS = 2**31 - 1
 BLOCK = 1 << 18  # index entries that are checked or written at once
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 256, 4096  # of each file, evenly spaced
 SUMMARY_FILE = "store.json"
-"""What `infctx prepare` writes beside the stores of a folder: tokenizer, vocab_size, and sizes of each split."""
+"""The file that `infctx prepare` writes next to the stores of a folder: tokenizer, vocab_size, sizes of each split."""
 
 
 class TokenStore:
@@ -66,7 +66,7 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell stores apart: a hash of the sizes of both files and of blocks all over them."""
+        """Returns 16 hex digits that identify a store: a hash of both files' sizes and of blocks all over them."""
         digest = hashlib.sha256()
         for file in (self._index, self._data):
             digest.update(f"{file.num_bytes} ".encode())
@@ -78,16 +78,16 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def length(self, i: int) -> int:
-        """Tokens in document i, its end included."""
+        """Returns the number of tokens in document i, its end included."""
         begin, end = self._span(i)
         return end - begin
 
     def number(self, i: int) -> int:
-        """What document i is called in messages."""
+        """Returns the number of document i in messages."""
         return i
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
-        """Tokens begin..end-1 of document i, int64 (end - begin,). Raises InputError for negative ids in the file."""
+        """Returns tokens begin..end-1 of document i, int64 (end - begin,); InputError for negative ids in the file."""
         first, last = self._span(i)
         if not 0 <= begin <= end <= last - first:
             raise IndexError(f"{self.path}: tokens {begin}..{end} of document {i}, which has {last - first}")
@@ -99,7 +99,7 @@ class TokenStore:
         return tokens
 
     def _span(self, i: int) -> tuple[int, int]:
-        """The first token of document i in the .bin, and the one after its last."""
+        """Returns the place of document i's first token in the .bin, and of the one after its last."""
         if not 0 <= i < self.num_documents:
             raise IndexError(f"{self.path}: document {i} of {self.num_documents}")
         first, last = self._index.read(self._documents_begin + 8 * i, 2, np.dtype("<i8")).tolist()
@@ -231,7 +231,7 @@ class TokenStoreWriter:
         self._lengths.close()
 
     def abort(self) -> None:
-        """Removes all that was written."""
+        """Removes everything that was written."""
         for file in (self._bin, self._lengths):
             # Closing writes what is buffered. On a full disk that fails again, but the file is closed all the same.
             with contextlib.suppress(OSError):
@@ -266,7 +266,7 @@ class TokenStoreWriter:
             border = int(borders[-1])
 
     def _sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One block of documents after another: sizes of the sequences, and number of sequences per document."""
+        """Yields one block of documents after another: sizes of the sequences, and number of sequences per document."""
         self._lengths.seek(0)
         while block := self._lengths.read(8 * BLOCK):
             lengths = np.frombuffer(block, "<i8")
@@ -277,7 +277,7 @@ class TokenStoreWriter:
 
 
 def store_prefix(path: str | os.PathLike[str]) -> Path:
-    """The name of a store, without .bin or .idx. Raises InputError for a folder."""
+    """Returns the name of a store, without .bin or .idx; InputError for a folder."""
     path = Path(path)
     if path.suffix in (".bin", ".idx"):
         return path.with_suffix("")
@@ -313,7 +313,7 @@ class _StoreFile:
         self.path = path
 
     def read(self, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
-        """`count` values from byte `offset` on, read-only."""
+        """Returns `count` values from byte `offset` on, read-only."""
         wanted = count * dtype.itemsize
         try:
             data = os.pread(self._descriptor, wanted, offset)

@@ -19,7 +19,7 @@ TOKENIZER_NAMES = ("world", "bytes")
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers; `encode` never adds the end of document."""
+    """The interface of every tokenizer; `encode` never adds the end of document."""
 
     name: str
     vocab_size: int
@@ -27,20 +27,20 @@ class Tokenizer(Protocol):
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of each id, int64 (vocab_size,); 0 for the end of document and for ids without a token."""
+        """Returns the bytes of each id, int64 (vocab_size,); 0 for the end of document and for ids without a token."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, uint16 (num_tokens,). Raises InputError for lone surrogates, which UTF-8 cannot hold."""
+        """Returns a text's ids, uint16 (num_tokens,); InputError for lone surrogates, which UTF-8 cannot hold."""
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Exactly the ids of the joined pieces, in memory bounded by the longest piece."""
+        """Yields exactly the ids of the joined pieces, in memory bounded by the longest piece."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Bytes of the ids, complete UTF-8 or not; none for ids of `byte_lengths` 0. InputError for ids outside."""
+        """Returns the bytes of ids, complete UTF-8 or not; none if `byte_lengths` is 0. InputError for ids outside."""
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "world" or "bytes". Raises InputError for any other name."""
+    """Returns the tokenizer called `name`: "world" or "bytes". Raises InputError for any other name."""
     if name == "world":
         return _world()
     if name == "bytes":
@@ -49,7 +49,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_for_vocab(vocab_size: int) -> str | None:
-    """The name of the tokenizer that a model with `vocab_size` ids uses; None if none fits."""
+    """Returns the name of the tokenizer that a model with `vocab_size` ids uses; None if none fits."""
     if vocab_size == ByteTokenizer.vocab_size:
         return "bytes"
     # 65,530 is all tokens and the end of document; files in the wild are padded to anything up to 65,536.
@@ -72,7 +72,7 @@ def refuse_other_tokenizer(store: str, made_with: str | None, vocab_size: int) -
 
 @cache
 def _world() -> Tokenizer:
-    """The one that all share: its tables take 0.3 s and 230 MB."""
+    """Returns the shared tokenizer: its tables cost 0.3 s and 230 MB."""
     return WorldTokenizer()
 
 
@@ -157,7 +157,7 @@ class ByteTokenizer:
 
 
 def _read_vocabulary(path: Path, vocab_size: int) -> list[bytes]:
-    """The bytes of every id, from lines of `id literal length`, where the literal is a Python str or bytes."""
+    """Returns the bytes of every id, from lines of `id literal length`; the literal is a Python str or bytes."""
     tokens = [b""] * vocab_size
     for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         token_id, rest = line.split(" ", 1)

@@ -20,7 +20,7 @@ class WorkerKilled(RuntimeError):
 
 
 class Workers:
-    """`count` processes that apply `function` to what is submitted; `close` ends them, whatever they are doing.
+    """`count` processes that apply `function` to the work submitted; `close` ends them, whatever they are doing.
 
     function: one that can be pickled; what it raises is raised by `result`
     """
@@ -45,12 +45,12 @@ class Workers:
 
     @property
     def num_pending(self) -> int:
-        """Results that have not been taken yet."""
+        """Returns the number of results not taken yet."""
         return len(self._busy)
 
     @property
     def all_busy(self) -> bool:
-        """Whether a result must be taken before the next `submit`. A worker has at most one piece of work at a time, so
+        """Returns whether a result must be taken before the next `submit`. A worker has at most one job at a time, so
         that the two sides of a pipe never wait for each other to read."""
         return not self._idle
 
@@ -64,7 +64,7 @@ class Workers:
             raise WorkerKilled from error
 
     def result(self) -> Any:
-        """The oldest result not taken yet; raises WorkerKilled, or what the function raised."""
+        """Returns the oldest result not taken yet; raises WorkerKilled, or the function's own error."""
         connection = self._busy.popleft()
         try:
             result = connection.recv()
@@ -85,7 +85,7 @@ class Workers:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """The life of a worker. It ends with its parent, for then the other side of the pipe is closed."""
+    """Runs a worker. It ends with its parent, which closes the other side of the pipe."""
     try:
         while True:
             work = connection.recv()

@@ -24,7 +24,7 @@ from infctx.evaluate.loss_by_position import (
     evaluate_store,
     format_comparison,
     format_table,
-    summarise,
+    summarize,
     total,
 )
 from infctx.evaluate.record import HELD_OUT, Evaluation, read_record, write_record
@@ -71,7 +71,7 @@ def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watc
         log.warning("held-out loss before training: not measured, %s", error)
         return
     _keep(config, store, [Evaluation(0, model.initial_wkv is not None, buckets)], [])
-    log.info("held-out loss before training %s (%.0f s)", summarise(buckets), time.perf_counter() - began)
+    log.info("held-out loss before training %s (%.0f s)", summarize(buckets), time.perf_counter() - began)
 
 
 def measure_after(plan: Plan, model: RWKV, step: int) -> str:
@@ -103,7 +103,7 @@ def measure_after(plan: Plan, model: RWKV, step: int) -> str:
         kept = f"not kept in {config.run.folder / HELD_OUT}: {error.strerror}"
     comparable = before is not None and [_place(bucket) for bucket in before] == [_place(bucket) for bucket in after]
     table = format_comparison(before, after, store, names) if before and comparable else format_table(after, store)
-    return f"{table}\nheld-out loss {summarise(after)}\n{kept}"
+    return f"{table}\nheld-out loss {summarize(after)}\n{kept}"
 
 
 def fits(model: RWKV, device: torch.device) -> bool:

@@ -111,7 +111,7 @@ def _place(bucket: Bucket) -> str:
     return f"{name:>16} {bucket.num_tokens:>10,}"
 
 
-def summarise(buckets: list[Bucket]) -> str:
+def summarize(buckets: list[Bucket]) -> str:
     """Summarizes the loss in one clause: of all targets, the first bucket and the last."""
     first, last, whole = buckets[0], buckets[-1], total(buckets)
     if first is last:

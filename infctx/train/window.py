@@ -2,13 +2,14 @@
 
 In: a window of tokens and the state before it; out: gradients in `.grad`, the loss, and the state after it.
 
-Memory holds the activations of one segment only, so a window is computed twice.  First forward, without gradients,
-keeping just the state at every seam between segments.  Then from the last segment to the first: each is computed again
-from its seam, now with gradients.  The segment after it supplies the gradient of its state_out, and
+Memory holds the activations of one segment only, so a window is computed twice.  The first pass goes forward without
+gradients and keeps just the state at every seam between segments.  The second pass goes from the last segment to the
+first and computes each again from its seam, now with gradients.  The segment after it has supplied the gradient of its
+state_out, and one call gives the rest:
 
-    backward(loss + <state_out, gradient of state_out>)   adds to the weights' gradients and gives that of state_in,
+    backward(loss + <state_out, gradient of state_out>)   adds to the weights' gradients and gives that of state_in.
 
-which in turn is the gradient of state_out for the segment before.
+The gradient of state_in is the gradient of state_out for the segment before.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def test_every_epoch_has_every_document_once(n):
         assert sorted(stream.document(epoch * n + place) for place in range(n)) == list(range(n))
 
 
-def test_it_has_no_memory_of_what_was_asked_before():
+def test_earlier_calls_do_not_matter():
     n = 50
     forward = DocumentStream(n, seed=3)
     backward = DocumentStream(n, seed=3)
@@ -32,7 +32,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_order_is_fixed():
-    """A position in a checkpoint goes on in this order: changing it breaks resuming."""
+    """A checkpoint resumes in this order; changing it breaks resuming."""
     assert [DocumentStream(10, seed=0).document(i) for i in range(20)] == [
         8,
         4,
@@ -80,7 +80,7 @@ def test_every_pair_of_first_documents_is_about_as_likely(n):
     assert chi_square < (pairs - 1) + 5 * (2 * (pairs - 1)) ** 0.5
 
 
-def test_neighbours_do_not_stay_together():
+def test_neighbors_do_not_stay_together():
     n = 10_000
     stream = DocumentStream(n, seed=1)
     order = [stream.document(i) for i in range(n)]

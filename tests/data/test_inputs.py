@@ -1,4 +1,4 @@
-"""Which files inputs lead to, and what the user reads about those that are left out."""
+"""The files that inputs lead to, and the messages about those left out."""
 
 import gzip
 import os
@@ -57,7 +57,7 @@ def test_a_named_file_of_another_suffix_with_a_format(tmp_path):
     assert texts(tmp_path / "a.log.gz", tmp_path / "b.jsonl", input_format="text") == ["log", "b"]
 
 
-def test_what_is_left_out_is_counted_the_commonest_kinds_first(tmp_path):
+def test_files_left_out_are_counted_the_commonest_kinds_first(tmp_path):
     write(tmp_path, {f"{i}.py": "code" for i in range(979)} | {"a.txt": "a", "b.html": "<p>", "sub/c.pdf": b"%PDF-1.7"})
     line = "left out 981 files: 979 .py, 1 .html, 1 .pdf; --format text takes those that are text too"
     assert notes(tmp_path) == [line]
@@ -176,7 +176,7 @@ def test_nothing_to_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.log", "a", "a.py.gz", "a.json"])
-def test_a_suffix_that_does_not_say_the_format(tmp_path, name):
+def test_a_suffix_that_does_not_imply_a_format(tmp_path, name):
     write(tmp_path, {name: gzip.compress(b"a") if name.endswith(".gz") else b"a"})
     refused(rf"{name}: its suffix is not one of .txt, .md, .jsonl .*; say what it holds: --format", tmp_path / name)
 

@@ -16,7 +16,7 @@ from infctx.errors import InputError
 
 
 class ListStore:
-    """Documents in memory, with what lanes need of a store; counts the tokens that are read."""
+    """Documents in memory with the store interface that lanes need; counts the tokens read."""
 
     path = Path("memory/store")
 
@@ -54,7 +54,7 @@ def same(a, b):
 
 
 def expected_windows(store, num_lanes, window_tokens, seed, shuffle, count):
-    """The definition, told the other way round: whole documents handed to the lanes place by place."""
+    """The definition from the other side: gives whole documents to the lanes, place by place."""
     stream = DocumentStream(store.num_documents, seed, shuffle)
     queues = [[] for _ in range(num_lanes)]  # (input, target, document, starts) of each place
     index = 0
@@ -121,7 +121,7 @@ def test_a_window_by_hand():
 
 
 def targets_of_each_document(store, lanes, num_windows):
-    """(document, targets) in the order in which documents end, put together from the windows of all lanes."""
+    """Returns (document, targets) in the order in which documents end, joined from the windows of all lanes."""
     done, open_documents = [], {}
     for window, _ in islice(lanes, num_windows):
         for lane, documents in enumerate(window.documents):
@@ -164,7 +164,7 @@ def test_every_token_of_every_document_is_a_target_once_an_epoch(num_lanes, wind
     assert max(counts) - min(counts[:-2]) <= 1
 
 
-def test_a_long_document_goes_on_in_its_lane():
+def test_a_long_document_continues_in_its_lane():
     store = ListStore([1000, 50])
     windows = [window for window, _ in islice(make(store, 2, 64, shuffle=False), 15)]
     inputs = torch.cat([window.tokens[0] for window in windows])
@@ -174,7 +174,7 @@ def test_a_long_document_goes_on_in_its_lane():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_going_on_from_any_position_equals_never_having_stopped(shuffle):
+def test_resuming_from_any_position_equals_never_stopping(shuffle):
     store = ListStore([5, 700, 33, 1, 90, 17, 16, 260])
     whole = list(islice(make(store, shuffle=shuffle), 40))
     for stop in range(39):
@@ -185,7 +185,7 @@ def test_going_on_from_any_position_equals_never_having_stopped(shuffle):
             assert after == expected_after
 
 
-def test_a_position_is_not_changed_by_going_on():
+def test_later_windows_do_not_change_a_position():
     lanes = make(ListStore([100, 200]))
     _, position = next(lanes)
     before = json.dumps(position)
@@ -213,7 +213,7 @@ def test_ranks_together_have_what_one_rank_has(parts):
             assert (share.num_targets, share.epoch, share_position) == (window.num_targets, window.epoch, position)
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_documents():
+def test_another_number_of_ranks_resumes_with_the_same_documents():
     store = ListStore([5, 700, 33, 90, 17, 260])
     whole = list(islice(make(store, num_lanes=4), 10))
     _, position = list(islice(make(store, num_lanes=4, lanes=range(2, 4)), 5))[-1]
@@ -224,7 +224,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_documents():
             assert torch.equal(window.tokens, expected.tokens[lanes or range(4)])
 
 
-def test_a_rank_reads_the_tokens_of_its_own_lanes_only():
+def test_a_rank_reads_only_the_tokens_of_its_lanes():
     store = ListStore([3000] * 8)
     list(islice(make(store, num_lanes=4, lanes=range(1)), 10))
     assert store.num_read <= 10 * 65
@@ -250,7 +250,7 @@ def test_lanes_of_a_store_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("window_tokens", [0, -16, 8, 100])
-def test_a_window_that_is_no_multiple_of_16(window_tokens):
+def test_a_window_that_is_not_a_multiple_of_16(window_tokens):
     with pytest.raises(InputError, match=f"window of {window_tokens} tokens is not a multiple of 16"):
         make(ListStore([10]), window_tokens=window_tokens)
 
@@ -275,7 +275,7 @@ def test_ids_beyond_the_vocabulary():
     list(islice(make(store, num_lanes=1, window_tokens=16, vocab_size=301), 10))
 
 
-def test_an_id_that_is_a_target_only_is_looked_at_too():
+def test_an_id_that_is_only_a_target_is_checked_too():
     store = ListStore([17])
     store.documents[0][16] = 257
     with pytest.raises(InputError, match="token 16 of document 0 is 257"):

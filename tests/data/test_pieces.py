@@ -22,7 +22,7 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("piece_tokens", [1, 16, 64, 65, 100, 10_000])
-def test_every_target_is_there_once(store, piece_tokens):
+def test_every_target_appears_once(store, piece_tokens):
     pieces = Pieces(store, piece_tokens)
     found = [[] for _ in LENGTHS]
     for i in range(pieces.num_documents):
@@ -53,7 +53,7 @@ def test_each_piece_starts_from_the_initial_state(store):
     lanes = Lanes(Pieces(store, 64), num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False)
     window, position = next(lanes)
     assert window.starts[:, 0].all()  # two pieces of the first document
-    assert window.documents == [[0], [0]]  # as people count
+    assert window.documents == [[0], [0]]  # numbers of documents, not pieces
     assert torch.equal(window.tokens[1], torch.from_numpy(store.tokens(0, 64, 128)).long())
     again = Lanes(
         Pieces(store, 64), num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False, position=position

@@ -65,7 +65,7 @@ def test_documents_come_out_as_they_went_in(tmp_path, tokenizer):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
-    # Small, so that there are many batches, and documents beside them that are too long for a batch.
+    # Small, so that there are many batches, and documents too long for a batch.
     monkeypatch.setattr(prepare_module, "BATCH_CHARS", 3_000)
     monkeypatch.setattr(prepare_module, "LONG_DOCUMENT_CHARS", 5_000)
     texts = some_texts(200)
@@ -155,8 +155,8 @@ def test_mistakes_in_the_text_leave_nothing(tmp_path, workers):
     refused(tmp_path, message, [source, str(tmp_path / "bad.txt")], workers=workers)
 
 
-def test_an_error_in_a_worker_comes_out_as_it_is(tmp_path, monkeypatch):
-    """Documents that text.py would not let through: only a worker can find them."""
+def test_an_error_in_a_worker_is_raised_unchanged(tmp_path, monkeypatch):
+    """text.py would refuse these documents; here only a worker can find them."""
     documents = [prepare_module.Document("a", iter(["good"])), prepare_module.Document("b", iter(["\ud800"]))]
     monkeypatch.setattr(prepare_module, "read_documents", lambda sources, on_bytes: iter(documents))
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
@@ -175,7 +175,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_an_output_that_is_there(tmp_path):
+def test_an_output_that_exists(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     out = tmp_path / "out"
     out.mkdir()
@@ -292,16 +292,16 @@ import multiprocessing, resource, signal, sys, threading, time
 from pathlib import Path
 from infctx.data.prepare import prepare
 
-def tell_workers():
+def print_workers():
     while len(multiprocessing.active_children()) < 2:
         time.sleep(0.02)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     source, output, tokenizer, workers, limit = sys.argv[1:]
     if int(workers) > 1:
-        threading.Thread(target=tell_workers, daemon=True).start()
+        threading.Thread(target=print_workers, daemon=True).start()
     if int(limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -333,10 +333,10 @@ def start(tmp_path: Path, source: Path, tokenizer: str, workers: int, limit: int
 
 
 def finish(process: subprocess.Popen) -> list[str]:
-    said, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert errors == ""
-    return said.splitlines()
+    return output.splitlines()
 
 
 @pytest.mark.parametrize("delay", [0, 1])  # while the workers start, while they encode

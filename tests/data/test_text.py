@@ -29,7 +29,7 @@ TEXT = "\r\nfirst\r\nsecond\rthird\n\n\x00\x85\u2028 🙂 end \n"
 
 @pytest.mark.parametrize("compression", SUFFIXES)
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".TXT"])
-def test_a_text_file_is_one_document_as_it_stands(tmp_path, suffix, compression):
+def test_a_text_file_is_one_unchanged_document(tmp_path, suffix, compression):
     path = tmp_path / f"a{suffix}{compression}"
     path.write_bytes(compress(TEXT.encode(), compression))
     assert texts(path) == [TEXT]
@@ -99,7 +99,7 @@ def test_members_and_frames_laid_end_to_end(tmp_path, compression):
 
 
 @pytest.mark.parametrize("compression", SUFFIXES)
-def test_a_long_text_is_handed_on_in_bounded_pieces(tmp_path, compression):
+def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
     """40 MB of text, nearly all of it one byte repeated, so that a compressed block is a large text."""
     path = tmp_path / f"a.txt{compression}"
     path.write_bytes(compress(b" " * 40_000_000 + "🙂".encode(), compression))
@@ -109,11 +109,11 @@ def test_a_long_text_is_handed_on_in_bounded_pieces(tmp_path, compression):
     tracemalloc.stop()
     assert sum(lengths) == 40_000_001
     assert max(lengths) <= text_module.BLOCK_BYTES
-    # A block of 4 KiB of zstd may stand for this whole text; otherwise a few blocks are held.
+    # A zstd block of 4 KiB may hold all of this text; otherwise a few blocks are in memory.
     assert peak < (100 if compression == ".zst" else 10) * 1_000_000
 
 
-def test_a_long_document_of_jsonl_is_handed_on_in_bounded_pieces(tmp_path):
+def test_a_long_document_of_jsonl_comes_in_bounded_pieces(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab" * 1_500_000}))
     (document,) = read_documents(find_sources([str(tmp_path / "a.jsonl")])[0])
     pieces = list(document.pieces)
@@ -161,7 +161,7 @@ def test_a_text_that_is_not_utf8(tmp_path, monkeypatch, block, bom, bad, place):
 
 def test_utf16_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_text("hello", encoding="utf-16-le")
-    assert texts(tmp_path / "a.txt") == ["h\0e\0l\0l\0o\0"]  # ASCII in UTF-16 without a mark cannot be told from text
+    assert texts(tmp_path / "a.txt") == ["h\0e\0l\0l\0o\0"]  # ASCII in UTF-16 without a mark looks like text
     (tmp_path / "a.txt").write_text("hello", encoding="utf-16")
     refused("not UTF-8: byte 0xff at offset 0", tmp_path / "a.txt")
 

@@ -19,7 +19,7 @@ DOCUMENTS = [[5, 6, 7, 0], [0], [1, 65535, 0], [9] * 100 + [0]]
 
 
 def write_index(path: Path, sizes: list[int], code: int = 8, /, **changes: object) -> None:
-    """An index written value by value, independently of the module; `changes` overrule its parts."""
+    """Writes an index value by value, independently of the module; `changes` override its parts."""
     itemsize = {4: 4, 8: 2}.get(code, 2)
     ends = np.cumsum(sizes, dtype=np.int64) * itemsize
     parts = {
@@ -94,7 +94,7 @@ def test_what_is_written_is_the_format_byte_by_byte(tmp_path_factory, documents,
         assert (folder / f"a{suffix}").read_bytes() == (folder / f"b{suffix}").read_bytes()
 
 
-def test_a_document_longer_than_a_size_can_say_is_several_sequences(tmp_path, monkeypatch):
+def test_a_document_too_long_for_one_size_is_several_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr(token_store, "MAX_SEQUENCE_TOKENS", 4)
     documents = [list(range(1, 1 + length)) for length in (11, 2, 3, 4, 8)]
     with TokenStoreWriter(tmp_path / "a") as writer:
@@ -126,7 +126,7 @@ def test_missing_files(tmp_path):
         TokenStore(tmp_path / "a")
 
 
-def test_a_folder_is_no_store(tmp_path):
+def test_a_folder_is_not_a_store(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         TokenStore(tmp_path)
 
@@ -198,7 +198,7 @@ def test_any_flipped_byte_of_an_index_is_refused_or_harmless(tmp_path):
                 documents = read_all(TokenStore(tmp_path / "a"))
             except InputError:
                 continue
-            # Borders between documents can move without a contradiction; the tokens stay.
+            # Borders between documents can move and remain consistent; the tokens stay.
             assert sum(documents, []) == sum(DOCUMENTS, [])
 
 
@@ -227,13 +227,13 @@ def test_a_store_cut_short_while_it_is_in_use(tmp_path, suffix):
     os.truncate(tmp_path / f"a{suffix}", 1_000_000)
     with pytest.raises(InputError, match=rf"a\{suffix}: was cut short while in use, from [0-9,]+ bytes to 1,000,000; "):
         store.tokens(100_000, 0, 2)
-    if suffix == ".bin":  # what is left can be read
+    if suffix == ".bin":  # the rest can be read
         assert store.tokens(0, 0, 3).tolist() == [1, 1, 1]
         with pytest.raises(InputError, match="cut short while in use"):
             store.tokens(0, 499_999, 500_001)
 
 
-def test_more_than_one_call_of_the_system_gives(tmp_path, monkeypatch):
+def test_a_read_may_need_several_system_calls(tmp_path, monkeypatch):
     store = TokenStore(write_store(tmp_path / "a", DOCUMENTS))
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda descriptor, count, offset: pread(descriptor, min(count, 3), offset))
@@ -262,7 +262,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
-def test_a_large_store_takes_no_more_memory_than_a_small_one(tmp_path):
+def test_a_large_store_needs_no_more_memory_than_a_small_one(tmp_path):
     """8 GB of tokens (a sparse file) and an index of 3 million documents (60 MB), 0.6 GB of it read."""
     # A size is an int32: the last document is two sequences.
     sizes = np.concatenate([np.full(2_999_999, 17), [2_000_000_000, 2_000_000_000 - 17 * 2_999_999]])
@@ -281,7 +281,7 @@ def test_a_large_store_takes_no_more_memory_than_a_small_one(tmp_path):
     assert large < small + 32 * 1024  # KiB: a block of the index
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), TokenStoreWriter(tmp_path / "a") as writer:
         writer.extend(np.array([1, 2]))
         writer.end_document()
@@ -289,7 +289,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_there_before_the_end_and_the_index_comes_last(tmp_path, monkeypatch):
+def test_files_appear_at_the_end_and_the_index_comes_last(tmp_path, monkeypatch):
     renamed = []
     rename = os.rename
 
@@ -308,7 +308,7 @@ def test_nothing_is_there_before_the_end_and_the_index_comes_last(tmp_path, monk
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_an_existing_store_is_not_written_over(tmp_path, suffix):
+def test_an_existing_store_is_not_overwritten(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     with pytest.raises(InputError, match=rf"a\{suffix}: exists already; choose"):
         TokenStoreWriter(tmp_path / "a")
@@ -358,8 +358,8 @@ print(os.listdir(os.path.dirname(sys.argv[1])))
     ],
 )
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, limit, documents, length, suffix):
-    said, left = run(DISK_FULL, tmp_path / "a", limit, documents, length).splitlines()
-    number, name = said.split(" ", 1)
+    message, left = run(DISK_FULL, tmp_path / "a", limit, documents, length).splitlines()
+    number, name = message.split(" ", 1)
     assert int(number) == errno.EFBIG
     assert Path(name).name.startswith(f".a.{suffix}")
     assert left == "[]"

@@ -30,7 +30,7 @@ TEXTS = [
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    """Characters of all planes, and runs of tokens of the World vocabulary."""
+    """Returns characters of all planes, and sequences of World tokens."""
     world = get_tokenizer("world")
     parts = []
     for _ in range(length):
@@ -79,7 +79,7 @@ def test_decode_gives_the_text_back_and_no_text_holds_the_end_of_document(name, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nul_is_a_token_of_its_own(name):
+def test_nul_is_a_separate_token(name):
     tokenizer = get_tokenizer(name)
     assert tokenizer.encode("a\x00b").tolist()[1] == 1
     assert tokenizer.decode([1]) == b"\x00"
@@ -123,7 +123,7 @@ def test_a_token_of_128_bytes_is_not_cut_at_a_seam():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_are_encoded_as_they_come(name):
-    """What is held back is at most the tokens around the last 128 bytes, whatever the text."""
+    """At most the tokens around the last 128 bytes are held back, whatever the text."""
     tokenizer = get_tokenizer(name)
     for text in ["word and " * 100, " " * 900, "→" * 900, "🙂" * 900, "多" * 900]:
         given_bytes = 0
@@ -142,7 +142,7 @@ def test_pieces_are_encoded_as_they_come(name):
 
 
 def test_no_world_token_joins_the_end_of_a_character_to_the_next_one():
-    """What `encode_pieces` rests on to find a cut near the end."""
+    """`encode_pieces` relies on this to find a cut near the end."""
     world = get_tokenizer("world")
     for i in range(1, 65530):
         token = world.decode([i])
@@ -206,7 +206,7 @@ def test_an_unknown_name_is_an_input_error():
         get_tokenizer("gpt2")
 
 
-def test_the_vocabulary_says_which_tokenizer():
+def test_the_vocabulary_size_determines_the_tokenizer():
     assert tokenizer_for_vocab(257) == "bytes"
     assert [tokenizer_for_vocab(size) for size in (65530, 65535, 65536)] == ["world"] * 3
     assert [tokenizer_for_vocab(size) for size in (256, 258, 50277, 65529, 65537)] == [None] * 5

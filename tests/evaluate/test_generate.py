@@ -1,4 +1,4 @@
-"""Generation: token by token from the state is the same as reading everything again for every token."""
+"""Generation: token by token from the state gives the same text as reading everything again for every token."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BYTES = get_tokenizer("bytes")
 
 
 def bytes_model(version=6, ends=False, **options):
-    """A model over bytes that never ends a document, unless it should."""
+    """Returns a model over bytes that always (`ends`) or never ends a document."""
     model = random_model(version, dtype=torch.float64, vocab_size=257, with_state=True, **options)
     logits = model.logits
 
@@ -29,7 +29,7 @@ def bytes_model(version=6, ends=False, **options):
 
 @torch.no_grad()
 def most_likely(model, tokens, count):
-    """The judge: each token from a forward over all tokens before it."""
+    """The judge: computes each token from all tokens before it."""
     tokens = list(tokens)
     for _ in range(count):
         hidden, _ = model(torch.tensor([tokens]))
@@ -39,15 +39,15 @@ def most_likely(model, tokens, count):
 
 @pytest.mark.parametrize("version", [5, 6])
 @pytest.mark.parametrize("prompt", ["", "d", "def f(x):\n", "naïve \N{SNOWMAN}"])
-def test_temperature_zero_is_the_most_likely(version, prompt):
+def test_temperature_zero_picks_the_most_likely_token(version, prompt):
     model = bytes_model(version)
-    begin = BYTES.encode(prompt).tolist() or [0]  # an empty prompt begins behind the end of another document
+    begin = BYTES.encode(prompt).tolist() or [0]  # an empty prompt starts after the end of another document
     found = b"".join(generate(model, prompt, max_tokens=25, temperature=0))
     assert found == most_likely(model, begin, 25)
     assert len(set(found)) > 3
 
 
-def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+def test_a_long_prompt_is_read_in_segments(monkeypatch):
     model, prompt = bytes_model(), "0123456789" * 7
     whole = b"".join(generate(model, prompt, max_tokens=5, temperature=0))
     monkeypatch.setattr(generate_module, "PROMPT_SEGMENT_TOKENS", 16)
@@ -55,7 +55,7 @@ def test_a_long_prompt_is_read_in_pieces(monkeypatch):
     assert whole == most_likely(model, BYTES.encode(prompt).tolist(), 5)
 
 
-def test_a_seed_gives_the_same_text_and_another_another():
+def test_the_text_depends_on_the_seed_alone():
     model = bytes_model()
     first, again, other = (b"".join(generate(model, "a", max_tokens=30, seed=seed)) for seed in (1, 1, 2))
     assert first == again
@@ -65,12 +65,12 @@ def test_a_seed_gives_the_same_text_and_another_another():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_end_of_the_document_stops():
+def test_generation_stops_at_the_end_of_the_document():
     assert list(generate(bytes_model(ends=True), "a", max_tokens=30)) == []
     assert len(list(generate(bytes_model(), "a", max_tokens=30))) == 30
 
 
-def test_pieces_come_one_by_one_without_gradients():
+def test_tokens_are_yielded_one_by_one_without_gradients():
     model = bytes_model()
     pieces = generate(model, "a", max_tokens=3)
     assert [len(piece) for piece in pieces] == [1, 1, 1]
@@ -136,7 +136,7 @@ def test_a_vocabulary_without_tokenizer_is_refused():
         list(generate(random_model(5), "a"))
 
 
-def test_damaged_weights_are_said():
+def test_damaged_weights_are_reported():
     model = random_model(5, vocab_size=257)
     with torch.no_grad():
         model.head.weight[3] = float("nan")

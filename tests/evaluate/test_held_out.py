@@ -1,4 +1,4 @@
-"""The held-out loss of a run: before and after, in its folder and in TensorBoard, without a change to the training."""
+"""The held-out loss of a run: before and after, in its folder and TensorBoard, without any effect on training."""
 
 import json
 
@@ -63,11 +63,11 @@ def test_fine_tuning_shows_before_and_after_and_measures_before_once(tmp_path, w
     assert code == 0, errors
     assert "before training" not in errors and "before training" in output
     assert [step for step, _, _ in evaluations(run)] == [0, 3, 4]
-    for content, said in (("{", "held_out.json: is damaged"), (None, "")):
+    for content, warning in (("{", "held_out.json: is damaged"), (None, "")):
         (run / "held_out.json").unlink() if content is None else (run / "held_out.json").write_text(content)
         code, output, errors = infctx_here("train", config, "optimizer.steps=4")
         assert code == 0, errors
-        assert said in errors
+        assert warning in errors
         assert "before training" not in output and "held-out loss by position" in output
         assert [step for step, _, _ in evaluations(run)] == [4]
 
@@ -83,12 +83,12 @@ def test_tuning_keeps_both_tables(tmp_path, weights):
     assert {"held_out/nats_per_token", "held_out_without_state/nats_per_token"} <= set(events.Tags()["scalars"])
 
 
-def test_measuring_changes_no_number_of_the_training(tmp_path, weights, monkeypatch):
-    def with_chance(*arguments):
+def test_measuring_does_not_affect_training(tmp_path, weights, monkeypatch):
+    def and_draw(*arguments):
         torch.rand(3)
         return evaluate_store(*arguments)
 
-    monkeypatch.setattr(held_out, "evaluate_store", with_chance)
+    monkeypatch.setattr(held_out, "evaluate_store", and_draw)
     runs = []
     for name, tokens in (("with", 1000), ("without", 0)):
         config = load_config(fine_tune_config(tmp_path, weights, run__folder=str(tmp_path / name)))
@@ -101,8 +101,8 @@ def test_measuring_changes_no_number_of_the_training(tmp_path, weights, monkeypa
     assert not (tmp_path / "without" / "held_out.json").exists()
 
 
-def test_a_new_run_begins_its_own_record(tmp_path, weights):
-    """That of a run that never came to a checkpoint is not taken for its own."""
+def test_a_new_run_starts_a_new_record(tmp_path, weights):
+    """It does not use the record of a run that never reached a checkpoint."""
     (tmp_path / "run").mkdir()
     stale = {"store": str(tmp_path / "held_out"), "tokens": 262144, "evaluations": [{"step": 0}]}
     (tmp_path / "run" / "held_out.json").write_text(json.dumps(stale))
@@ -110,7 +110,7 @@ def test_a_new_run_begins_its_own_record(tmp_path, weights):
     assert not (tmp_path / "run" / "held_out.json").exists()
 
 
-def test_the_ranks_that_wait_see_progress(tmp_path, weights):
+def test_waiting_ranks_see_progress(tmp_path, weights):
     config = load_config(fine_tune_config(tmp_path, weights), ["run.evaluate_tokens=100"])
     marks = []
 
@@ -123,7 +123,7 @@ def test_the_ranks_that_wait_see_progress(tmp_path, weights):
     assert Beat(step=0, doing="held-out loss").place == "before its first step (held-out loss)"
 
 
-def test_weights_that_are_damaged_are_left_to_the_first_step_to_explain(tmp_path, weights):
+def test_the_first_step_explains_damaged_weights(tmp_path, weights):
     model = infctx.load_model(weights)
     with torch.no_grad():
         model.head.weight[3, 4] = float("nan")

@@ -1,4 +1,4 @@
-"""Loss by position: the judge is one whole forward over each document in float64."""
+"""Loss by position: the judge is one forward pass over each whole document in float64."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import infctx
 from infctx.data.token_store import TokenStore, TokenStoreWriter
 from infctx.errors import InputError
 from infctx.evaluate import loss_by_position as evaluate_module
-from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarise, total
+from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarize, total
 from infctx.evaluate.record import Evaluation, read_record, write_record
 
 from runs import infctx_here
@@ -22,7 +22,7 @@ ALL = 1 << 30
 
 
 def write_documents(path, lengths, vocab_size=257, seed=0):
-    """A store of random documents, each with its end: `lengths` tokens in all."""
+    """Writes a store of random documents, each with its end; `lengths` in tokens."""
     random = np.random.default_rng(seed)
     with TokenStoreWriter(path) as writer:
         for length in lengths:
@@ -38,7 +38,7 @@ def model():
 
 @torch.no_grad()
 def losses_of(model, store, document, limit=ALL):
-    """The judge's losses in nats of the targets 1, 2, ... of a document."""
+    """Returns the judge's losses in nats for targets 1, 2, ... of a document."""
     tokens = torch.from_numpy(store.tokens(document, 0, min(limit, store.length(document))))
     hidden, _ = model(tokens[None, :-1])
     return -model.logits(hidden)[0].log_softmax(1).gather(1, tokens[1:, None])[:, 0]
@@ -60,10 +60,10 @@ def test_buckets_and_losses(tmp_path, model, segment_tokens):
     assert total(buckets).num_tokens == sum(lengths) - len(lengths)
 
 
-def test_the_end_of_a_document_is_no_byte(tmp_path, model):
+def test_the_end_of_a_document_is_not_a_byte(tmp_path, model):
     store = write_documents(tmp_path / "store", (300, 20))
     first, second = evaluate_store(model, store, 64, ALL)
-    # targets: 299 and 19, of which the last of each ends its document; the first token is no target
+    # targets: 299 and 19; the last of each ends its document, and the first token is not a target
     assert (first.num_tokens, first.num_bytes) == (256 + 19, 256 + 18)
     assert (second.num_tokens, second.num_bytes) == (43, 42)
     for bucket in (first, second):
@@ -90,22 +90,22 @@ def test_other_vocabularies_have_no_bytes(tmp_path):
     buckets = evaluate_store(model, store, 64, ALL)
     assert buckets[0].bits_per_byte is None
     assert format_table(buckets, store).splitlines()[2].endswith(" -")
-    assert "nats a token" in summarise(buckets)
+    assert "nats a token" in summarize(buckets)
 
 
 @pytest.mark.parametrize(
     ("lengths", "max_tokens", "limit"),
     [
-        ((100, 200, 400), 700, 400),  # all of them
+        ((100, 200, 400), 700, 400),  # every token
         ((100, 200, 400), 699, 399),
         ((100, 200, 400), 500, 200),
         ((100, 200, 400), 499, 199),  # 100 and twice 199
         ((100, 200, 400), 290, 96),
         ((400, 100, 200), 290, 96),
-        ((100, 200, 400), 1, 2),  # a target of each, whatever was asked for
+        ((100, 200, 400), 1, 2),  # one target of each document, despite the limit
     ],
 )
-def test_tokens_are_shared_out_evenly(tmp_path, model, lengths, max_tokens, limit):
+def test_tokens_are_divided_evenly(tmp_path, model, lengths, max_tokens, limit):
     store = write_documents(tmp_path / "store", lengths)
     buckets = evaluate_store(model, store, 4096, max_tokens)
     assert total(buckets).num_tokens == sum(min(length, limit) - 1 for length in lengths)
@@ -138,7 +138,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_the_model_stays_as_it_is(tmp_path):
+def test_the_model_does_not_change(tmp_path):
     model = random_model(6, vocab_size=257)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     evaluate_store(model, write_documents(tmp_path / "store", (40,)), 16, ALL)
@@ -155,11 +155,11 @@ def test_table_and_summary(tmp_path):
         ["all", "4,000", "0.8664", "1.253"],
     ]
     assert len({len(line) for line in lines[1:]}) == 1
-    assert summarise(buckets) == ("1.253 bits a byte: 2.020 in a document's first 256 tokens, 1.000 from 256 on")
-    assert summarise(buckets[:1]) == "2.020 bits a byte"
+    assert summarize(buckets) == ("1.253 bits a byte: 2.020 in a document's first 256 tokens, 1.000 from 256 on")
+    assert summarize(buckets[:1]) == "2.020 bits a byte"
 
 
-def test_a_record_keeps_what_was_measured(tmp_path, model):
+def test_a_record_keeps_the_measurements(tmp_path, model):
     store = write_documents(tmp_path / "store", (300, 20))
     unknown = [Bucket(0, 256, 3, 2.5)]
     measured = [Evaluation(0, False, evaluate_store(model, store, 64, ALL)), Evaluation(7, True, unknown)]
@@ -189,7 +189,7 @@ def test_a_damaged_record_is_a_value_error(tmp_path, content):
         read_record(tmp_path / "held_out.json", "s", 5)
 
 
-def test_evaluate_writes_the_table_and_replaces_none(tmp_path):
+def test_evaluate_writes_the_table_and_never_replaces_one(tmp_path):
     infctx.save_weights(random_model(6, vocab_size=257, with_state=True), tmp_path / "tiny.pth")
     store = write_documents(tmp_path / "store", (300, 20))
     command = ("evaluate", tmp_path / "tiny.pth", store.path, "--max-tokens", 310, "--output", tmp_path / "table.json")
@@ -206,7 +206,7 @@ def test_evaluate_writes_the_table_and_replaces_none(tmp_path):
     assert (code, output, errors) == (2, "", f"infctx: {tmp_path}/table.json: exists; choose another name\n")
 
 
-def test_a_terminal_sees_a_bar_that_goes_and_others_see_none(tmp_path, model, monkeypatch):
+def test_only_a_terminal_shows_a_bar_and_then_clears_it(tmp_path, model, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True

@@ -1,4 +1,4 @@
-"""A checkpoint with one wrong file whose hash agrees: each command answers with one line, and none with a traceback."""
+"""A checkpoint with one wrong file whose hash agrees: every command prints one line and no traceback."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def index(**weight_map):
     return json.dumps({"weight_map": weight_map})
 
 
-BROKEN = [  # run, file, its content, commands that refuse it; the others do not look at it
+BROKEN = [  # run, file, its content, commands that refuse it; the others do not read it
     ("trained", "model.safetensors", changed(**{"emb.weight": torch.ones(33, 16).int()}), "evaluate export resume"),
     ("trained", "model.safetensors", changed(**{"emb.weight": torch.ones(33, 15)}), "evaluate export plan resume"),
     ("trained", "model.safetensors", changed(**{"emb.weight": None}), "evaluate export plan resume"),
@@ -49,7 +49,7 @@ BROKEN = [  # run, file, its content, commands that refuse it; the others do not
 
 
 @pytest.mark.parametrize(("name", "file", "content", "refuse"), BROKEN)
-def test_every_command_answers_in_one_line(tmp_path, monkeypatch, name, file, content, refuse):
+def test_every_command_prints_one_line(tmp_path, monkeypatch, name, file, content, refuse):
     shutil.copytree(OLDER, tmp_path / "older")
     monkeypatch.chdir(tmp_path / "older")
     checkpoint = tmp_path / "older" / name / STEP

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage found, everything that a run needs inside."""
+"""Checkpoints: complete or absent, with everything a run needs, and damage is found."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from tiny_models import random_model
 
 
 def trained(seed=0):
-    """A model, its optimizer behind two steps, and a carried state."""
+    """Returns a model, its optimizer after two steps, and a carried state."""
     model = infctx.build_model(version=6, num_layers=2, width=32, head_size=16, vocab_size=64, seed=seed)
     model.add_initial_state()
     optimizer = make_optimizer(model, OptimizerSettings(steps=20, peak_lr=1e-2))
@@ -52,7 +52,7 @@ def save(config, step, seed=0):
     return save_checkpoint(run_of(model, optimizer, config, carry, Progress(step, {"next": step}, 7 * step)))
 
 
-def test_everything_comes_back(config):
+def test_everything_is_restored(config):
     model, optimizer, carry = trained()
     torch.manual_seed(5)
     progress = Progress(4, {"next": 9, "begins": [0, 3]}, 28)
@@ -73,7 +73,7 @@ def test_everything_comes_back(config):
     assert (path / "config.yaml").read_text().startswith("model:")
 
 
-def test_only_the_last_are_kept(config):
+def test_only_the_newest_are_kept(config):
     for step in range(1, 6):
         save(config, step)
     assert [path.name for path in checkpoints(config.run.checkpoints)] == ["step-000003", "step-000004", "step-000005"]
@@ -82,7 +82,7 @@ def test_only_the_last_are_kept(config):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "carry.safetensors", "progress.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_damage_is_found_and_the_one_before_is_used(config, caplog, name, damage):
+def test_damage_is_found_and_the_previous_checkpoint_is_used(config, caplog, name, damage):
     before, torn = save(config, 1), save(config, 2)
     file = torn / name
     content = bytearray(file.read_bytes())
@@ -100,14 +100,14 @@ def test_damage_is_found_and_the_one_before_is_used(config, caplog, name, damage
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", "[]", '{"model.safetensors": 3}'])
-def test_a_manifest_that_is_not_whole(config, content):
+def test_a_damaged_manifest(config, content):
     path = save(config, 1)
     (path / "manifest.json").unlink() if content is None else (path / "manifest.json").write_text(content)
     with pytest.raises(InputError, match="no whole checkpoint is left"):
         newest_checkpoint(config.run.checkpoints)
 
 
-def test_a_save_that_fails_leaves_the_last_one_alone(config, monkeypatch):
+def test_a_failed_save_leaves_the_previous_checkpoint_alone(config, monkeypatch):
     kept = save(config, 1)
 
     def full(*_):
@@ -129,7 +129,7 @@ def test_leftovers_of_a_killed_run_are_removed(config):
     assert newest_checkpoint(config.run.checkpoints) == kept
 
 
-def test_no_checkpoint_is_no_error_but_no_model_is(tmp_path):
+def test_no_checkpoint_is_fine_but_no_model_is_an_error(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(InputError, match="holds no checkpoint"):
         find_model(tmp_path)
@@ -157,8 +157,8 @@ def test_states_of_several_lanes(config):
     assert all(torch.equal(a, b) for a, b in zip(state, carry, strict=True))
 
 
-def test_what_the_manifest_does_not_list_is_not_looked_at(config):
-    """Files that somebody has left there, under names that fit."""
+def test_files_that_the_manifest_does_not_list_are_ignored(config):
+    """Stray files with plausible names."""
     model, optimizer, carry = trained()
     path = save_checkpoint(run_of(model, optimizer, config, carry, Progress(1, None, 0)))
     other = save(config, 2, seed=7)
@@ -178,7 +178,7 @@ def test_what_the_manifest_does_not_list_is_not_looked_at(config):
         assert torch.equal(theirs.state[its]["exp_avg"], optimizer.state[mine]["exp_avg"])
 
 
-def test_a_stray_model_beside_shares_is_not_taken(tmp_path):
+def test_a_stray_model_next_to_shares_is_ignored(tmp_path):
     shutil.copytree(FIXTURES / "runs-of-0.1.0" / "two-ranks" / "checkpoints" / "step-000004", tmp_path / "step-000004")
     truth = infctx.load_model(tmp_path / "step-000004")
     infctx.save_weights(random_model(6), tmp_path / "step-000004" / "model.safetensors")
@@ -187,7 +187,7 @@ def test_a_stray_model_beside_shares_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["optimizer.safetensors", "carry.safetensors", "progress.json", "config.yaml"])
-def test_a_manifest_that_lists_too_little_is_not_whole(config, lost):
+def test_a_manifest_that_lists_too_little_is_damage(config, lost):
     path = save(config, 1)
     entries = json.loads((path / "manifest.json").read_text())
     del entries[lost]
@@ -230,13 +230,13 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "content"), DAMAGES)
-def test_content_of_the_wrong_kind_is_one_line_though_the_hashes_agree(config, name, content):
+def test_wrong_content_with_the_right_hash_is_one_line(config, name, content):
     path = save(config, 1)
     rewritten(path, name, content)
     assert find_damage(path) is None
     back = infctx.load_model(path)
     other = make_optimizer(back, OptimizerSettings(steps=20, peak_lr=1e-2))
-    remedy = "copy it again|remove this checkpoint to go on from the one before"
+    remedy = "copy it again|remove this checkpoint to resume from the one before"
     with pytest.raises(InputError, match=rf"step-000001[^\n]*; ({remedy})$") as refused:
         load_progress(path, plain_engine(back, other))
     assert len(str(refused.value)) < 300 + len(str(path))
@@ -246,17 +246,17 @@ def test_content_of_the_wrong_kind_is_one_line_though_the_hashes_agree(config, n
 @pytest.mark.parametrize(
     "unit", [None, torch.ones(3), torch.ones(()), torch.ones(2, 1, dtype=torch.int32), -torch.ones(2, 1)]
 )
-def test_units_of_a_state_that_do_not_go_with_its_carry(tmp_path, part, unit):
+def test_units_of_a_state_that_do_not_fit_its_carry(tmp_path, part, unit):
     path = tmp_path / "step-000004"
     shutil.copytree(FIXTURES / "runs-of-0.1.0" / "tuned" / "checkpoints" / "step-000004", path)
     assert load_units(path) is not None
     rewritten(path, "carry.safetensors", changed(**{part: unit}))
-    with pytest.raises(InputError, match=r"step-000004: what its state counts in does not go with its carry; remove"):
+    with pytest.raises(InputError, match=r"step-000004: the units of its state do not fit its carry; remove"):
         load_units(path)
 
 
 @pytest.mark.parametrize("content", ["", "- a\n", "model: 3\n", "a: &a [*a]\n", "x" * 2_000_000])
-def test_settings_of_the_wrong_kind_are_one_line(config, content):
+def test_damaged_settings_are_one_line(config, content):
     path = save(config, 1)
     rewritten(path, "config.yaml", content)
     with pytest.raises(InputError, match=r"step-000001.config.yaml") as refused:
@@ -267,7 +267,7 @@ def test_settings_of_the_wrong_kind_are_one_line(config, content):
 @pytest.mark.parametrize(
     "content", [DEEP, '{"../x": [1, "a"]}', '{"/etc/passwd": [1, "a"]}', '{"a": [true, "a"]}', '{"a\\n": [1, "a"]}']
 )
-def test_a_manifest_of_the_wrong_kind_is_not_readable(config, content):
+def test_a_manifest_with_wrong_content_is_not_readable(config, content):
     path = save(config, 1)
     (path / "manifest.json").write_text(content)
     assert find_damage(path) == "manifest.json is not readable"

@@ -1,4 +1,4 @@
-"""The end of a run as a user reads it: short lines, commands that run, nothing lost where something is missing."""
+"""The end of a run as a user sees it: short lines, commands that work, and nothing lost if something is missing."""
 
 import os
 import shlex
@@ -19,9 +19,9 @@ SHORT = {"optimizer__steps": 3, "run__folder": "my run"}
 
 
 def run_next(output):
-    """Runs the commands that the end of a run has printed, from where it printed them; returns their output."""
+    """Runs the commands that a run printed at its end, in the same folder; returns their output."""
     lines = output.splitlines()
-    said = []
+    outputs = []
     for line in lines[lines.index("next") + 1 :]:
         program, *words = shlex.split(line)
         assert os.access(program, os.X_OK), line
@@ -30,12 +30,12 @@ def run_next(output):
         else:
             code, output, errors = infctx_here(*words)
             assert code == 0, errors
-            said.append((words[0], output))
-    return said
+            outputs.append((words[0], output))
+    return outputs
 
 
 @pytest.mark.parametrize("command", ["train", "tune"])
-def test_every_command_that_is_printed_runs_and_lines_are_short(tmp_path, monkeypatch, command):
+def test_every_printed_command_works_and_lines_are_short(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     infctx.save_weights(random_model(6, noise=0.05, **SIZES), "base.pth")
     model = {"weights": "base.pth"} if command == "tune" else {"version": 6, **SIZES}
@@ -58,7 +58,7 @@ COMPARED = {"train": "", "tune": ", bits a byte"}
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_held_out_store_that_went_away_is_a_warning(tmp_path, monkeypatch, capsys, caplog, damage):
+def test_a_held_out_store_that_disappears_is_a_warning(tmp_path, monkeypatch, capsys, caplog, damage):
     monkeypatch.chdir(tmp_path)
     run = open_run(load_config(write_config(tmp_path, **SHORT)))
     assert train_steps(run)
@@ -77,7 +77,7 @@ def test_a_held_out_store_that_went_away_is_a_warning(tmp_path, monkeypatch, cap
     assert ("evaluate", "held-out loss by position") in [(name, text[:25]) for name, text in run_next(output)]
 
 
-def test_a_table_that_cannot_be_kept_is_shown(tmp_path, capsys):
+def test_a_table_that_cannot_be_saved_is_shown(tmp_path, capsys):
     run = open_run(load_config(write_config(tmp_path, **(SHORT | {"run__folder": str(tmp_path / "run")}))))
     assert train_steps(run)
     (tmp_path / "run" / "held_out.json").mkdir()
@@ -87,8 +87,8 @@ def test_a_table_that_cannot_be_kept_is_shown(tmp_path, capsys):
     assert f"not kept in {tmp_path}/run/held_out.json: Is a directory" in output
 
 
-def test_what_a_run_has_left_is_not_replaced(tmp_path, monkeypatch):
-    """Its checkpoints are gone, what it learned is there: nothing starts anew over that, and it is a model to use."""
+def test_results_of_an_earlier_run_are_not_replaced(tmp_path, monkeypatch):
+    """Its checkpoints are gone but its model is not: no new run replaces the model, and the model still works."""
     config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)
     assert infctx_here("train", config)[0] == 0
     run = tmp_path / "run"
@@ -101,9 +101,9 @@ def test_what_a_run_has_left_is_not_replaced(tmp_path, monkeypatch):
         "move it away, or choose another run.folder\n"
     )
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-    said = [infctx_here("generate", model, "--prompt", "a", "--tokens", 9) for model in (run, run / "model.pth")]
-    assert said[0] == said[1] and said[0][0] == 0
+    texts = [infctx_here("generate", model, "--prompt", "a", "--tokens", 9) for model in (run, run / "model.pth")]
+    assert texts[0] == texts[1] and texts[0][0] == 0
     (run / "model.pth").rename(run / "state.st")
     assert "state.st: is of a run whose checkpoints are gone" in infctx_here("train", config)[2]
-    (run / "state.st").unlink()  # a run that was interrupted before its first checkpoint
+    (run / "state.st").unlink()  # like a run interrupted before its first checkpoint
     assert infctx_here("train", config)[0] == 0

@@ -1,4 +1,4 @@
-"""What tuning computes: the gradient of whole documents, for the state alone, in units of the model's own states."""
+"""State tuning: the gradient of whole documents, for the state alone, in units of the model's own states."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tiny_models import random_model, random_tokens
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("version", [5, 6])
 def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
-    """Float64: documents one by one, each in one graph from the initial state, with the loop over time as the judge."""
+    """In float64.  The judge reads documents one by one, each in one graph, with a loop over time."""
     model = random_model(version, dtype=torch.float64, backend="chunked", num_layers=3)
     freeze_weights(model, shifts)
     model.compute = Compute(recompute_blocks=recompute)
@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
 
 
 class Flops(TorchDispatchMode):
-    """Counts the operations of matrix products; torch's own counter stops at modules without gradients."""
+    """Counts the operations of matrix products; torch's counter stops at modules without gradients."""
 
     total = 0
 
@@ -78,7 +78,7 @@ class Flops(TorchDispatchMode):
 
 @pytest.mark.parametrize("version", [5, 6])
 def test_no_work_is_done_for_frozen_weights(version):
-    """Matrix products of a step: learning all weights takes two in the backward for each in the forward, tuning one."""
+    """For each matrix product forward, training all weights needs two backward, and tuning a state one."""
     sizes = {"num_layers": 4, "width": 64, "head_size": 32, "vocab_size": 64, "backend": "compiled"}
     tokens = random_tokens(1, 256, vocab_size=64)
     flops = {}
@@ -97,8 +97,8 @@ def test_no_work_is_done_for_frozen_weights(version):
     assert flops["state"] == pytest.approx(2 * forward, rel=0.02)
 
 
-def test_frozen_weights_hold_no_inputs():
-    """What autograd holds for the backward of a segment: less than when all weights learn."""
+def test_frozen_weights_keep_no_inputs():
+    """Autograd keeps less for the backward pass of a segment than when all weights learn."""
     held = {}
     for learn in ("weights", "state"):
         model = random_model(6, num_layers=4, width=64, head_size=32, vocab_size=64)

@@ -1,4 +1,4 @@
-"""Training as a user runs it: falling loss, the same losses however a run is cut, stopped, killed or resumed."""
+"""Training as a user starts it: the loss falls, and is the same however a run is cut, stopped, killed or resumed."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from runs import infctx_command, infctx_here, losses_of, open_run, start, wait_f
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The losses and the weights of a run that nothing stopped, in a process of its own."""
+    """Trains without a stop, in a separate process; returns losses, weights and output."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     code, output, errors = infctx_command("train", write_config(folder))
     assert code == 0, errors
@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory):
 WEIGHTS_ARE = "the weights, in fp32: generate, evaluate, export"
 
 
-def test_it_learns_and_says_what_happened(uninterrupted):
+def test_it_learns_and_reports(uninterrupted):
     losses, weights, output, errors = uninterrupted
     assert len(losses) == 40
     assert losses[-1] < losses[0] - 0.1
@@ -50,7 +50,7 @@ def test_it_learns_and_says_what_happened(uninterrupted):
 
 
 def test_a_step_equals_plain_torch_over_whole_documents(tmp_path):
-    """The judge knows no windows: carried states and one graph over each lane's whole window."""
+    """The judge cuts no segments: it uses one graph over each lane's whole window."""
     config = load_config(write_config(tmp_path), ["optimizer.steps=4", "run.evaluate_tokens=0"])
     train(config)
     model = infctx.build_model(**config.model.sizes, seed=3)
@@ -72,7 +72,7 @@ def test_a_step_equals_plain_torch_over_whole_documents(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"window__lanes_per_pass": 1}, {"window__segment_tokens": 64}])
-def test_how_memory_is_spent_does_not_change_the_losses(uninterrupted, tmp_path, change):
+def test_saving_memory_does_not_change_the_losses(uninterrupted, tmp_path, change):
     train(load_config(write_config(tmp_path, **change), ["run.evaluate_tokens=0"]))
     assert losses_of(tmp_path / "run") == pytest.approx(uninterrupted[0], rel=1e-4)
 
@@ -89,7 +89,7 @@ def test_kill_at_a_random_moment_then_resume_bit_for_bit(uninterrupted, tmp_path
             process.send_signal(signal.SIGKILL)
             kills += 1
         _, errors = process.communicate()
-        if process.returncode == 0:  # it was faster than the kill: another try
+        if process.returncode == 0:  # it finished before the kill: try again
             shutil.rmtree(tmp_path / "run")
             continue
         assert process.returncode == -signal.SIGKILL, errors
@@ -118,7 +118,7 @@ def test_sigterm_finishes_the_step_saves_and_exits(uninterrupted, tmp_path):
     assert losses_of(tmp_path / "run") == uninterrupted[0]
 
 
-def test_torn_checkpoints_are_passed_over_in_one_line(uninterrupted, tmp_path):
+def test_torn_checkpoints_are_skipped_with_one_line(uninterrupted, tmp_path):
     config = write_config(tmp_path)
     assert infctx_here("train", config, "optimizer.steps=7", "optimizer.final_lr=1.0e-4")[0] == 0
     folder = tmp_path / "run" / "checkpoints"
@@ -127,14 +127,14 @@ def test_torn_checkpoints_are_passed_over_in_one_line(uninterrupted, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1])
     code, _, errors = infctx_here("train", config)
     assert code == 0, errors
-    said = [line for line in errors.splitlines() if "is torn" in line]
-    assert len(said) == 1
-    assert "step-000006" in said[0]
-    assert "optimizer.safetensors has" in said[0]
+    warnings = [line for line in errors.splitlines() if "is torn" in line]
+    assert len(warnings) == 1
+    assert "step-000006" in warnings[0]
+    assert "optimizer.safetensors has" in warnings[0]
     assert "step-000003" in errors
 
 
-def test_a_finished_run_says_so_quickly_and_more_steps_go_on(tmp_path):
+def test_a_finished_run_ends_quickly_and_more_steps_resume_it(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
     train(load_config(config))
     before = (tmp_path / "run" / "model.pth").read_bytes()
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
 SIZES = ("version", "num_layers", "width", "head_size", "vocab_size")
 
 
-def test_what_has_changed_since_a_checkpoint_is_said(tmp_path):
+def test_changes_since_a_checkpoint_are_logged(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3, run__evaluate_tokens=0)
     train(load_config(config))
     code, _, errors = infctx_here("train", config, "optimizer.steps=5", "window.window_tokens=256")
@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path):
 
 
 @pytest.mark.parametrize("lanes_per_pass", [None, 1])
-def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follow(tmp_path, lanes_per_pass):
+def test_a_loss_that_is_not_finite_names_its_first_layer_and_documents(tmp_path, lanes_per_pass):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"train{suffix}").unlink(missing_ok=True)
     write_store(tmp_path / "train", lengths=[50] * 40)
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_names_layer_and_documents_though_others_follo
     )
 
 
-def test_tensorboard_has_what_was_promised(tmp_path):
+def test_tensorboard_has_every_scalar(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(load_config(write_config(tmp_path, optimizer__steps=3), ["run.evaluate_tokens=0"]))
@@ -247,8 +247,8 @@ def test_tensorboard_has_what_was_promised(tmp_path):
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path / "run"))
 
 
-def test_the_store_grows_and_memory_does_not(tmp_path):
-    """100 times the documents: the same peak memory, in fresh processes."""
+def test_memory_does_not_grow_with_the_store(tmp_path):
+    """With 100 times the documents, peak memory is the same, in fresh processes."""
     peaks = []
     for name, copies in (("small", 1), ("large", 100)):
         folder = tmp_path / name

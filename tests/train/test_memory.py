@@ -1,4 +1,4 @@
-"""Memory: a longer window costs its seams and nothing else, measured in fresh processes."""
+"""Memory: a longer window costs only its seams, measured in fresh processes."""
 
 import sys
 
@@ -22,7 +22,7 @@ def test_a_longer_window_costs_its_seams(shorter):
 def test_tuning_in_a_longer_window_costs_its_seams():
     """Eight layers of width 512, frozen; tools/bench_memory.py --tune measures windows up to 65,536 tokens.
 
-    A process of 1.1 GB differs from the next by up to 3 % with the same window: what is beyond that has grown.
+    With the same window, processes of 1.1 GB differ by up to 3 %; only more than that is growth.
     """
     short, long = (bench_memory.run_apart(window, threads=1, tune=True) for window in (4096, 16384))
     assert short["seams"] == 8 * 8 * 66 * 512 * 4  # segments, layers, (N + 2) D, fp32

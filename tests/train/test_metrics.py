@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the step log over resumes, the progress line, TensorBoard."""
+"""Reports of a run while it trains: the step log across resumes, the progress line, TensorBoard."""
 
 import fcntl
 import json
@@ -25,14 +25,14 @@ from runs import open_run, write_config
 
 @contextmanager
 def a_reader(monkeypatch, terminal=True):
-    """Standard error is a terminal, or a pipe, inside; afterwards the list has all that was shown there."""
+    """A context in which standard error is a terminal or a pipe; afterward the list has everything shown there."""
     reading, writing = os.openpty() if terminal else os.pipe()
     if terminal:
         fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 24, 140, 0, 0))  # rows, columns
     shown = []
 
     def read():
-        with suppress(OSError):  # of a terminal that nobody writes to any more
+        with suppress(OSError):  # a terminal raises it once nobody writes to it
             while data := os.read(reading, 4096):
                 shown.append(data)
 

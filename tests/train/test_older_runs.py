@@ -1,4 +1,4 @@
-"""Runs that an older infctx has left on disk go on, and their files are read."""
+"""Runs of an older infctx resume, and their files can be read."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def older(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_from_its_checkpoint(older, name):
+def test_a_run_resumes_from_its_checkpoint(older, name):
     lines = (older / name / "steps.jsonl").read_text().splitlines()
     truth = [json.loads(line)["loss"] for line in lines]
     assert find_damage(older / name / "checkpoints" / "step-000004") is None

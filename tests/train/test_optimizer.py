@@ -1,4 +1,4 @@
-"""The optimizer: who is in which group, and the learning rate of every step."""
+"""The optimizer: its parameter groups, and the learning rate of every step."""
 
 import math
 
@@ -19,7 +19,7 @@ def settings(**changed):
 
 
 def official_rule(name):
-    """(learning rate, whether there is weight decay) by the official name (RWKV-LM src/model.py)."""
+    """Returns (learning rate scale, whether there is weight decay) of an official name (RWKV-LM src/model.py)."""
     if name.endswith(("_w1", "_w2")):
         return 1.0, False
     if "time_sta" in name:
@@ -50,7 +50,7 @@ def test_every_parameter_is_in_the_official_group_once(version, with_state):
     assert kinds == {(1.0, True), (1.0, False), (2.0, False)}
 
 
-def test_what_is_frozen_is_left_out():
+def test_frozen_parameters_are_left_out():
     model = random_model(6, with_state=True).requires_grad_(False)
     model.initial_wkv.requires_grad_()
     groups = parameter_groups(model, weight_decay=0.25)
@@ -65,7 +65,7 @@ def test_one_step_moves_each_group_at_its_rate():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     rate = set_learning_rate(optimizer, settings(), 10)
-    optimizer.step()  # Adam's first step has the length of the rate
+    optimizer.step()  # Adam's first step is as long as the rate
     official = stored_names(model.sizes)
     for name, parameter in model.named_parameters():
         scale, decays = official_rule(official[name])

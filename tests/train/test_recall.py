@@ -1,4 +1,4 @@
-"""What the exact gradient is for: a fact from the first segment, asked for eight segments later."""
+"""The purpose of the exact gradient: to recall a fact from the first segment, eight segments later."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from bench_recall import BATCH, NOISE, QUERY, SEGMENT_TOKENS, SEGMENTS, VALUES, 
 
 @pytest.fixture(scope="module")
 def recalling():
-    """A model that has learned the task, by the exact gradient."""
+    """Trains a model on the task with the exact gradient."""
     return train_recall(None)
 
 
@@ -24,13 +24,13 @@ def test_the_exact_gradient_learns_to_recall(recalling):
 
 @pytest.mark.parametrize("most_steps", [None, pytest.param(500, marks=pytest.mark.slow)])
 def test_the_truncated_gradient_does_not(recalling, most_steps):
-    """In as many steps as the exact one took, and in many more."""
+    """Not in as many steps as the exact one needs, and not in many more."""
     assert recalling[2] < 400
     assert train_recall(1, most_steps or recalling[2])[1] <= 0.15
 
 
 def unmarked_batch(random, value):
-    """(B, 144) documents without MARK: noise, and QUERY in the ninth segment, whose target is one fixed value."""
+    """Makes (B, 144) documents without MARK: noise, then QUERY in the ninth segment, whose target is a fixed value."""
     tokens = torch.randint(NOISE, VOCAB_SIZE, (BATCH, SEGMENT_TOKENS * (SEGMENTS + 1)), generator=random)
     tokens[:, -1] = QUERY
     targets = torch.full_like(tokens, -100)
@@ -42,14 +42,14 @@ def unmarked_batch(random, value):
     ("gradient_segments", "lowest", "highest"), [(None, 0.95, 1.0), pytest.param(1, 0.0, 0.15, marks=pytest.mark.slow)]
 )
 def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest):
-    """The model stays as it is; its initial state learns the answer to a question that comes 8 segments later."""
+    """The model is frozen; its initial state learns the answer to a question that comes 8 segments later."""
     model, *_ = recalling
     model.initial_wkv = model.initial_units = None
     random = torch.Generator().manual_seed(1)
     tokens, _ = unmarked_batch(random, 0)
     with torch.no_grad():
         answers = model.logits(model(tokens)[0][:, -1])[:, :VALUES].argmax(-1)
-    value = int(torch.bincount(answers, minlength=VALUES).argmin())  # not what it says anyway
+    value = int(torch.bincount(answers, minlength=VALUES).argmin())  # not an answer it gives anyway
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     freeze_weights(model)
     starts = torch.arange(SEGMENTS + 1).expand(BATCH, -1) == 0

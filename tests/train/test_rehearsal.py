@@ -1,4 +1,4 @@
-"""A rehearsal: every shipped configuration, made small, runs here to its end, and each replaced setting is named."""
+"""Rehearsals: every shipped configuration, made small, trains here to its end, and each replaced setting is named."""
 
 import os
 
@@ -22,7 +22,7 @@ MAY_CHANGE = {
 
 
 def rehearse(path, *overrides, run=infctx_here):
-    """The real configuration, the small one, and what was printed, of a rehearsal that must come to its end."""
+    """Rehearses a configuration to its end; returns the real configuration, the small one, and the output."""
     command = "tune" if "tune" in path.name else "train"
     code, output, errors = run(command, path, "--rehearse", *overrides)
     assert code == 0, errors
@@ -32,13 +32,13 @@ def rehearse(path, *overrides, run=infctx_here):
 
 
 def check(real, small, output):
-    """What stays, what is replaced and said, and what is printed at the end."""
+    """Checks which settings stay, which are replaced and listed, and the output at the end."""
     for section, before in real.model_dump(mode="json").items():
         now = small.model_dump(mode="json")[section]
         changed = {name for name in before if before[name] != now[name]}
         assert changed <= MAY_CHANGE[section], (section, changed)
-        said = {name for name in before if f"\n  {section}.{name}: " in output}
-        assert said == changed
+        listed = {name for name in before if f"\n  {section}.{name}: " in output}
+        assert listed == changed
     assert small.window.window_segments == min(real.window.window_segments, 32)
     assert (small.rank_lanes > small.pass_lanes) == (real.rank_lanes > real.pass_lanes)
     assert small.step_tokens <= 4096 and small.optimizer.steps == 4
@@ -50,19 +50,19 @@ def check(real, small, output):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_rehearsed(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)  # where there are no weights and no documents
+    monkeypatch.chdir(tmp_path)  # a folder without weights and documents
     real, small, output = rehearse(path)
     check(real, small, output)
     end = output[output.index("What would run on the real machine:") :]
     assert f"data.store: there is no {real.data.store}.idx" in end
-    if path.stem != "finch-tiny-tune-state":  # whose weights another run makes
+    if path.stem != "finch-tiny-tune-state":  # another run makes its weights
         assert "tokens per step\n" in end and "strategy  " in end
         assert infctx.load_model(small.model.weights or small.run.folder / "model.pth").sizes.version in (5, 6)
     assert not real.run.folder.exists()
 
 
-def test_what_is_here_is_used(tmp_path):
-    """The documents, the version and the learned state of a run whose files are there."""
+def test_existing_files_are_used(tmp_path):
+    """A rehearsal uses the run's documents and version if its files exist."""
     model = infctx.build_model(version=5, num_layers=3, width=128, head_size=64, vocab_size=257)
     infctx.save_weights(model, tmp_path / "five.pth")
     config = write_config(tmp_path, model={"weights": str(tmp_path / "five.pth")}, optimizer={"steps": 3, "peak_lr": 1})
@@ -71,11 +71,11 @@ def test_what_is_here_is_used(tmp_path):
     assert "documents" not in output
     sizes = infctx.load_model(small.model.weights).sizes
     assert (sizes.version, sizes.num_layers, sizes.width, sizes.num_heads, sizes.vocab_size) == (5, 2, 64, 2, 257)
-    code, *_ = infctx_here("train", config, "--rehearse")  # again, over the first
+    code, *_ = infctx_here("train", config, "--rehearse")  # replaces the first one
     assert code == 0
 
 
-def test_what_cannot_be_rehearsed(tmp_path):
+def test_refusals(tmp_path):
     config = write_config(tmp_path)
     (tmp_path / "run-rehearsal").mkdir()
     (tmp_path / "run-rehearsal" / "precious.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""The start of a run: what is read, and how often."""
+"""The start of a run: which files are read, and how often."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ from tiny_models import random_model
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """How often each file was read for its hash."""
+    """Counts how often each file is read for its hash."""
     counts, read = Counter(), checkpoint_folder.size_and_hash
 
     def counting(file):
@@ -31,7 +31,7 @@ def hashed(monkeypatch):
 
 
 @pytest.mark.parametrize("learn", ["weights", "initial_state"])
-def test_a_checkpoint_is_read_for_its_hash_once_a_start(tmp_path, hashed, learn):
+def test_each_start_hashes_a_checkpoint_once(tmp_path, hashed, learn):
     short = {"optimizer__steps": 2, "optimizer__warmup_steps": 1}
     train(load_config(write_config(tmp_path, **short)))
     (source,) = checkpoints(tmp_path / "run" / "checkpoints")
@@ -39,7 +39,7 @@ def test_a_checkpoint_is_read_for_its_hash_once_a_start(tmp_path, hashed, learn)
     config = load_config(write_config(tmp_path, **short, model=model, run__folder=str(tmp_path / "next")))
     assert not hashed
 
-    launch._refuse(config)  # in the launcher of many ranks, whose rank 0 reads it then
+    launch._refuse(config)  # the launcher of several ranks; rank 0 reads it later
     assert not hashed
     train(config)
     files = {file for file in source.iterdir() if file.name != "manifest.json"}
@@ -48,20 +48,20 @@ def test_a_checkpoint_is_read_for_its_hash_once_a_start(tmp_path, hashed, learn)
     hashed.clear()
     (own,) = checkpoints(config.run.checkpoints)
     config = load_config(tmp_path / "config.yaml", ["optimizer.steps=3"])
-    train(config)  # goes on, and needs the source's weights where they stay as they are
+    train(config)  # resumes, and needs the source's weights only if they are frozen
     read = {file for file in own.iterdir() if file.name != "manifest.json"} | (files if learn != "weights" else set())
     assert hashed == dict.fromkeys(read, 1)
 
 
 def made_with(folder, tokenizer, splits=("train", "held_out")):
-    """What `infctx prepare` leaves beside the stores."""
+    """Writes the file that `infctx prepare` writes next to the stores."""
     content = {"tokenizer": tokenizer, "vocab_size": 257, "splits": dict.fromkeys(splits, {})}
     (folder / "store.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("command", ["train", "tune", "evaluate"])
 def test_a_store_of_another_tokenizer_is_refused(tmp_path, command):
-    """A model of the World tokenizer would learn bytes, or be judged by them, and nothing would tell."""
+    """A model of the World tokenizer would learn bytes, or be evaluated on them, without a warning."""
     weights = tmp_path / "world.pth"
     infctx.save_weights(random_model(6, num_layers=1, width=16, vocab_size=65536), weights)
     learn = {"learn": "initial_state"} if command == "tune" else {}
@@ -80,7 +80,7 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path, command):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "[" * 100_000, '{"splits": 3}'])
-def test_a_summary_of_the_wrong_kind_is_one_line(tmp_path, content):
+def test_a_damaged_summary_is_one_line(tmp_path, content):
     config = write_config(tmp_path)
     (tmp_path / "store.json").write_text(content)
     code, _, errors = infctx_here("train", config)
@@ -111,10 +111,10 @@ def test_the_folder_has_every_setting_of_the_last_start(tmp_path, caplog):
     assert load_config(kept) == load_config(path)
     train(load_config(path, ["optimizer.steps=3"]))
     assert load_config(kept) == load_config(path, ["optimizer.steps=3"])
-    with pytest.raises(InputError):  # and of none that was refused
+    with pytest.raises(InputError):  # a refused start changes nothing
         train(load_config(path, ["optimizer.steps=4", "window.lanes=4"]))
     assert load_config(kept).optimizer.steps == 3
-    train(load_config(kept, ["optimizer.steps=4"]))  # which is a configuration like any other
+    train(load_config(kept, ["optimizer.steps=4"]))  # it is a configuration like any other
     assert load_config(kept).optimizer.steps == 4
     mine = "# mine\n" + path.read_text()
     kept.write_text(mine)

@@ -1,4 +1,4 @@
-"""Runs that tune a state: only the state learns, and what comes out works elsewhere."""
+"""Runs that tune a state: only the state learns, and the resulting files work elsewhere."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ BYTES = {"num_layers": 2, "width": 32, "head_size": 16, "vocab_size": 257}
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of a small Finch on bytes, in bf16 as the published ones are."""
+    """Writes the weights of a small Finch on bytes, in bf16 like published ones."""
     infctx.save_weights(random_model(6, noise=0.05, **BYTES), tmp_path / "base.pth", torch.bfloat16)
     return tmp_path / "base.pth"
 
@@ -42,7 +42,7 @@ def tune_config(folder, weights, learn="initial_state", **changes):
 
 
 def _with_weights(path, weights):
-    """The configuration that write_config wrote, with a file for its sizes."""
+    """Replaces the sizes in a configuration of write_config with a weights file."""
     import yaml
 
     content = yaml.safe_load(path.read_text())
@@ -75,15 +75,15 @@ def test_frozen_means_frozen(tmp_path, weights, learn, precision):
     losses = losses_of(tmp_path / "run")
     assert sum(losses[-5:]) < sum(losses[:5])
 
-    # A second process, which knows the files alone.
+    # A second process, which has only the files.
     code = (
         "import sys, json; from safetensors import safe_open; from pathlib import Path; "
         "files = Path(sys.argv[1]).glob('*.safetensors'); "
         "print(json.dumps({file.name: sorted(safe_open(file, 'pt').keys()) for file in files}))"
     )
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    said = subprocess.run([sys.executable, "-c", code, str(newest)], check=True, capture_output=True).stdout
-    files = json.loads(said)
+    printed = subprocess.run([sys.executable, "-c", code, str(newest)], check=True, capture_output=True).stdout
+    files = json.loads(printed)
     assert files["optimizer.safetensors"] == sorted(
         f"{name}/{key}" for name in learned for key in ("exp_avg", "exp_avg_sq", "step")
     )
@@ -94,7 +94,7 @@ def test_frozen_means_frozen(tmp_path, weights, learn, precision):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, weights, learn):
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, weights, learn):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = tune_config(tmp_path / "whole", weights, learn, run__evaluate_tokens=0)
@@ -134,7 +134,7 @@ def test_weights_that_changed_are_noticed(tmp_path, weights):
         open_model(tmp_path / "run")
 
 
-def test_it_begins_from_a_state_file(tmp_path, weights):
+def test_it_starts_from_a_state_file(tmp_path, weights):
     model = infctx.load_model(weights)
     freeze_weights(model)
     torch.nn.init.normal_(model.initial_wkv)
@@ -147,7 +147,7 @@ def test_it_begins_from_a_state_file(tmp_path, weights):
 
 
 def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
-    """`infctx tune` as a user sees it, with what it wrote used again."""
+    """Runs `infctx tune` like a user, then uses the files that it wrote."""
     config = _with_weights(write_config(tmp_path, optimizer__steps=12, optimizer__peak_lr=0.05), weights)
     code, output, errors = infctx_here("tune", config, "run.evaluate_tokens=2000")
     assert code == 0, errors
@@ -161,7 +161,7 @@ def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
     tuned = open_model(tmp_path / "run")
     assert torch.equal(tuned.initial_wkv, state.wkv[:, 0])
 
-    said = []
+    outputs = []
     for arguments in (
         (tmp_path / "run",),
         (weights, "--state", tmp_path / "run" / "state.pth"),
@@ -170,17 +170,17 @@ def test_the_command_from_the_configuration_to_the_files(tmp_path, weights):
     ):
         code, output, errors = infctx_here("generate", *arguments, "--prompt", "ab", "--tokens", 40)
         assert code == 0, errors
-        said.append(output)
-    assert said[0] == said[1] == said[2] != said[3]
+        outputs.append(output)
+    assert outputs[0] == outputs[1] == outputs[2] != outputs[3]
     for options, match in (((), "bits/byte"), (("--state", tmp_path / "run" / "state.st"), "bits/byte")):
         code, output, errors = infctx_here("evaluate", weights, tmp_path / "held_out", *options)
         assert code == 0, errors
         assert match in output
-        said.append(output)
-    assert said[-1] != said[-2]
+        outputs.append(output)
+    assert outputs[-1] != outputs[-2]
 
 
-def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
+def test_shifts_are_written_only_in_our_form_and_a_warning_says_why(tmp_path, weights):
     config = _with_weights(write_config(tmp_path, optimizer__steps=5, model__learn="initial_state_and_shifts"), weights)
     assert infctx_here("tune", config, "run.evaluate_tokens=0", "optimizer.steps=3")[0] == 0
     (tmp_path / "run" / "state.pth").write_bytes(b"of an earlier end")
@@ -194,10 +194,10 @@ def test_shifts_are_written_in_our_own_form_and_why(tmp_path, weights):
 def test_folders_of_runs_that_learn_something_else(tmp_path, weights):
     config = tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3)
     train(config)
-    for learn, said in (("weights", "is of a run with another model.learn"), ("initial_state", None)):
+    for learn, error in (("weights", "is of a run with another model.learn"), ("initial_state", None)):
         again = load_config(tmp_path / "config.yaml", [f"model.learn={learn}"])
-        if said:
-            with pytest.raises(InputError, match=said):
+        if error:
+            with pytest.raises(InputError, match=error):
                 train(again)
         else:
             train(again)
@@ -212,7 +212,7 @@ def test_a_broken_gradient_names_the_initial_state(tmp_path, weights):
 
 
 def test_shifts_and_what_learns_must_agree(tmp_path, weights):
-    """Said before the first step, not when all is done."""
+    """An error comes before the first step, not at the end."""
     model = infctx.load_model(weights)
     freeze_weights(model, shifts=True)
     for part in model.initial_parts():
@@ -231,7 +231,7 @@ def test_shifts_and_what_learns_must_agree(tmp_path, weights):
         open_run(load_config(path, ["model.learn=initial_state", "optimizer.steps=9"]))
 
 
-def test_a_tuned_run_is_a_model_wherever_one_stands(tmp_path, weights, monkeypatch):
+def test_a_tuned_run_is_a_model_from_any_folder(tmp_path, weights, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tune_config(tmp_path, weights.name, run__evaluate_tokens=0, optimizer__steps=3, run__folder="run"))
     monkeypatch.chdir("/")
@@ -243,7 +243,7 @@ def test_a_tuned_run_is_a_model_wherever_one_stands(tmp_path, weights, monkeypat
     assert run.progress.step == 3
 
 
-def test_what_was_learned_is_written_and_announced_before_it_is_measured(tmp_path, weights, monkeypatch, capsys):
+def test_the_state_is_written_and_announced_before_it_is_measured(tmp_path, weights, monkeypatch, capsys):
     config = tune_config(tmp_path, weights, optimizer__steps=3)
 
     def interrupt(*_arguments):
@@ -252,12 +252,12 @@ def test_what_was_learned_is_written_and_announced_before_it_is_measured(tmp_pat
     monkeypatch.setattr(finish, "measure_after", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    said = capsys.readouterr().out
-    assert all(f"  {tmp_path}/run/state.{form} " in said for form in ("pth", "st", "safetensors"))
+    printed = capsys.readouterr().out
+    assert all(f"  {tmp_path}/run/state.{form} " in printed for form in ("pth", "st", "safetensors"))
     assert {path.name for path in (tmp_path / "run").glob("state.*")} == {"state.pth", "state.st", "state.safetensors"}
 
 
-def test_a_terminal_that_has_no_such_letters(tmp_path, weights):
+def test_a_terminal_without_unicode(tmp_path, weights):
     config = _with_weights(write_config(tmp_path, optimizer__steps=3), weights)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     code, output, errors = infctx_command("tune", config, "run.evaluate_tokens=500", env=environment)
@@ -274,7 +274,7 @@ def test_held_out_documents_are_checked_before_the_first_step(tmp_path, weights)
         open_run(config)
 
 
-def test_a_change_of_the_cut_is_named(tmp_path, weights):
+def test_a_change_of_document_tokens_is_named(tmp_path, weights):
     train(tune_config(tmp_path, weights, run__evaluate_tokens=0, optimizer__steps=3))
     with pytest.raises(
         InputError, match="data.document_tokens: null when the checkpoint was saved, 64 now; set it back"
@@ -287,7 +287,7 @@ def test_mistakes_are_one_line(tmp_path, weights):
     plain = random_model(6, **(BYTES | {"num_layers": 3}))
     plain.add_initial_state()
     infctx.save_state(plain.initial_state(1), tmp_path / "other.pth")
-    for override, said in (
+    for override, error in (
         (
             "model.learn=weights",
             "command line: model.learn: weights is for `infctx train`; `infctx tune` takes",
@@ -305,7 +305,7 @@ def test_mistakes_are_one_line(tmp_path, weights):
     ):
         code, output, errors = infctx_here("tune", config, override)
         assert (code, output) == (2, ""), override
-        assert said in errors
+        assert error in errors
         assert len([line for line in errors.splitlines() if line.startswith("infctx: ")]) == 1
         assert "Traceback" not in errors
     code, _, errors = infctx_here("tune", write_config(tmp_path))

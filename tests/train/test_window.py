@@ -1,4 +1,4 @@
-"""The window: its gradient is the whole document's, wherever it is cut."""
+"""The window: its gradient is that of the whole document, wherever it is cut."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from tiny_models import random_model, random_window
 
 
 def tiny_model(version):
-    """A float64 model in which every parameter matters, with an initial state that is not zero."""
+    """Returns a float64 model in which every parameter matters, with a nonzero initial state."""
     return random_model(version, dtype=torch.float64, with_state=True)
 
 
 def whole_document_gradients(model, tokens, targets, starts, state=None):
-    """The judge: one graph over all tokens, torch's own cross entropy, one backward."""
+    """The judge: one graph over all tokens, torch's cross entropy, one backward call."""
     model.zero_grad()
     hidden, last = model(tokens, state, starts)
     logits = model.logits(hidden)
@@ -52,7 +52,7 @@ def test_equals_the_whole_document(version, segment_tokens, with_starts):
 
 
 @pytest.mark.parametrize("version", [5, 6])
-def test_state_that_comes_in_receives_its_gradient(version):
+def test_the_incoming_state_receives_its_gradient(version):
     model = tiny_model(version)
     tokens, targets, starts = random_window(70)
     starts[:, 0] = False
@@ -75,15 +75,15 @@ def test_state_that_comes_in_receives_its_gradient(version):
 def test_gradient_segments_equal_detached_truncation(gradient_segments):
     model = tiny_model(6)
     tokens, targets, starts = random_window(100)
-    run = 16 * gradient_segments
+    stretch = 16 * gradient_segments
     model.zero_grad()
     state, num_targets = None, (targets != -100).sum()
     starts[:, 0] = True
-    for begin in range(0, 100, run):
-        piece = slice(begin, begin + run)
-        hidden, state = model(tokens[:, piece], state, starts[:, begin // 16 : (begin + run) // 16])
+    for begin in range(0, 100, stretch):
+        part = slice(begin, begin + stretch)
+        hidden, state = model(tokens[:, part], state, starts[:, begin // 16 : (begin + stretch) // 16])
         logits = model.logits(hidden).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets[:, piece].flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(logits, targets[:, part].flatten(), ignore_index=-100, reduction="sum")
         (loss / num_targets).backward()
         state = state.detach()
     truth = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -92,10 +92,10 @@ def test_gradient_segments_equal_detached_truncation(gradient_segments):
     infctx.window_backward(model, tokens, targets, 16, gradient_segments, starts)
     assert_same_gradients(model, truth, bar=1e-13)
     with pytest.raises(AssertionError):
-        assert_same_gradients(model, exact, bar=1e-3)  # truncation is another gradient
+        assert_same_gradients(model, exact, bar=1e-3)  # the truncated gradient differs
 
 
-def test_carry_goes_on_where_the_window_ended():
+def test_the_carry_continues_where_the_window_ended():
     model = tiny_model(6)
     tokens, targets, starts = random_window(96)
     whole_loss, last = infctx.window_backward(model, tokens, targets, 16, starts=starts)
@@ -109,7 +109,7 @@ def test_carry_goes_on_where_the_window_ended():
     assert all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in zip(state, last, strict=True))
 
 
-def test_gradients_are_added_to_what_is_there():
+def test_gradients_add_up():
     model = tiny_model(5)
     tokens, targets, _ = random_window(40)
     infctx.window_backward(model, tokens, targets, 16)
@@ -118,7 +118,7 @@ def test_gradients_are_added_to_what_is_there():
     assert_same_gradients(model, {name: 2 * gradient for name, gradient in once.items()}, bar=1e-13)
 
 
-def test_all_masked_is_a_loss_of_zero_with_zero_gradients():
+def test_all_masked_targets_give_zero_loss_and_zero_gradients():
     model = tiny_model(6)
     tokens, targets, _ = random_window(40)
     loss, _ = infctx.window_backward(model, tokens, torch.full_like(targets, -100), 16)
@@ -148,7 +148,7 @@ def test_recomputed_blocks_change_nothing():
 
 
 @pytest.mark.parametrize("store", ["auto", "device", "host"])
-def test_seams_give_back_what_was_put(store):
+def test_seams_return_the_states_put_in(store):
     model = tiny_model(6)
     state = State(*(torch.randn_like(part) for part in model.initial_state(3)))
     seams = Seams(range(3, 7), state, store)
