@@ -29,7 +29,7 @@ SETTINGS = {
     "seed": "run.seed",
     "shuffle": "data.shuffle",
 }
-"""What a position must agree with -> the setting that makes it so."""
+"""Key that a position must agree on -> its setting."""
 NEW_RUN = "a new run from the weights of this one: another run.folder, and model.weights=THIS_RUN_FOLDER"
 
 
@@ -133,7 +133,7 @@ class Lanes:
         if not any(store.length(i) >= 2 for i in range(store.num_documents)):
             raise InputError(f"{store.path}: no document has 2 tokens or more to learn from; prepare longer texts")
         self._stream = DocumentStream(store.num_documents, seed, shuffle)
-        # What a position must agree with: for anything else, "the next window" means nothing.
+        # A position must agree on these; otherwise, "the next window" means nothing.
         self._identity = {
             "num_lanes": num_lanes,
             "document_tokens": store.document_tokens,
@@ -258,7 +258,7 @@ class Lanes:
 
 
 def _shown(name: str, value: Any) -> str:
-    """The value of a setting as a configuration has it."""
+    """Returns a setting as it is written in a configuration."""
     return "null" if value is None else str(bool(value)).lower() if name == "shuffle" else quoted(str(value))
 
 

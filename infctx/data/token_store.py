@@ -292,7 +292,7 @@ def store_prefix(path: str | os.PathLike[str]) -> Path:
 
 
 def is_store(path: Path) -> bool:
-    """Whether there is a token store of this name."""
+    """Returns whether a token store of this name exists."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     return bool(prefix.name) and _file_of(prefix, ".idx").is_file() and _file_of(prefix, ".bin").is_file()
 

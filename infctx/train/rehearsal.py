@@ -64,7 +64,7 @@ def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
     """
     refuse_folder(config.run.folder)
     folder = config.run.folder.with_name(f"{config.run.folder.name}-rehearsal")
-    find_weights(config)  # before anything is written, its mistakes
+    find_weights(config)  # finds mistakes before anything is written
     others = [path for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
     if others and not (folder / REHEARSAL).exists():
         raise InputError(f"{folder}: is no rehearsal, and would be replaced by one; move it, or choose a run.folder")
