@@ -18,7 +18,7 @@ REMEDIES = {
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "there is a file where a folder should be; choose another place",
     errno.EEXIST: "there is a file where a folder should be; choose another place",
-    errno.ENOENT: "choose a place that exists",
+    errno.ENOENT: "choose another place",
     errno.EACCES: "choose a place that you may use",
     errno.EROFS: "choose a place that can be written",
     errno.ENOSPC: "make room, or choose another place",

@@ -13,6 +13,9 @@ from infctx.model.initialise import initialise
 from infctx.model.rwkv import RWKV, Compute
 from infctx.model.sizes import Sizes, make_sizes, published_sizes
 
+SIZES = inspect.signature(make_sizes).parameters
+"""The sizes of a model by keyword."""
+
 
 def build_model(
     name: str | None = None,
@@ -29,23 +32,22 @@ def build_model(
     vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`)
     Raises InputError for other names, and if the sizes do not make a model.
     """
-    _check_names(sizes)
+    _refuse_unknown(sizes)
     if (name is None) == (not sizes):
         raise InputError("build_model: give the name of a published size, or version, num_layers, width, ...")
+    missing = [name for name, size in SIZES.items() if size.default is size.empty and name not in sizes]
+    if sizes and missing:
+        raise InputError(f"build_model: needs more than {', '.join(sizes)}; give {', '.join(missing)} too")
     wanted = published_sizes(name) if name else make_sizes(**sizes)
     return new_model(wanted, device, dtype, seed, Compute(backend=backend))
 
 
-def _check_names(sizes: dict[str, Any]) -> None:
-    known = inspect.signature(make_sizes).parameters
-    options = [name for name in inspect.signature(build_model).parameters if name not in ("name", "sizes")]
-    for name in sizes.keys() - known.keys():
-        close = difflib.get_close_matches(name, [*known, *options], n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"known: {', '.join([*known, *options])}"
+def _refuse_unknown(sizes: dict[str, Any]) -> None:
+    known = [*SIZES, *(name for name in inspect.signature(build_model).parameters if name not in ("name", "sizes"))]
+    for name in sizes.keys() - SIZES.keys():
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         raise InputError(f"build_model: there is no size or option {name!r}; {remedy}")
-    missing = [name for name, size in known.items() if size.default is size.empty and name not in sizes]
-    if sizes and missing:
-        raise InputError(f"build_model: needs more than {', '.join(sizes)}; give {', '.join(missing)} too")
 
 
 def new_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from infctx.errors import InputError
@@ -104,9 +103,8 @@ PUBLISHED_SIZES = {
 def published_sizes(name: str, place: str = "") -> Sizes:
     """Returns the sizes of a published model; raises InputError, which begins with `place`, with the known names."""
     if name not in PUBLISHED_SIZES:
-        near = difflib.get_close_matches(name, PUBLISHED_SIZES, n=1)
-        problem = f"{place}no published model is called {quoted(repr(name))}; "
-        if near:
-            raise InputError(f"{problem}did you mean {near[0]}?")
-        raise InputError(f"{problem}choose one of these:", ", ".join(PUBLISHED_SIZES))
+        raise InputError(
+            f"{place}no published model is called {quoted(repr(name))}; choose one of these:",
+            ", ".join(PUBLISHED_SIZES),
+        )
     return PUBLISHED_SIZES[name]

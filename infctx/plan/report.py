@@ -27,7 +27,6 @@ from infctx.plan.memory import (
 from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
 
-
 LEAST_SEGMENT = 256
 """Tokens; shorter segments take much longer for little memory."""
 

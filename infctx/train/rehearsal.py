@@ -28,6 +28,7 @@ from infctx.formats.weights import save_weights
 from infctx.machine import device_memory
 from infctx.model.build import new_model
 from infctx.model.sizes import Sizes, describe, make_sizes
+from infctx.plan.memory import GB
 from infctx.plan.missing import missing_files, refuse_folder
 from infctx.plan.plan import find_weights
 from infctx.plan.report import plan_report
@@ -56,10 +57,11 @@ class Rehearsal(NamedTuple):
         return any((self.file.parent / name).exists() for name in ("model.pth", "state.safetensors"))
 
 
-def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
+def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = None) -> Rehearsal:
     """Makes the folder of a rehearsal, RUN_FOLDER-rehearsal, replacing an earlier rehearsal.
 
     name: of the configuration, as the user gave it
+    device_gb: memory of each GPU of the real machine, in GB; None: of the GPUs here, or unknown
     Raises InputError if that folder has other content, or if a file that the run names exists but is wrong.
     """
     refuse_folder(config.run.folder)
@@ -72,14 +74,14 @@ def open_rehearsal(config: Config, name: str | Path) -> Rehearsal:
         for path in folder.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        settings, lines = _shrink(config, folder)
+        settings, lines = _shrink(config, folder, device_gb)
         file = folder / REHEARSAL
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         load_config(file)  # fails only if _shrink is wrong
     return Rehearsal(file, [f"Rehearsal of {name}: the same run on a small model.  Replaced:", *lines])
 
 
-def describe_real_run(config: Config, command: str) -> list[str]:
+def describe_real_run(config: Config, command: str, device_gb: float | None = None) -> list[str]:
     """Returns the command for the real machine, the files still missing here, and the plan."""
     missing = missing_files(config)
     lines = ["What would run on the real machine:", f"  {command}"]
@@ -88,14 +90,16 @@ def describe_real_run(config: Config, command: str) -> list[str]:
     _, sizes = find_weights(config)
     if sizes is None:
         return [*lines, "Its plan needs the sizes of the model: get the weights, or set model.size"]
-    return [*lines, "", plan_report(config).text]
+    return [*lines, "", plan_report(config, device_gb).text]
 
 
-def _shrink(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
+def _shrink(config: Config, folder: Path, device_gb: float | None) -> tuple[dict[str, Any], list[str]]:
     """Returns the settings of the small run, whose files are in `folder`, and the lines about replaced settings."""
     settings = config.model_dump(mode="json")
     _, sizes = find_weights(config)
-    small_distributed = _distributed(config, sizes)
+    device_type = "cpu" if config.run.device == "cpu" else "cuda"
+    memory = device_memory(device_type, config.distributed.devices) if device_gb is None else round(device_gb * GB)
+    small_distributed = _distributed(config, sizes, device_type, memory)
     settings["distributed"] |= small_distributed
     settings["window"] |= _window(config, small_distributed)
     settings["optimizer"] |= _optimizer(config)
@@ -108,6 +112,8 @@ def _shrink(config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
     if small != sizes:
         before = "a model that is not here, so of unknown size" if sizes is None else describe(sizes)
         notes = [f"the model: {before}", f"  -> {describe(small)}", *notes]
+    if memory is None and config.distributed.strategy == "auto" and config.distributed.world_size > 1:
+        notes.append("the GPUs' memory is unknown, and auto depends on it: add --device-gb 80 for GPUs of 80 GB")
     return settings, [f"  {line}" for line in [*notes, *_changes(config, settings)]]
 
 
@@ -125,11 +131,10 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _distributed(config: Config, sizes: Sizes | None) -> dict[str, Any]:
+def _distributed(config: Config, sizes: Sizes | None, device_type: str, memory: int | None) -> dict[str, Any]:
     """Uses at most two processes for each kind of sharing in the run, with the strategy of the real machine."""
     asked = config.distributed
-    device_type = "cpu" if config.run.device == "cpu" else "cuda"
-    real = resolve_strategy(config, sizes, device_type, device_memory(device_type, asked.devices)).distributed
+    real = resolve_strategy(config, sizes, device_type, memory).distributed
     time_ranks = min(asked.time_ranks, MOST_SHARES)
     return {
         "devices": time_ranks * min(asked.data_ranks, MOST_SHARES),

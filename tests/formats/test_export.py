@@ -235,7 +235,7 @@ def test_a_state_among_the_weights(tmp_path, run_folder, layout):
     assert torch.equal(infctx.load_state(tmp_path / "out.st", model).wkv[:, 0], model.initial_wkv.half().float())
     assert_is(tmp_path / "all.pth", model, torch.float32)
     line = export(source, tmp_path / "theirs.safetensors", names="huggingface")
-    assert "its initial state is left out" in line
+    assert "\n  without the initial state of " in line
     infctx.save_weights(random_model(6), tmp_path / "plain.pth")
     with pytest.raises(InputError, match="plain.pth: is a model without an initial state"):
         export(tmp_path / "plain.pth", tmp_path / "no.st")

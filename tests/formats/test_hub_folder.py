@@ -34,7 +34,7 @@ def test_a_folder_and_back(tmp_path, version, names):
     )
     folder = tmp_path / "out.v1"
     assert (code, errors) == (0, "")
-    assert output.startswith(f"{folder}: ") and "; its initial state is left out; " in output
+    assert output.startswith(f"{folder}: ") and "\n  without the initial state of " in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.v1"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS])
     found = read_tensors(folder / WEIGHTS)
@@ -77,7 +77,9 @@ def test_the_configuration_for_the_remote_code(tmp_path, version, repository):
         "torch_dtype": "bfloat16",
     }
     assert repository in PUBLISHED_FOLDERS
-    assert line.endswith(f"; add the model's .py files and the tokenizer from {repository} on the hub (docs/models.md)")
+    assert line.endswith(
+        f"\n  add the model's .py files and the tokenizer from {repository} on the hub (docs/models.md)"
+    )
 
 
 def test_the_configuration_for_fla(tmp_path):
@@ -91,7 +93,9 @@ def test_the_configuration_for_fla(tmp_path):
     assert (config["expand_k"], config["expand_v"], config["hidden_act"]) == (1.0, 1.0, "sqrelu")
     assert (config["norm_eps"], config["norm_bias"], config["norm_first"]) == (1e-5, True, True)
     assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (0, 0, "float16")
-    assert line.endswith("; it has no tokenizer; once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn")
+    assert line.endswith(
+        "\n  it has no tokenizer\n  once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn"
+    )
 
 
 def test_models_that_cannot_be_a_folder_are_refused(tmp_path):

@@ -238,7 +238,6 @@ OTHERS = {
         lambda _, finch: without(finch, "time_", "gate", "ffn.receptance") | {"blocks.0.att.x_r": torch.ones(1, 1, 24)},
         "blocks.0.att.x_r",
     ),
-    "a state alone": (lambda _, finch: {n: finch[n] for n in finch if "time_state" in n}, "emb.weight"),
     "no model at all": (lambda *_: {"conv.weight": torch.ones(3)}, "emb.weight"),
     "nothing": (lambda *_: {}, "emb.weight"),
     "Finch with the mixes of Eagle": (

@@ -113,9 +113,11 @@ def test_names_that_are_not_known_are_refused():
         infctx.build_model(device="meta")
     with pytest.raises(InputError, match="name of a published size, or version"):
         infctx.build_model("finch-3b", width=128, device="meta")
-    with pytest.raises(InputError, match="there is no size 'widht'; did you mean width?"):
+    with pytest.raises(InputError, match="there is no size or option 'widht'; did you mean width?"):
         infctx.build_model(version=6, num_layers=2, widht=128, device="meta")
-    with pytest.raises(InputError, match="there is no size 'x'; known: version, num_layers, width, vocab_size, "):
+    with pytest.raises(InputError, match="there is no size or option 'x'; known: version, num_layers, width, "):
         infctx.build_model(version=6, num_layers=2, width=128, x=1, device="meta")
+    with pytest.raises(InputError, match="there is no size or option 'devise'; did you mean device?"):
+        infctx.build_model("finch-3b", devise="meta")
     with pytest.raises(InputError, match="needs more than width; give version, num_layers too"):
         infctx.build_model(width=128, device="meta")

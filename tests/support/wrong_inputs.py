@@ -39,8 +39,10 @@ generate without a model = generate
     the following arguments are required: model
 a misspelled flag = train config.yaml --rehersal
     --rehersal: infctx train has no such flag; perhaps --rehearse is meant; see infctx train --help
-a flag of another command = train config.yaml --device-gb 80
-    --device-gb: infctx train has no such flag; leave it out; see infctx train --help
+a flag of another command = train config.yaml --max-tokens 80
+    --max-tokens: infctx train has no such flag; leave it out; see infctx train --help
+memory of GPUs without a rehearsal = train config.yaml --device-gb 80
+    --device-gb: is for --rehearse and for infctx plan; leave it out
 an unknown flag of prepare = prepare texts --output out --held-uot 0.1
     --held-uot: infctx prepare has no such flag; perhaps --held-out is meant; see infctx prepare --help
 a choice that is none = generate finch.pth --device gpu
