@@ -347,7 +347,7 @@ class Config(Section):
         if window.lanes % distributed.data_ranks:
             near = -(-window.lanes // distributed.data_ranks) * distributed.data_ranks
             problems.append(
-                f"window.lanes: {window.lanes} lanes cannot be divided evenly among {distributed.data_ranks} ranks "
+                f"window.lanes: {window.lanes} cannot be divided evenly among {distributed.data_ranks} ranks "
                 f"(devices * nodes / time_ranks); {near} would work"
             )
         if window.segment_tokens % (16 * distributed.time_ranks):

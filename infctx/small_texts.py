@@ -25,6 +25,11 @@ MOST_QUOTED = 80
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
+def counted(number: int, thing: str) -> str:
+    """Returns a count in words: 1 step, 2,000 steps."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def quoted(text: str, most: int = MOST_QUOTED) -> str:
     """Returns a text that a message can show: control characters escaped, cut if it is too long to read."""
     letters = text[: most + 1]

@@ -28,7 +28,7 @@ from infctx.data.tokenizer import Tokenizer, get_tokenizer
 from infctx.data.workers import WorkerKilled, Workers
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
-from infctx.small_texts import quoted
+from infctx.small_texts import counted, quoted
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +72,12 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.output / name}: {split.documents:,} documents, {split.tokens:,} tokens ({self.tokenizer}), "
-            f"{split.bytes:,} bytes of text"
+            f"{self.output / name}: {counted(split.documents, 'document')}, "
+            f"{split.tokens:,} tokens ({self.tokenizer}), {split.bytes:,} bytes of text"
             for name, split in self.splits.items()
         ]
         if self.empty_documents:
-            lines.append(f"{self.empty_documents:,} empty documents left out")
+            lines.append(f"{counted(self.empty_documents, 'empty document')} left out")
         return "\n".join([*lines, *self.notes])
 
 

@@ -96,11 +96,11 @@ def measure_after(plan: Plan, model: RWKV, step: int) -> str:
         if fine_tunes(config):
             before = next((evaluation.buckets for evaluation in earlier if evaluation.step == 0), None)
     after = _evaluate(config, model, store)
-    kept = f"kept in {config.run.folder / HELD_OUT}"
+    kept = f"saved to {config.run.folder / HELD_OUT}"
     try:
         _keep(config, store, [*found, Evaluation(step, model.initial_wkv is not None, after)], earlier)
     except OSError as error:  # such as a full disk: show the table anyway
-        kept = f"not kept in {config.run.folder / HELD_OUT}: {error.strerror}"
+        kept = f"not saved to {config.run.folder / HELD_OUT}: {error.strerror}"
     comparable = before is not None and [_place(bucket) for bucket in before] == [_place(bucket) for bucket in after]
     table = format_comparison(before, after, store, names) if before and comparable else format_table(after, store)
     return f"{table}\nheld-out loss {summarize(after)}\n{kept}"

@@ -95,7 +95,7 @@ def format_table(buckets: list[Bucket], store: TokenStore) -> str:
 def format_comparison(before: list[Bucket], after: list[Bucket], store: TokenStore, names: tuple[str, str]) -> str:
     """Formats two evaluations of the same documents side by side, in bits per byte if the bytes are known."""
     known = total(before).bits_per_byte is not None
-    unit = "bits a byte" if known else "nats a token"
+    unit = "bits per byte" if known else "nats per token"
     lines = [f"held-out loss by position in {store.path}, {unit}", f"{_HEAD} {names[0]:>16} {names[1]:>16}      change"]
     for pair in zip([*before, total(before)], [*after, total(after)], strict=True):
         first, second = ((bucket.bits_per_byte or 0.0) if known else bucket.nats_per_token for bucket in pair)
@@ -128,7 +128,7 @@ def _value(bucket: Bucket) -> str:
 
 
 def _unit(bucket: Bucket) -> str:
-    return "nats a token" if bucket.bits_per_byte is None else "bits a byte"
+    return "nats per token" if bucket.bits_per_byte is None else "bits per byte"
 
 
 def total(buckets: list[Bucket]) -> Bucket:

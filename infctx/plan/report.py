@@ -26,6 +26,7 @@ from infctx.plan.memory import (
 )
 from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
+from infctx.small_texts import counted
 
 LEAST_SEGMENT = 256
 """Tokens; shorter segments take much longer for little memory."""
@@ -87,12 +88,12 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         "initial_state": "the initial state learns, the weights are frozen",
         "initial_state_and_shifts": "the initial state and its shift vectors learn, the weights are frozen",
     }[config.model.learn]
-    again = "blocks recomputed in the backward pass" if config.model.recompute_blocks else "blocks computed once"
+    again = "blocks recomputed in the backward pass" if config.model.recompute_blocks else "no recomputation"
     reach = "over all of them"
     if window.gradient_segments not in (None, window.window_segments):
         reach = f"over {window.gradient_segments}"
-    segments = f"{_count(window.window_segments, 'segment')} of {window.segment_tokens:,}"
-    ranks = f"{distributed.world_size} on {_count(distributed.nodes, 'node')}"
+    segments = f"{counted(window.window_segments, 'segment')} of {window.segment_tokens:,}"
+    ranks = f"{distributed.world_size} on {counted(distributed.nodes, 'node')}"
     if distributed.time_ranks > 1:
         ranks += f"; {distributed.time_ranks} share a document's time, {config.slice_tokens:,} tokens of each segment"
     return [
@@ -207,7 +208,7 @@ def _legend(device_type: str, memory: int | None) -> list[str]:
     what = "this machine" if device_type == "cpu" else "a GPU"
     known = f"fits       within {FILLED:.0%} of the {(memory or 0) / GB:.1f} GB of {what}"
     if memory is None:
-        known = "fits       needs a GPU here, or its memory: --device-gb 80; so does auto's choice"
+        known = "fits       unknown without a GPU: add --device-gb 80; auto depends on it too"
     return [
         known,
         "gradients  how often ranks add theirs up (distributed.gradient_reduction: step or segment)",
@@ -220,13 +221,13 @@ def _legend(device_type: str, memory: int | None) -> list[str]:
 def _time_lines(config: Config, sizes: Sizes) -> list[str]:
     forward, backward = time_wire(config, sizes)
     segments, segment = config.window.window_segments, sizes.num_layers * (forward + backward)
-    layer = f"a layer of a segment, {_count(config.pass_lanes, 'lane')} per pass"
+    layer = f"a layer of a segment, {counted(config.pass_lanes, 'lane')} per pass"
     rows = [
         ("time_ranks: each rank receives states of other slices", "forward", "backward", "both"),
         (layer, _amount(forward), _amount(backward), _amount(forward + backward)),
-        (f"a segment, {_count(sizes.num_layers, 'layer')}", "", "", _amount(segment)),
-        (f"a window, {_count(segments, 'segment')}", "", "", _amount(segment * segments)),
-        (f"a step, {_count(config.rank_lanes, 'lane')}", "", "", _amount(step_wire(config, sizes).time)),
+        (f"a segment, {counted(sizes.num_layers, 'layer')}", "", "", _amount(segment)),
+        (f"a window, {counted(segments, 'segment')}", "", "", _amount(segment * segments)),
+        (f"a step, {counted(config.rank_lanes, 'lane')}", "", "", _amount(step_wire(config, sizes).time)),
     ]
     return _aligned(rows, "<>>>")
 
@@ -242,10 +243,6 @@ def _amount(count: float) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' if number > 1 else ''}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:

@@ -20,6 +20,7 @@ from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
 from infctx.model.rwkv import RWKV
+from infctx.small_texts import counted
 from infctx.train.metrics import STEP_LOG, duration, read_step_log
 from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
@@ -75,9 +76,9 @@ def whole_model(run: Run) -> RWKV:
 def _outcome(run: Run) -> str:
     steps = read_step_log(run.plan.config.run.folder)
     took = f", in {duration(steps[-1]['seconds'])}" if steps and "seconds" in steps[-1] else ""
-    lines = [f"trained {run.progress.step:,} steps, {run.progress.num_tokens:,} tokens{took}"]
+    lines = [f"trained {counted(run.progress.step, 'step')}, {run.progress.num_tokens:,} tokens{took}"]
     if steps:
-        lines.append(f"loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f} nats a token")
+        lines.append(f"loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f} nats per token")
     return "\n".join(lines)
 
 
@@ -112,8 +113,8 @@ def _list_files(run: Run, learned: list[Path]) -> str:
     folder = run.plan.config.run.folder
     files = {path: WHAT_IT_IS[path.name] for path in learned}
     if run.checkpoint:
-        files[run.checkpoint] = "the checkpoint, to train on from"
-    files |= {folder / STEP_LOG: "loss and speed of each step", folder / TENSORBOARD: "the same as curves"}
+        files[run.checkpoint] = "the checkpoint, to continue from"
+    files |= {folder / STEP_LOG: "loss and speed of each step", folder / TENSORBOARD: "the same, as curves"}
     width = max(len(str(path)) for path in files)
     return "\n".join(["files", *(f"  {path!s:<{width}}  {what}" for path, what in files.items())])
 
@@ -126,7 +127,7 @@ def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
         tokens = str(config.run.evaluate_tokens)
         commands.append(["infctx", "evaluate", folder, str(config.data.held_out), "--max-tokens", tokens])
     if tokenizer_for_vocab(model.sizes.vocab_size):
-        commands.append(["infctx", "generate", folder, "--prompt", "def "])
+        commands.append(["infctx", "generate", folder])
     if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that want a single file
         commands.append(["infctx", "export", folder, f"{folder}/merged.pth", "--form", "merged"])
     commands.append(["tensorboard", "--logdir", f"{folder}/{TENSORBOARD}"])

@@ -9,6 +9,7 @@ and steps AdamW (distributed/engine), reports (train/metrics), and now and then 
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from infctx.train.run import Progress, Run
 from infctx.train.start import only_run_in, open_run
 from infctx.train.window import backward_through_window, cut_window
 
+STOPPING = "finishing this step, then saving; once more stops at once, without saving"
+
 
 def train(config: Config) -> None:
     """Trains a run from its configuration, or resumes it from the newest checkpoint in its folder.
@@ -53,7 +56,7 @@ def train_steps(run: Run) -> bool:
     """Trains until the last step, SIGINT or SIGTERM; returns whether the run is done."""
     config, engine, ranks = run.plan.config, run.engine, run.engine.ranks
     steps, first = config.optimizer.steps, run.progress.step + 1
-    with open_metrics(config, first, ranks.is_first) as metrics, stop_requests() as received:
+    with open_metrics(config, first, ranks.is_first) as metrics, stop_requests(ranks.is_first) as received:
         for step in range(first, steps + 1):
             window, position = next(run.lanes)
             learning_rate = set_learning_rate(engine.optimizer, config.optimizer, step)
@@ -106,12 +109,17 @@ def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A context that lists SIGINT and SIGTERM by name, so that the step can end and be saved; a second signal kills."""
+def stop_requests(reports: bool = True) -> Iterator[list[str]]:
+    """A context that lists SIGINT and SIGTERM by name, so that the step can end and be saved; a second signal kills.
+
+    reports: prints at once that the signal has arrived
+    """
     received: list[str] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
+        if reports:  # a step can take minutes; written past Python's buffers, which may be in use
+            os.write(2, f"\n{received[0]}: {STOPPING}\n".encode())
         for each, handler in before.items():
             signal.signal(each, handler)
 

@@ -78,7 +78,7 @@ class Metrics:
         self.bar = tqdm(
             total=self.steps,
             initial=first_step - 1,
-            disable=not sys.stderr.isatty(),
+            disable=not _columns(),
             bar_format="{desc}  |{bar}|",
             ncols=_columns(),
             delay=0.01,
@@ -151,9 +151,9 @@ def state_sizes(state: State) -> list[float]:
 
 
 def _columns() -> int:
-    """Returns the width of the progress line: the terminal's, but at most MOST_COLUMNS."""
+    """Returns the width of the progress line: the terminal's, but at most MOST_COLUMNS; 0 for no terminal."""
     found = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
-    return min(found or MOST_COLUMNS, MOST_COLUMNS)
+    return min(found, MOST_COLUMNS)
 
 
 def _reopen_step_log(path: Path, first_step: int) -> tuple[IO[str], float]:
@@ -169,7 +169,7 @@ def _reopen_step_log(path: Path, first_step: int) -> tuple[IO[str], float]:
                 if entry["step"] < first_step and isinstance(entry["loss"], float):
                     kept.append(line + "\n")
                     seconds = float(entry.get("seconds", 0.0))  # older logs do not have them
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # a line that the kill cut off
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -45,6 +45,7 @@ from infctx.model.state import State
 from infctx.plan.plan import Plan
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import TimeRanks
+from infctx.small_texts import counted
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
 from infctx.train.learn import freeze_weights, natural_units
 from infctx.train.optimizer import make_optimizer
@@ -91,7 +92,7 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     if ranks.world_size > 1:
         log.info("%s", devices.describe())
     if checkpoint:
-        log.info("resuming after step %d of %d%s", progress.step, config.optimizer.steps, _changes(checkpoint, config))
+        log.info("%s%s", _resumes(progress.step, config), _changes(checkpoint, config))
     return Run(plan, model, engine, lanes, carry.to(fabric.device), progress, tuned_over, checkpoint)
 
 
@@ -218,6 +219,14 @@ def _new_carry(config: Config, model: RWKV) -> State:
     """Returns zeros: every lane's first document starts from the initial state."""
     weight = model.embedding.weight
     return State.zeros(model.sizes, config.rank_lanes, state_dtype(weight.dtype), "cpu")
+
+
+def _resumes(step: int, config: Config) -> str:
+    steps = config.optimizer.steps
+    if step < steps:
+        return f"resuming after step {step} of {steps}"
+    more = "raise optimizer.steps to train longer, or choose another run.folder for another run"
+    return f"this run is complete, with {counted(step, 'step')} of {steps}; {more}"
 
 
 def _changes(checkpoint: Path, config: Config) -> str:

@@ -90,7 +90,7 @@ def test_other_vocabularies_have_no_bytes(tmp_path):
     buckets = evaluate_store(model, store, 64, ALL)
     assert buckets[0].bits_per_byte is None
     assert format_table(buckets, store).splitlines()[2].endswith(" -")
-    assert "nats a token" in summarize(buckets)
+    assert "nats per token" in summarize(buckets)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_table_and_summary(tmp_path):
         ["all", "4,000", "0.8664", "1.253"],
     ]
     assert len({len(line) for line in lines[1:]}) == 1
-    assert summarize(buckets) == ("1.253 bits a byte: 2.020 in a document's first 256 tokens, 1.000 from 256 on")
-    assert summarize(buckets[:1]) == "2.020 bits a byte"
+    assert summarize(buckets) == ("1.253 bits per byte: 2.020 in a document's first 256 tokens, 1.000 from 256 on")
+    assert summarize(buckets[:1]) == "2.020 bits per byte"
 
 
 def test_a_record_keeps_the_measurements(tmp_path, model):

@@ -47,14 +47,14 @@ def test_every_printed_command_works_and_lines_are_short(tmp_path, monkeypatch, 
     if command == "tune":
         assert infctx.load_model("my run/merged.pth").initial_wkv is not None
     sample = output.splitlines()
-    begin, end = sample.index("files"), sample.index("kept in my run/held_out.json")
+    begin, end = sample.index("files"), sample.index("saved to my run/held_out.json")
     assert all(len(line) <= 100 for line in [*sample[: end + 1], *sample[sample.index("next") :]])
     for line in sample[begin + 1 : sample.index("held-out loss by position in held_out" + COMPARED[command])]:
         path, _, what = line.strip().partition("  ")
         assert os.path.exists(path) and what
 
 
-COMPARED = {"train": "", "tune": ", bits a byte"}
+COMPARED = {"train": "", "tune": ", bits per byte"}
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -84,7 +84,7 @@ def test_a_table_that_cannot_be_saved_is_shown(tmp_path, capsys):
     finish(run)
     output = capsys.readouterr().out
     assert "held-out loss by position" in output and "\nnext\n" in output
-    assert f"not kept in {tmp_path}/run/held_out.json: Is a directory" in output
+    assert f"not saved to {tmp_path}/run/held_out.json: Is a directory" in output
 
 
 def test_results_of_an_earlier_run_are_not_replaced(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_it_learns_and_reports(uninterrupted):
     assert losses[-1] < losses[0] - 0.1
     lines = output.splitlines()
     assert lines[0].startswith("trained 40 steps, 10,240 tokens, in 0:")
-    assert lines[1] == f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token"
+    assert lines[1] == f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token"
     assert lines[2] == "files" and lines[3].split() == [str(weights), *WEIGHTS_ARE.split()]
     assert lines.index("next") > lines.index(f"held-out loss by position in {weights.parents[1]}/held_out") > 6
     assert "step 40/40  loss " in errors
