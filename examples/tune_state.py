@@ -20,7 +20,7 @@ import infctx
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("text", type=Path, help="a UTF-8 text file")
-parser.add_argument("--model", required=True, help="a .pth, a .safetensors or a checkpoint folder")
+parser.add_argument("--model", required=True, help="a .pth, a .safetensors, or the folder of a run")
 parser.add_argument("--output", default="state.pth", help="the state file to write (default %(default)s)")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--learning-rate", type=float, default=0.1, help="in units of the model's own states: see 5.")
@@ -29,12 +29,16 @@ parser.add_argument("--prompt-tokens", type=int, default=8, help="at the beginni
 options = parser.parse_args()
 
 # 1. The model. Its weights are frozen; only the initial state learns, zeros so far: (layers, heads, N, N).
-model = infctx.load_model(options.model).requires_grad_(False)
+try:
+    model = infctx.load_model(options.model).requires_grad_(False)
+    text = options.text.read_text(encoding="utf-8")
+except (infctx.InputError, OSError, UnicodeDecodeError) as error:
+    parser.error(str(error))
 learned = [part.requires_grad_() for part in model.add_initial_state() if part is not None]  # .wkv alone
 
 # 2. The text as token ids. A vocabulary of 257 is bytes; the published models have the World vocabulary.
 tokenizer = infctx.tokenizer("bytes" if model.sizes.vocab_size == 257 else "world")
-ids = torch.from_numpy(tokenizer.encode(options.text.read_text(encoding="utf-8")).astype("int64"))
+ids = torch.from_numpy(tokenizer.encode(text).astype("int64"))
 
 # 3. Windows: pieces of the text, (pieces, T). Each is a separate document: it starts from the initial state.
 length = min(options.window_tokens, len(ids) - 1)
