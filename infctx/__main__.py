@@ -84,11 +84,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     """Turn text into a token store."""
-    parser.add_argument("inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, -")
-    parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
-    parser.add_argument("--tokenizer", choices=("world", "bytes"), default="world")
     parser.add_argument(
-        "--held-out", type=_number, default=0.0, metavar="FRACTION", help="share of the documents, such as 0.02"
+        "inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, - for stdin"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
+    parser.add_argument(
+        "--tokenizer",
+        choices=("world", "bytes"),
+        default="world",
+        help="world for the published models, bytes for small ones (default %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=_number,
+        default=0.0,
+        metavar="FRACTION",
+        help="share of the documents to hold out, such as 0.02 (default: none)",
     )
     parser.add_argument(
         "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
@@ -124,7 +135,7 @@ def _describe_train(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="section.setting=value",
-        help="such as optimizer.steps=50; docs/settings.md",
+        help="such as optimizer.steps=50 (docs/settings.md has them all)",
     )
     if parser.prog.endswith(("train", "tune")):
         parser.add_argument(
@@ -236,12 +247,20 @@ def _number(text: str) -> float:
 
 
 def _describe_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="a .pth, a .safetensors, a checkpoint or the folder of a run")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="a .pth, a .safetensors, a folder in Hugging Face's layout, a checkpoint or a run's folder",
+    )
 
 
 def _describe_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default auto)"
+    )
+    parser.add_argument(
+        "--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of the weights (default %(default)s)"
+    )
 
 
 def _describe_state(parser: argparse.ArgumentParser) -> None:
@@ -283,12 +302,19 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
     """Continue a prompt."""
     _describe_model(parser)
     parser.add_argument("--prompt", default="", help="the text to continue; - for standard input")
-    parser.add_argument("--tokens", type=_count, default=256, help="most tokens to generate (default %(default)s)")
-    parser.add_argument("--temperature", type=_number, default=1.0, help="0: always the most likely token (default 1)")
     parser.add_argument(
-        "--top-p", type=_number, default=0.7, help="draw from the likeliest tokens (default %(default)s)"
+        "--tokens", type=_count, default=256, help="generate at most this many tokens (default %(default)s)"
     )
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument(
+        "--temperature", type=_number, default=1.0, help="randomness; 0: always the most likely token (default 1)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=_number,
+        default=0.7,
+        help="draw from the likeliest tokens, up to this probability (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same text (default %(default)s)")
     _describe_state(parser)
     _describe_device(parser)
 

@@ -44,15 +44,16 @@ class ModelSettings(Section):
     """The model: `weights` to start from, a published `size`, or `version`, `num_layers` and `width` for a new one."""
 
     weights: PathSetting | None = None
-    """Weights to start from: a `.pth` or `.safetensors` file, a Hugging Face folder, a checkpoint, or the folder of
-    another run.  The version and all sizes come from it; docs/models.md lists the published files."""
+    """Weights to start from: a `.pth` or `.safetensors` file, a folder in Hugging Face's layout, a checkpoint, or the
+    folder of another run.  The version and all sizes come from there; docs/models.md lists the published files."""
     size: str | None = None
     """A published size such as `finch-3b` (docs/models.md lists them).  With `weights`, the file must have this size,
-    and `infctx plan` can count memory before you download it.  Alone, it means new random weights."""
+    and `infctx plan` can compute the memory before you download it.  Without `weights`, it means new random weights of
+    this size."""
     version: Literal[5, 6] | None = None
     """Architecture of new weights: 5 for Eagle (RWKV-5.2), 6 for Finch (RWKV-6).  Needs `num_layers` and `width`."""
     num_layers: Positive | None = None
-    """Layers (blocks) of new weights.  Time, memory and the state grow in proportion."""
+    """Number of layers (blocks) of new weights.  Time, memory and the state grow in proportion."""
     width: Positive | None = None
     """Width of new weights: the size of a token's hidden vector, a multiple of `head_size`.  The number of weights and
     the time grow with its square."""
@@ -79,8 +80,9 @@ class ModelSettings(Section):
     """Keeps only the input of each block and recomputes the rest in the backward pass.  Costs a third more time and
     needs at most a tenth of the memory for activations."""
     backend: Literal["auto", "cuda", "compiled", "chunked", "reference"] = "auto"
-    """How to compute the WKV op.  `auto` picks the fastest that works here: `cuda` (kernels for NVIDIA GPUs),
-    `compiled` (CPU) or `chunked` (plain torch, any device).  `reference` is a slow loop to compare them with."""
+    """How to compute the WKV op, the part of a layer that updates and reads the state.  `auto` picks the fastest that
+    works here: `cuda` (kernels for NVIDIA GPUs), `compiled` (CPU) or `chunked` (plain torch, any device).  `reference`
+    is a slow loop that the others are compared with."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -113,10 +115,11 @@ class DataSettings(Section):
     store: PathSetting
     """Token store to train on: the path of its `.bin` and `.idx` without the suffix, such as `data/books/train`."""
     held_out: PathSetting | None = None
-    """Token store of held-out documents, for the table of loss by position at the end; null: no table."""
+    """Token store of held-out documents, for the table of loss by position at the end of the run; null: no table."""
     document_tokens: Positive | None = None
-    """Most tokens in a document.  Longer ones are cut, and each part starts from the initial state like a separate
-    document.  null: never cut.  For state tuning, where only document starts train the state, set `window_tokens`."""
+    """The most tokens a document may have.  Longer ones are cut, and each part starts from the initial state like a
+    separate document.  null: never cut.  For state tuning, where only document starts train the state, set it to at
+    most `window.window_tokens`."""
     shuffle: bool = True
     """Shuffles the documents anew each epoch; false keeps the order of the store."""
 
@@ -177,14 +180,15 @@ class OptimizerSettings(Section):
     """Optimizer steps of the whole run, including those before a resume; each trains on `lanes` times `window_tokens`
     tokens."""
     peak_lr: Annotated[float, Field(gt=0)]
-    """Learning rate after the warm-up; decays learn at twice the rate.  About 1e-5 for fine-tuning.  In state tuning
-    it is relative to the size of the model's own states, and 0.1 works for all models (docs/state-tuning.md)."""
+    """Learning rate after the warm-up; decays learn at twice the rate.  Use about 1e-5 for fine-tuning.  In state
+    tuning it is relative to the size of the model's own states, and 0.1 worked for every model that we tried
+    (docs/state-tuning.md)."""
     final_lr: Annotated[float, Field(ge=0)] | None = None
     """Learning rate at the last step; null: a tenth of `peak_lr`.  Leave it out of a constant schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate gets from `peak_lr` to `final_lr` after the warm-up; `constant` stays at `peak_lr`."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps over which the learning rate grows linearly from 1 % of `peak_lr`; null: 10, or a tenth of the steps if
+    """Steps over which the learning rate grows linearly from 1% of `peak_lr`; null: 10, or a tenth of the steps if
     there are fewer than 100."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay: a fraction of the learning rate per step, on matrices, embeddings and a learned initial
@@ -196,7 +200,7 @@ class OptimizerSettings(Section):
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to AdamW's denominator, so that weights with tiny gradients do not take large steps."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the whole gradient; a larger one is scaled down to it.  null: no clipping."""
+    """Largest norm of the whole gradient; a gradient with a larger norm is scaled down to it.  null: no clipping."""
     l2wrap: bool = False
     """Adds RWKV-LM's L2Wrap to the gradient, which keeps the largest logits small.  The loss you see stays the
     same."""
@@ -243,13 +247,14 @@ class RunSettings(Section):
     """Steps between checkpoints; one is also saved at the end and on Ctrl-C.  A checkpoint is 12 bytes per weight that
     learns (37 GB for Finch 3B), and training waits while it is written."""
     keep_checkpoints: Positive = 3
-    """How many checkpoints to keep.  An older one is removed once a new one is on disk, so leave room for one more."""
+    """How many checkpoints to keep.  The oldest is removed only once a new one is on disk, so leave room for one
+    more."""
     log_every_steps: Positive = 10
-    """Steps between progress lines if the output is a file or a pipe.  A terminal shows every step, and TensorBoard and
-    `steps.jsonl` record every step."""
+    """Steps between progress lines when the output goes to a file or a pipe.  A terminal shows every step; TensorBoard
+    and `steps.jsonl` record every step."""
     evaluate_tokens: Annotated[int, Field(ge=0)] = 262144
-    """Most tokens of `data.held_out` to measure the loss by position on at the end; 0: none.  State tuning measures
-    twice, with and without the state."""
+    """The most tokens of `data.held_out` on which to measure the loss by position; 0: do not measure.  Fine-tuning
+    measures twice, before its first step and at the end; so does state tuning, with and without the state."""
 
     @property
     def checkpoints(self) -> Path:
@@ -261,17 +266,18 @@ class DistributedSettings(Section):
     """Several GPUs or nodes: one process per device, and how they share memory and work (docs/distributed.md)."""
 
     devices: Positive = 1
-    """Devices on each node: GPUs, or processes on a CPU.  On one node, `infctx train` starts all of them itself."""
+    """Number of devices on each node: GPUs, or processes on a CPU.  On one node, `infctx train` starts all of them
+    itself."""
     nodes: Positive = 1
     """Number of nodes.  With more than one, start `infctx train` on each node with torchrun or srun."""
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """How to share memory.  `ddp`: every rank holds everything; `zero1` shards the optimizer's state over the ranks,
-    `zero2` the gradients too, `zero3` the weights too.  Each saves memory and sends more.  `auto`: the first that fits,
-    as `infctx plan` counts it."""
+    `zero2` the gradients too, `zero3` the weights too.  In this order they need less memory and send more.  `auto`: the
+    first that fits, as `infctx plan` computes it."""
     gradient_reduction: Literal["auto", "step", "segment"] = "auto"
     """When ranks add up their gradients.  `step`: once per step; each rank holds all gradients until then, 4 bytes per
-    weight.  `segment`: after every segment, for `zero2` and `zero3`; the least memory, but much more to send.  `auto`:
-    `step` if it fits."""
+    weight.  `segment`: after every segment, for `zero2` and `zero3`; needs the least memory, but sends much more.
+    `auto`: `step` if it fits."""
     offload_optimizer: bool = False
     """Keeps the optimizer's state in host memory and steps there, on the CPU; for `zero1`, `zero2` and `zero3`.  Saves
     8 to 12 bytes per weight on the GPU and makes each step slower."""
@@ -279,8 +285,9 @@ class DistributedSettings(Section):
     """Keeps the weights in host memory until a block needs them, for `zero3`.  With `offload_optimizer` this needs the
     least GPU memory and is the slowest."""
     time_ranks: Positive = 1
-    """Ranks that share the time of each document: every rank computes its slice of every segment.  For windows too long
-    for one device, or fewer lanes than devices.  Lanes are divided among the groups of `time_ranks` ranks."""
+    """Ranks that work together on the same lanes: each computes its slice of every segment.  Use it if a window is too
+    long for one device, or if there are fewer lanes than devices.  Lanes are divided among the groups of `time_ranks`
+    ranks."""
 
     @property
     def world_size(self) -> int:

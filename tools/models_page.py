@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "models.md"
 OPENING = """\
 # Published models
 infctx continues training from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). It does not download them: get
-a file once from the Hugging Face hub, put it in `models/`, and name it with `model.weights`. The files listed here are
+a file once from the Hugging Face Hub, put it in `models/`, and name it with `model.weights`. The files listed here are
 in bf16 and under the Apache-2.0 license.
 
 ```sh
@@ -23,19 +23,21 @@ pip install huggingface_hub    # brings the command hf
 {command}
 ```
 
-If a download stops, the same command continues it. Before training, infctx compares the size of a file with one of
-these names to the published size, so it notices half a file. To download from a mirror, set `HF_ENDPOINT` to its
-address.
+If a download stops, run the same command again: it continues where it stopped. Before training, infctx checks the size
+of each file listed here, so it catches a download that stopped halfway. To download from a mirror, set `HF_ENDPOINT` to
+its address.
 
 (Written by `python tools/models_page.py` from infctx/formats/published.py.)
 
 ## Files
-Each repository has many more files than these: the name of the file matters.
+Each repository has many more files than these, so copy the name exactly. The last column lists the files in
+[configs](../configs) that start from it.
 """
 FOLDERS = """\
 ## Folders in Hugging Face's layout
 These repositories have the weights as `model.safetensors` or `pytorch_model.bin`, whole or in parts, under Hugging
-Face's own names. Download all of one, and name the folder with `model.weights`; its Python code is never run.
+Face's own names. Download a whole repository, and name its folder with `model.weights`. infctx never runs the Python
+code in it.
 
 ```sh
 hf download RWKV/v6-Finch-3B-HF --local-dir models/v6-Finch-3B-HF
@@ -46,8 +48,8 @@ hf download RWKV/v6-Finch-3B-HF --local-dir models/v6-Finch-3B-HF
 infctx also reads folders and files with the tensor names of flash-linear-attention (Finch only).
 
 ## Not read
-- RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: other architectures.
-- RWKV-7, such as the files of `BlinkDL/rwkv7-g1`: not yet.
+- RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: these are other architectures.
+- RWKV-7, such as the files of `BlinkDL/rwkv7-g1`: not supported yet.
 
 infctx refuses such a file when it opens it, and the message names the tensor that gave it away.
 
@@ -65,9 +67,10 @@ infctx refuses such a file when it opens it, and the message names the tensor th
 
 [State tuning](state-tuning.md) has more about the last three.
 
-A folder for transformers gets `model.safetensors` and `config.json`. infctx does not include the model's Python code
-and tokenizer: get the `.py`, `.txt` and tokenizer `.json` files from a folder repository of the same architecture, and
-load it with `trust_remote_code=True`. (Repeating `--include` needs `hf` 1.0 or later.)
+A folder for transformers gets `model.safetensors` and `config.json`. It also needs the model's Python code and
+tokenizer, which infctx does not include. Get the `.py`, `.txt` and tokenizer `.json` files from one of the repositories
+above, of the same architecture, and load the folder with `trust_remote_code=True`. (Repeating `--include` needs `hf`
+1.0 or later.)
 
 ```sh
 hf download RWKV/v6-Finch-1B6-HF --include "*.py" --include "*.txt" --include "*token*.json" --local-dir books-hf
@@ -88,7 +91,7 @@ def models_page() -> str:
     parts = [OPENING.format(command=PUBLISHED_FILES[1].download_command(Path("models")))]
     for repository, architecture in ((FINCH, "Finch (RWKV-6)"), (EAGLE, "Eagle (RWKV-5.2)")):
         parts.append(f"{architecture}, in `{repository}`:\n")
-        parts.append("| `model.size` | file | GB | used by |\n|---|---|---:|---|")
+        parts.append("| `model.size` | file | GB | configs |\n|---|---|---:|---|")
         for file in PUBLISHED_FILES:
             if file.repository == repository:
                 users = ", ".join(used.get(file.name, []))

@@ -34,7 +34,7 @@ from infctx.train.run import Progress, Run
 from infctx.train.start import only_run_in, open_run
 from infctx.train.window import backward_through_window, cut_window
 
-STOPPING = "finishing this step, then saving; once more stops at once, without saving"
+STOPPING = "finishing this step, then saving; a second signal stops at once, without saving"
 
 
 def train(config: Config) -> None:
