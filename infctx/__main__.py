@@ -14,12 +14,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import infctx
+from infctx.arguments import Parser, count, number, seed
 from infctx.environment import is_rank, rank_number
 from infctx.errors import InputError
-from infctx.exits import EXIT_INPUT, fail, run_command
+from infctx.exits import EXIT_INPUT, run_command
 from infctx.small_texts import quoted
 
 if TYPE_CHECKING:
@@ -43,13 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: parsed.command(parsed))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(fail(f"{message}; see {self.prog} --help", EXIT_INPUT))
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     names = [name for name, _, _ in COMMANDS]
@@ -71,7 +65,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
+    parser = Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
     parser.add_argument("--version", action="version", version=f"infctx {infctx.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, describe in COMMANDS:
@@ -96,7 +90,7 @@ def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--held-out",
-        type=_number,
+        type=number,
         default=0.0,
         metavar="FRACTION",
         help="share of the documents to hold out, such as 0.02 (default: none)",
@@ -104,8 +98,8 @@ def _describe_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
     )
-    parser.add_argument("--workers", type=_count, help="processes (default: all cores)")
-    parser.add_argument("--seed", type=_seed, default=0, help="chooses which documents are held out")
+    parser.add_argument("--workers", type=count, help="processes (default: all cores)")
+    parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output folder once the new one is complete"
     )
@@ -143,7 +137,7 @@ def _describe_train(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--device-gb",
-        type=_number,
+        type=number,
         metavar="GB",
         help="to plan or rehearse for GPUs of this memory (1 GB is 1e9 bytes); default: the GPUs here",
     )
@@ -225,27 +219,6 @@ def _plan(options: argparse.Namespace) -> int:
     return EXIT_INPUT if report.fits is False else 0
 
 
-def _count(text: str) -> int:
-    """Reads a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    """A whole number from 0 to 2^63 - 1, as torch takes them."""
-    if not text.isdecimal() or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number") from None
-
-
 def _describe_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
@@ -271,9 +244,9 @@ def _describe_evaluate(parser: argparse.ArgumentParser) -> None:
     """Measure the loss on held-out documents, by position."""
     _describe_model(parser)
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
-    parser.add_argument("--max-tokens", type=_count, default=262144, help="tokens to evaluate (default %(default)s)")
+    parser.add_argument("--max-tokens", type=count, default=262144, help="tokens to evaluate (default %(default)s)")
     parser.add_argument(
-        "--segment-tokens", type=_count, default=1024, help="tokens computed at once (default %(default)s)"
+        "--segment-tokens", type=count, default=1024, help="tokens computed at once (default %(default)s)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the table as JSON, as a run does")
     _describe_state(parser)
@@ -303,18 +276,18 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
     _describe_model(parser)
     parser.add_argument("--prompt", default="", help="the text to continue; - for standard input")
     parser.add_argument(
-        "--tokens", type=_count, default=256, help="generate at most this many tokens (default %(default)s)"
+        "--tokens", type=count, default=256, help="generate at most this many tokens (default %(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=_number, default=1.0, help="randomness; 0: always the most likely token (default 1)"
+        "--temperature", type=number, default=1.0, help="randomness; 0: always the most likely token (default 1)"
     )
     parser.add_argument(
         "--top-p",
-        type=_number,
+        type=number,
         default=0.7,
         help="draw from the likeliest tokens, up to this probability (default %(default)s)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same text (default %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text (default %(default)s)")
     _describe_state(parser)
     _describe_device(parser)
 

@@ -115,7 +115,7 @@ def test_an_empty_file_is_refused(tmp_path, name):
 def test_a_missing_file_is_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "model.pth")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=r"folder: holds no model.safetensors, pytorch_model.bin or index of these"):
+    with pytest.raises(InputError, match=r"folder: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or"):
         infctx.load_model(tmp_path / "folder")
 
 
