@@ -126,18 +126,10 @@ def test_tuning_a_state_on_two_ranks_from_start_to_export(tmp_path):
 
 def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
-    cases = {
-        ("distributed.devices=2", "distributed.time_ranks=2", "window.segment_tokens=16"): "window.segment_tokens: 16",
-        ("distributed.devices=4", "window.lanes=2"): "window.lanes: 2 cannot be divided evenly among 4 ranks",
-        ("distributed.devices=2", "model.vocab_size=200"): "has token",
-        ("distributed.devices=2", "distributed.time_ranks=3"): "time_ranks: 3 does not divide the 2 ranks",
-        ("distributed.offload_parameters=true", "distributed.strategy=zero2"): "offload_parameters: strategy zero2",
-    }
-    for overrides, wanted in cases.items():
-        code, _, errors = infctx_command("train", config, *overrides)
-        assert code == 2
-        (said,) = errors.splitlines()
-        assert wanted in said
+    code, _, errors = infctx_command("train", config, "distributed.devices=2", "model.vocab_size=200")
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert "has token" in line
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])

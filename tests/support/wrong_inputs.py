@@ -125,6 +125,12 @@ lanes that do not divide = train config.yaml distributed.devices=3
     config.yaml:13: window.lanes: ... 3 would work
 passes that do not divide = train config.yaml window.lanes=4 window.lanes_per_pass=3
     command line: window.lanes_per_pass: ... try 1
+a short segment for two = train config.yaml distributed.devices=2 distributed.time_ranks=2 window.segment_tokens=16
+    command line: window.segment_tokens: 16 is not a multiple of 16 for each of 2 time_ranks; 32 would work
+lanes that ranks cannot share = train config.yaml distributed.devices=4 window.lanes=2
+    command line: window.lanes: 2 cannot be divided evenly among 4 ranks (devices * nodes / time_ranks); 4 would work
+offloading that a strategy cannot do = train config.yaml distributed.offload_parameters=true distributed.strategy=zero2
+    command line: distributed.offload_parameters: strategy zero2 ... zero3
 time ranks that do not divide = train config.yaml distributed.devices=2 distributed.time_ranks=3
     command line: distributed.time_ranks: ... choose a divisor
 a warm-up as long as the run = train config.yaml optimizer.warmup_steps=2

@@ -8,7 +8,8 @@ import bench_memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("shorter", [1024, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shorter", [1024, 8192])
+@pytest.mark.slow
 def test_a_longer_window_costs_its_seams(shorter):
     short, long = (bench_memory.run_apart(window, threads=1) for window in (shorter, 8 * shorter))
     assert short["seams"] == shorter / 512 * 4 * 66 * 256 * 4  # segments, layers, (N + 2) D, fp32
