@@ -375,14 +375,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize(
-    "suffix, workers",
-    [
-        (".txt", 1),
-        (".jsonl", 2),
-        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((".txt", 2), (".jsonl", 1))),
-    ],
-)
+@pytest.mark.parametrize("suffix, workers", [(".txt", 1), (".jsonl", 2)])
 def test_memory_does_not_grow_with_the_input(tmp_path, suffix, workers):
     peaks = []
     for megabytes in (8, 60):

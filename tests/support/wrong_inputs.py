@@ -281,20 +281,12 @@ a state of a deeper model = generate finch.pth --state deeper-state.pth
     deeper-state.pth: ... use one tuned on this model
 a folder without a model = generate books
     books: ... give a .pth, a .safetensors, a checkpoint or a run's folder
-an empty folder as model = generate empty
-    empty: ... give a .pth, a .safetensors, a checkpoint or a run's folder
 a tuned run without checkpoints = generate emptied-tuned
     emptied-tuned: ... give a .pth, a .safetensors, a checkpoint or a run's folder
 half a download, plan = plan tune.yaml model.weights=HALF
     HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
     hf download BlinkDL/rwkv-6-world NAME --local-dir models
 half a download, train = train tune.yaml model.weights=HALF
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, tune = tune tune.yaml model.weights=HALF
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, rehearsal = train tune.yaml model.weights=HALF --rehearse
     HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
     hf download BlinkDL/rwkv-6-world NAME --local-dir models
 half a download, evaluate = evaluate HALF books/held_out
