@@ -180,8 +180,9 @@ def test_every_odd_shape_is_named(tmp_path, version):
         # Some tensors decide a size; the refusal then names the next tensor that disagrees, with both shapes.
         part = name.split(".")[-2] if name.endswith((".weight", ".bias")) else name.split(".")[-1]
         telltale = {"emb", "time_faaaa", "time_maa_w2", "time_decay_w1"} | ({"key"} if ".ffn." in name else set())
-        for odd in (torch.cat([tensor, tensor[:1]]), tensor[None], tensor[:0]):
-            message = refusal(tensors | {name: odd}, tmp_path / "model.pth")
+        odds = [torch.cat([tensor, tensor[:1]]), tensor[None], tensor[:0]]
+        for odd in odds[:1] if name.startswith("blocks.1.") else odds:
+            message = refusal(tensors | {name: odd}, tmp_path / "model.safetensors")
             assert re.search(r"tensors? (emb|blocks\.\d|ln_out|head)\.\S+ (has |is |\()", message), message
             if part not in telltale:
                 assert f"tensor {name} " in message
