@@ -190,14 +190,13 @@ def _start(config: Config, arguments: Sequence[str]) -> int:
 
 
 def _rehearse(config: Config, options: argparse.Namespace) -> int:
-    from infctx.config import load_config
     from infctx.train.rehearsal import describe_real_run, open_rehearsal
 
     if is_rank():
         raise InputError("--rehearse: starts its own processes; run it by itself, without torchrun or srun")
     rehearsal = open_rehearsal(config, options.config, options.device_gb)
     print("\n".join(rehearsal.lines), flush=True)
-    code = _start(load_config(rehearsal.file), [options.name, str(rehearsal.file)])
+    code = _start(rehearsal.config, [options.name, str(rehearsal.file)])
     if code == 0 and rehearsal.is_done:
         command = shlex.join(["infctx", options.name, str(options.config), *options.overrides])
         print("\n".join(["", *describe_real_run(config, command, options.device_gb)]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infctx.data.text import STDIN, Source, first_bytes
 from infctx.errors import InputError
-from infctx.small_texts import quoted
+from infctx.small_texts import counted, quoted
 
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
 COMPRESSIONS = (".gz", ".zst")
@@ -165,8 +165,8 @@ def _left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
         total = -sum(count for count, _ in kinds)
         listed = [f"{-count:,} {kind}" for count, kind in kinds[:MOST_KINDS]]
         if more := len(kinds) - MOST_KINDS if len(kinds) > MOST_KINDS else 0:
-            listed.append(f"and {more:,} more {_plural('kind', more)}")
-        lines.append(f"left out {total:,} {reason}{_plural('file', total)}: {', '.join(listed)}; {remedy}")
+            listed.append(f"and {counted(more, 'more kind')}")
+        lines.append(f"left out {counted(total, f'{reason}file')}: {', '.join(listed)}; {remedy}")
     return lines
 
 
@@ -175,8 +175,4 @@ def _twice_lines(twice: Sequence[str]) -> list[str]:
         return []
     more = f" and {len(twice) - MOST_NAMES:,} more" if len(twice) > MOST_NAMES else ""
     names = ", ".join(twice[:MOST_NAMES]) + more
-    return [f"{len(twice):,} {_plural('file', len(twice))} named twice, taken once: {names}"]
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
+    return [f"{counted(len(twice), 'file')} named twice, taken once: {names}"]

@@ -9,6 +9,7 @@ import torch
 from infctx.config import Config
 from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
+from infctx.exits import LESS_MEMORY
 from infctx.formats.checkpoint_folder import LOCK, SETTINGS, STATE_FILE, checkpoints
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.published import missing_weights
@@ -81,7 +82,7 @@ def _missing_memory(config: Config, sizes: Sizes, device: torch.device, total: i
     needed = _on_node(rank_memory(config, sizes, device.type), device.type, count)
     if needed.device <= free.device and needed.host <= free.host:
         return []
-    remedy = "use fewer window.segment_tokens or lanes_per_pass, or model.recompute_blocks: true"
+    remedy = LESS_MEMORY
     other = _what_fits(asked, config, sizes, device.type, total, free)
     if other:
         remedy = f"{other} would fit, or {remedy}"

@@ -51,8 +51,7 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
             f"model.weights: there is no {config.model.weights} to read the sizes from; name another file, or set "
             "model.size"
         )
-    device_type = _device_type(config, device_gb)
-    memory = _memory(config, device_type, device_gb)
+    device_type, memory = real_device(config, device_gb)
     own = resolve_strategy(config, sizes, device_type, memory)
     fits = _fits(own, sizes, device_type, memory)
     lines = [*_describe_run(config, sizes), "", *_strategy_lines(config, sizes, device_type, memory)]
@@ -65,6 +64,18 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
     return Report("\n".join(lines), fits)
 
 
+def real_device(config: Config, device_gb: float | None) -> tuple[str, int | None]:
+    """Returns the type of the devices that a plan is for, and the bytes of each GPU, or of the machine for a CPU.
+
+    device_gb: as for `plan_report`, with the same refusals; the bytes are None if they are unknown
+    """
+    device_type = _device_type(config, device_gb)
+    if device_type == "cpu":
+        return device_type, host_memory()
+    known = device_memory("cuda", config.distributed.devices) if device_gb is None else round(device_gb * GB)
+    return device_type, known
+
+
 def _device_type(config: Config, device_gb: float | None) -> str:
     if device_gb is not None and not 0 < device_gb < math.inf:
         raise InputError(f"--device-gb: {device_gb} is not a GPU's memory; give it in GB, such as 80")
@@ -72,13 +83,6 @@ def _device_type(config: Config, device_gb: float | None) -> str:
         raise InputError("--device-gb: the run is on the CPU (run.device: cpu); leave it out, or add run.device=cuda")
     on_cpu = config.run.device == "auto" and device_gb is None and not torch.cuda.is_available()
     return "cpu" if on_cpu or config.run.device == "cpu" else "cuda"
-
-
-def _memory(config: Config, device_type: str, device_gb: float | None) -> int | None:
-    """Returns the bytes of each GPU, or of the machine for a CPU; None if unknown."""
-    if device_type == "cpu":
-        return host_memory()
-    return device_memory("cuda", config.distributed.devices) if device_gb is None else round(device_gb * GB)
 
 
 def _describe_run(config: Config, sizes: Sizes) -> list[str]:

@@ -23,15 +23,14 @@ from infctx.data.example_documents import python_documents
 from infctx.data.token_store import TokenStoreWriter
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
-from infctx.formats.checkpoint_folder import LOCK
+from infctx.formats.checkpoint_folder import LOCK, STATE_FILE
+from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.weights import save_weights
-from infctx.machine import device_memory
 from infctx.model.build import new_model
 from infctx.model.sizes import Sizes, describe, make_sizes
-from infctx.plan.memory import GB
 from infctx.plan.missing import missing_files, refuse_folder
 from infctx.plan.plan import find_weights
-from infctx.plan.report import plan_report
+from infctx.plan.report import plan_report, real_device
 from infctx.plan.strategy import resolve_strategy
 from infctx.train.checkpoint import lock_folder
 
@@ -47,14 +46,16 @@ class Rehearsal(NamedTuple):
     """A small run that is ready to start."""
 
     file: Path
-    """Its configuration."""
+    """Its configuration, for other processes."""
+    config: Config
+    """The same, loaded."""
     lines: list[str]
     """A report of what was replaced."""
 
     @property
     def is_done(self) -> bool:
         """Returns whether it was trained to its end."""
-        return any((self.file.parent / name).exists() for name in ("model.pth", "state.safetensors"))
+        return any((self.file.parent / name).exists() for name in (RUN_WEIGHTS, STATE_FILE))
 
 
 def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = None) -> Rehearsal:
@@ -66,7 +67,9 @@ def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = N
     """
     refuse_folder(config.run.folder)
     folder = config.run.folder.with_name(f"{config.run.folder.name}-rehearsal")
-    find_weights(config)  # finds mistakes before anything is written
+    _, sizes = find_weights(config)  # finds mistakes before anything is written, as does real_device
+    device_type, memory = real_device(config, device_gb)
+    distributed = _distributed(config, sizes, device_type, memory)
     others = [path for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
     if others and not (folder / REHEARSAL).exists():
         raise InputError(f"{folder}: is no rehearsal, and would be replaced by one; move it, or choose a run.folder")
@@ -74,11 +77,13 @@ def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = N
         for path in folder.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        settings, lines = _shrink(config, folder, device_gb)
+        settings, lines = _shrink(config, sizes, folder, distributed)
         file = folder / REHEARSAL
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        load_config(file)  # fails only if _shrink is wrong
-    return Rehearsal(file, [f"Rehearsal of {name}: the same run on a small model.  Replaced:", *lines])
+        small = load_config(file)
+    if memory is None and config.distributed.strategy == "auto" and config.distributed.world_size > 1:
+        lines.append("  the GPUs' memory is unknown, and auto depends on it: add --device-gb 80 for GPUs of 80 GB")
+    return Rehearsal(file, small, [f"Rehearsal of {name}: the same run on a small model.  Replaced:", *lines])
 
 
 def describe_real_run(config: Config, command: str, device_gb: float | None = None) -> list[str]:
@@ -93,17 +98,15 @@ def describe_real_run(config: Config, command: str, device_gb: float | None = No
     return [*lines, "", plan_report(config, device_gb).text]
 
 
-def _shrink(config: Config, folder: Path, device_gb: float | None) -> tuple[dict[str, Any], list[str]]:
+def _shrink(
+    config: Config, sizes: Sizes | None, folder: Path, distributed: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Returns the settings of the small run, whose files are in `folder`, and the lines about replaced settings."""
     settings = config.model_dump(mode="json")
-    _, sizes = find_weights(config)
-    device_type = "cpu" if config.run.device == "cpu" else "cuda"
-    memory = device_memory(device_type, config.distributed.devices) if device_gb is None else round(device_gb * GB)
-    small_distributed = _distributed(config, sizes, device_type, memory)
-    settings["distributed"] |= small_distributed
-    settings["window"] |= _window(config, small_distributed)
+    settings["distributed"] |= distributed
+    settings["window"] |= _window(config, distributed)
     settings["optimizer"] |= _optimizer(config)
-    settings["run"] |= _run(config, folder, small_distributed["devices"])
+    settings["run"] |= _run(config, folder, distributed["devices"])
     data, notes = _data(config, folder, settings["window"]["window_tokens"])
     settings["data"] |= data
     vocab_size = 257 if notes or sizes is None else sizes.vocab_size
@@ -112,8 +115,6 @@ def _shrink(config: Config, folder: Path, device_gb: float | None) -> tuple[dict
     if small != sizes:
         before = "a model that is not here, so of unknown size" if sizes is None else describe(sizes)
         notes = [f"the model: {before}", f"  -> {describe(small)}", *notes]
-    if memory is None and config.distributed.strategy == "auto" and config.distributed.world_size > 1:
-        notes.append("the GPUs' memory is unknown, and auto depends on it: add --device-gb 80 for GPUs of 80 GB")
     return settings, [f"  {line}" for line in [*notes, *_changes(config, settings)]]
 
 

@@ -41,6 +41,8 @@ a misspelled flag = train config.yaml --rehersal
     --rehersal: infctx train has no such flag; perhaps --rehearse is meant; see infctx train --help
 a flag of another command = train config.yaml --max-tokens 80
     --max-tokens: infctx train has no such flag; leave it out; see infctx train --help
+a rehearsal for no memory = train config.yaml --rehearse --device-gb nan
+    --device-gb: nan is not a GPU's memory; give it in GB, such as 80
 memory of GPUs without a rehearsal = train config.yaml --device-gb 80
     --device-gb: is for --rehearse and for infctx plan; leave it out
 an unknown flag of prepare = prepare texts --output out --held-uot 0.1
