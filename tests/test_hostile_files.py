@@ -17,15 +17,16 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
-from infctx.config import OptimizerSettings, load_config
-from infctx.data.inputs import find_sources
-from infctx.data.text import read_documents
 from infctx.data.token_store import TokenStore
+from infctx.documents.inputs import find_sources
+from infctx.documents.text import read_documents
 from infctx.errors import InputError
 from infctx.formats import pth_check
 from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
 from infctx.formats.state_file import is_state_file, read_state
+from infctx.settings.load import load_config
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.checkpoint import changed_settings, load_progress, load_units
 from infctx.train.metrics import STEP_LOG, _reopen_step_log, read_step_log
 from infctx.train.optimizer import make_optimizer

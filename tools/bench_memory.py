@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import infctx
-from infctx.config import OptimizerSettings
 from infctx.machine import peak_memory
 from infctx.plan.memory import state_bytes
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.learn import freeze_weights
 from infctx.train.optimizer import make_optimizer
 

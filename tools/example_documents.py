@@ -15,7 +15,7 @@ import sys
 from io import TextIOWrapper
 from typing import cast
 
-from infctx.data.example_documents import MIN_BYTES, cpp_documents, python_documents
+from infctx.documents.example_documents import MIN_BYTES, cpp_documents, python_documents
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infctx.config import load_config
 from infctx.formats.published import EAGLE, FINCH, PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.settings.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"

@@ -10,18 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from infctx.config import (
-    Config,
-    DataSettings,
-    DistributedSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunSettings,
-    WindowSettings,
-)
 from infctx.model.sizes import published_sizes
 from infctx.plan.memory import GB, Strategy, rank_memory, reduces_each_segment, step_wire, with_strategy
 from infctx.plan.strategy import FILLED, STRATEGIES, choose_strategy, resolve_strategy
+from infctx.settings.config import Config
+from infctx.settings.data import DataSettings
+from infctx.settings.distributed import DistributedSettings
+from infctx.settings.model import ModelSettings
+from infctx.settings.optimizer import OptimizerSettings
+from infctx.settings.run import RunSettings
+from infctx.settings.window import WindowSettings
 
 CHOICE_MODELS = ("finch-1.6b", "finch-3b", "eagle-7b", "finch-14b")
 CHOICE_GIGABYTES = (24, 40, 80, 141)

@@ -1,4 +1,4 @@
-"""Writes docs/settings.md, the page of every setting, from the types and docstrings of infctx/settings.py.
+"""Writes docs/settings.md, the page of every setting, from the types and docstrings of infctx/settings/.
 
 python tools/settings_page.py
 """
@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from infctx.config import Config
+from infctx.settings.config import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 OPENING = """\
@@ -42,7 +42,7 @@ infctx train books.yaml optimizer.steps=1000 run.folder=runs/books-longer data.h
 Unknown settings, values of the wrong type and values that do not fit together stop the run before it starts, with a
 message that names the setting and a value that would work. A checkpoint keeps all its settings in `config.yaml`.
 
-(Written by `python tools/settings_page.py` from infctx/settings.py: change the docstrings there.)
+(Written by `python tools/settings_page.py` from infctx/settings/: change the docstrings there.)
 """
 
 

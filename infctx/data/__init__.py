@@ -1,4 +1,1 @@
-"""From text to lanes: inputs -> text -> tokenizer -> token_store -> document_stream -> lanes.
-
-Imports nothing of ours but the leaves.
-"""
+"""From a token store to the rows of a batch: tokenizer -> token_store -> document_stream -> lanes."""

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, Strategy
 
-from infctx.config import dump_config
 from infctx.distributed.beats import open_watch_store
 from infctx.distributed.ranks import Ranks, refuse_other_settings
 from infctx.distributed.watchdog import Watchdog
@@ -29,6 +28,7 @@ from infctx.environment import ranks_started
 from infctx.errors import InputError, TrainingFailed
 from infctx.formats.checkpoint_folder import checkpoints
 from infctx.plan.plan import Plan, whole_weights
+from infctx.settings.load import dump_config
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Timeout of collectives; the watchdog finds a rank that is gone long before."""

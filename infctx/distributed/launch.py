@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from infctx.environment import LAUNCHER
 
 if TYPE_CHECKING:
-    from infctx.config import Config
+    from infctx.settings.config import Config
 
 POLL_SECONDS = 0.1
 UNKILLABLE_SECONDS = 10.0

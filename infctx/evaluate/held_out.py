@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from infctx.config import Config
 from infctx.data.token_store import TokenStore
 from infctx.distributed.watchdog import Watchdog
 from infctx.errors import InputError
@@ -31,6 +30,7 @@ from infctx.evaluate.record import HELD_OUT, Evaluation, read_record, write_reco
 from infctx.machine import free_device_memory
 from infctx.model.rwkv import RWKV
 from infctx.plan.plan import Plan
+from infctx.settings.config import Config
 
 TENSORBOARD = "tensorboard"
 """The folder of TensorBoard's files in a run's folder."""

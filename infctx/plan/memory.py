@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from infctx.config import Config
 from infctx.model.loss import SLICE_LOGITS
 from infctx.model.sizes import Sizes
+from infctx.settings.config import Config
 
 GB = 1e9
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from infctx.config import Config
 from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
 from infctx.exits import LESS_MEMORY
@@ -17,6 +16,7 @@ from infctx.machine import device_memory, free_device_memory, free_host_memory, 
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
 from infctx.plan.strategy import STRATEGIES, resolve_strategy
+from infctx.settings.config import Config
 from infctx.small_texts import quoted
 
 NOT_OTHERS = (SETTINGS, RUN_WEIGHTS, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl", "tensorboard")

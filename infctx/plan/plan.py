@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from infctx.config import Config
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import checkpoints
 from infctx.formats.model_files import ModelFiles, find_model
@@ -18,6 +17,7 @@ from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.plan.missing import missing_devices, missing_files, refuse_folder
 from infctx.plan.strategy import resolve_strategy
+from infctx.settings.config import Config
 
 REHEARSE = "or add --rehearse to try the same settings here on a small model"
 

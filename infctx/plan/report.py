@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from infctx.config import Config
 from infctx.errors import InputError
 from infctx.machine import device_memory, host_memory
 from infctx.model.sizes import Sizes, describe
@@ -26,6 +25,7 @@ from infctx.plan.memory import (
 )
 from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
+from infctx.settings.config import Config
 from infctx.small_texts import counted
 
 LEAST_SEGMENT = 256

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from infctx.config import Config
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
+from infctx.settings.config import Config
 
 FILLED = 0.9
 """How much of a GPU's memory a plan fills; the rest is for the driver, NCCL and fragments."""

@@ -19,7 +19,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from infctx.config import Config, dump_config
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
@@ -40,6 +39,8 @@ from infctx.formats.checkpoint_folder import (
 from infctx.formats.state_file import save_state
 from infctx.model.state import State
 from infctx.recurrence.precision import state_dtype
+from infctx.settings.config import Config
+from infctx.settings.load import dump_config
 from infctx.small_texts import quoted, read_json_as
 from infctx.train.run import Progress, Run
 from infctx.train.shares import ANOTHER_CHECKPOINT, read_carry, read_moments, write_carry, write_moments, write_weights

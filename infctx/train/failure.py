@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.config import Config
 from infctx.data.lanes import Window
 from infctx.distributed.engine import Engine
 from infctx.model.loss import token_losses
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
+from infctx.settings.config import Config
 from infctx.train.window import cut_window
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.recurrence.precision import state_dtype
+from infctx.settings.window import WindowSettings
 from infctx.train.window import cut_window
 
 

@@ -18,13 +18,13 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from infctx.config import Config
 from infctx.data.lanes import Window
 from infctx.distributed.devices import open_devices, watched
 from infctx.environment import started_by_launcher
 from infctx.errors import TrainingFailed
 from infctx.model.state import State
 from infctx.plan.plan import make_plan
+from infctx.settings.config import Config
 from infctx.train.checkpoint import save_checkpoint
 from infctx.train.failure import explain_failure, find_failure
 from infctx.train.finish import finish

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from infctx.config import Config, dump_config
 from infctx.evaluate.held_out import TENSORBOARD
 from infctx.files import atomic_file
 from infctx.machine import peak_memory
 from infctx.model.state import State
+from infctx.settings.config import Config
+from infctx.settings.load import dump_config
 from infctx.small_texts import parse_json
 
 STEP_LOG = "steps.jsonl"

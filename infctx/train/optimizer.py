@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from infctx.config import OptimizerSettings
 from infctx.model.rwkv import RWKV
+from infctx.settings.optimizer import OptimizerSettings
 
 DECAY_LR_SCALE = 2.0
 """Decays learn at twice the rate of the rest (RWKV-LM src/model.py, configure_optimizers)."""

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from infctx.config import Config, load_config
-from infctx.data.example_documents import python_documents
 from infctx.data.token_store import TokenStoreWriter
 from infctx.data.tokenizer import get_tokenizer
+from infctx.documents.example_documents import python_documents
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import LOCK, STATE_FILE
 from infctx.formats.model_files import RUN_WEIGHTS
@@ -32,6 +31,8 @@ from infctx.plan.missing import missing_files, refuse_folder
 from infctx.plan.plan import find_weights
 from infctx.plan.report import plan_report, real_device
 from infctx.plan.strategy import resolve_strategy
+from infctx.settings.config import Config
+from infctx.settings.load import load_config
 from infctx.train.checkpoint import lock_folder
 
 REHEARSAL = "rehearsal.yaml"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from infctx.config import Config, dump_config
 from infctx.data.lanes import Lanes
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
@@ -45,6 +44,8 @@ from infctx.model.state import State
 from infctx.plan.plan import Plan
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import TimeRanks
+from infctx.settings.config import Config
+from infctx.settings.load import dump_config
 from infctx.small_texts import counted
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
 from infctx.train.learn import freeze_weights, natural_units

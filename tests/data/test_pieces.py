@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from infctx.config import load_config
 from infctx.data.lanes import Lanes
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
+from infctx.settings.load import load_config
 from infctx.train.start import open_lanes
 
 from runs import write_config, write_store

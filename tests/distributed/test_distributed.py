@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import infctx
-from infctx.config import load_config
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.settings.load import load_config
 from infctx.train.loop import train_steps
 from infctx.train.metrics import read_step_log
 

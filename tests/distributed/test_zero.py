@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from infctx.config import load_config
 from infctx.conventions import MASKED
+from infctx.settings.load import load_config
 from infctx.train.loop import gradients_of_step, train_steps
 from infctx.train.start import open_lanes
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import infctx
-from infctx.config import load_config
 from infctx.data.token_store import TokenStore
 from infctx.distributed.beats import Beat
 from infctx.evaluate import held_out
 from infctx.evaluate.held_out import measure_before
 from infctx.evaluate.loss_by_position import evaluate_store
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.settings.load import load_config
 from infctx.train.loop import train
 
 from runs import infctx_here, losses_of, open_run, plan_of, write_config

@@ -9,12 +9,12 @@ import yaml
 from safetensors.torch import save_file
 
 import infctx
-from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.formats.export import EXPORT_DTYPES, export
 from infctx.formats.other_names import from_official, naming_of
 from infctx.formats.tensor_file import narrow, read_metadata, read_tensors, write_tensors
 from infctx.formats.weights import fingerprint, is_state_name, stored_tensors
+from infctx.settings.load import load_config
 from infctx.train.checkpoint import save_checkpoint
 from infctx.train.learn import freeze_weights
 from infctx.train.optimizer import make_optimizer

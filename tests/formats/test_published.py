@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.formats.published import (
     EAGLE,
@@ -16,6 +15,7 @@ from infctx.formats.published import (
 )
 from infctx.formats.stored_names import stored_names
 from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
+from infctx.settings.load import load_config
 
 from places import CONFIGS
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.model.sizes import published_sizes
 from infctx.plan.missing import missing_files
 from infctx.plan.plan import make_plan
+from infctx.settings.load import load_config
 
 from places import CONFIGS
 from plans import planned_bytes

@@ -9,7 +9,6 @@ import torch
 
 import infctx
 from infctx import machine
-from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.machine import pick_device
 from infctx.model.rwkv import Compute
@@ -26,6 +25,7 @@ from infctx.plan.memory import (
 from infctx.plan.plan import make_plan
 from infctx.plan.strategy import FILLED, STRATEGIES, choose_reduction, choose_strategy, resolve_strategy
 from infctx.recurrence.layer_segment import LayerSegment
+from infctx.settings.load import load_config
 from infctx.train.learn import freeze_weights
 
 from places import CONFIGS

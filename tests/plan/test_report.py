@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from infctx.config import load_config
 from infctx.distributed.ranks import Ranks
 from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
@@ -35,6 +34,7 @@ from infctx.plan.memory import (
 from infctx.plan.report import plan_report
 from infctx.plan.strategy import STRATEGIES, resolve_strategy
 from infctx.recurrence.time_parallel import Received, TimeRanks
+from infctx.settings.load import load_config
 from infctx.train.window import PlainBackward, backward_through_window, cut_window
 
 from plan_tables import example_config

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from itertools import islice
 
-from infctx.config import load_config
-from infctx.data.example_documents import cpp_documents, python_documents
-from infctx.data.prepare import prepare
+from infctx.documents.example_documents import cpp_documents, python_documents
 from infctx.formats.published import PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.prepare.prepare import prepare
+from infctx.settings.load import load_config
 
 from places import ROOT
 from runs import infctx_here

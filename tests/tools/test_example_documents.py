@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 
-from infctx.data.prepare import prepare
 from infctx.data.token_store import TokenStore
+from infctx.prepare.prepare import prepare
 
 from places import ROOT
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from infctx.config import Config, load_config
+from infctx.settings.config import Config
+from infctx.settings.load import load_config
 
 import models_page
 import settings_page
@@ -32,7 +33,7 @@ def test_every_setting_has_its_docstring_and_its_place_on_the_page():
     for section, field in Config.model_fields.items():
         assert field.annotation.__doc__ and f"\n## {section}\n" in page
         for name, setting in field.annotation.model_fields.items():
-            assert setting.description, f"{section}.{name} has no docstring in infctx/settings.py"
+            assert setting.description, f"{section}.{name} has no docstring in infctx/settings/"
             assert f"\n- **{name}** (" in page
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import infctx
-from infctx.config import OptimizerSettings, load_config
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import (
     checkpoints,
@@ -18,6 +17,8 @@ from infctx.formats.checkpoint_folder import (
 )
 from infctx.formats.model_files import find_model
 from infctx.model.state import State
+from infctx.settings.load import load_config
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.train import checkpoint as checkpoint_module
 from infctx.train.checkpoint import load_progress, load_units, save_checkpoint
 from infctx.train.optimizer import make_optimizer

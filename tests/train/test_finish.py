@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import infctx
-from infctx.config import load_config
+from infctx.settings.load import load_config
 from infctx.train.finish import finish
 from infctx.train.loop import train_steps
 

@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import infctx
-from infctx.config import WindowSettings
 from infctx.data.lanes import Window
 from infctx.evaluate.held_out import without_state
 from infctx.model.rwkv import Compute
+from infctx.settings.window import WindowSettings
 from infctx.train.learn import freeze_weights, natural_units
 
 from tiny_models import random_model, random_tokens

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import infctx
-from infctx.config import load_config
 from infctx.data.lanes import Lanes
 from infctx.data.token_store import TokenStore
 from infctx.errors import TrainingFailed
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.settings.load import load_config
 from infctx.train.checkpoint import lock_folder
 from infctx.train.failure import find_failure
 from infctx.train.loop import train, train_steps

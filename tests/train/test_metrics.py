@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from infctx.config import load_config
 from infctx.model.state import State
+from infctx.settings.load import load_config
 from infctx.train import metrics
 from infctx.train.loop import train, train_steps
 from infctx.train.metrics import Metrics, Step, read_step_log

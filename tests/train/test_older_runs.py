@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import infctx
-from infctx.config import load_config
 from infctx.formats.checkpoint_folder import find_damage
+from infctx.settings.load import load_config
 from infctx.train.loop import train
 
 from places import FIXTURES

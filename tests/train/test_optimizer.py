@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from infctx.config import OptimizerSettings
 from infctx.formats.weights import stored_names
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.optimizer import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 
 from tiny_models import random_model

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import infctx
-from infctx.config import WindowSettings
 from infctx.data.lanes import Window
+from infctx.settings.window import WindowSettings
 from infctx.train.learn import freeze_weights, natural_units
 
 from bench_recall import BATCH, NOISE, QUERY, SEGMENT_TOKENS, SEGMENTS, VALUES, VOCAB_SIZE, recall_batch, train_recall

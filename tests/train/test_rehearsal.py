@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import infctx
-from infctx.config import load_config
+from infctx.settings.load import load_config
 
 from places import CONFIGS
 from runs import infctx_command, infctx_here, write_config, write_store

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 import infctx
-from infctx.config import load_config
 from infctx.distributed import launch
 from infctx.errors import InputError
 from infctx.formats import checkpoint_folder
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.settings.load import load_config
 from infctx.train.loop import train
 
 from runs import infctx_here, write_config, write_store

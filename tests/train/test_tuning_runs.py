@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import infctx
-from infctx.config import load_config
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import checkpoints
 from infctx.formats.model_files import open_model
 from infctx.formats.state_file import read_state
 from infctx.formats.tensor_file import read_tensors
+from infctx.settings.load import load_config
 from infctx.train import finish
 from infctx.train.failure import find_failure
 from infctx.train.learn import freeze_weights

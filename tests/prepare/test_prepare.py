@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import infctx.data.prepare as prepare_module
-from infctx.data.prepare import prepare
+import infctx.prepare.prepare as prepare_module
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer
 from infctx.errors import InputError
+from infctx.prepare.prepare import prepare
 
 from places import ROOT
 
@@ -290,7 +290,7 @@ def test_a_killed_worker_is_one_line(tmp_path, delay):
 SCRIPT = """
 import multiprocessing, resource, signal, sys, threading, time
 from pathlib import Path
-from infctx.data.prepare import prepare
+from infctx.prepare.prepare import prepare
 
 def print_workers():
     while len(multiprocessing.active_children()) < 2:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from infctx.config import Config, dump_config, load_config
 from infctx.errors import InputError
+from infctx.settings.config import Config
+from infctx.settings.load import dump_config, load_config
 
 from places import CONFIGS
 

@@ -1,4 +1,4 @@
-"""Configurations: a YAML file and `key=value` overrides in, a checked `Config` (infctx.settings) out.
+"""Configurations: a YAML file and `key=value` overrides in, a checked `Config` (settings/config) out.
 
 Unknown settings, wrong types and values that do not fit together are all reported together, one line each: the file,
 the line, the setting, the value and what would work.
@@ -17,29 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from infctx.errors import InputError
-from infctx.settings import (
-    Config,
-    DataSettings,
-    DistributedSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunSettings,
-    WindowSettings,
-)
+from infctx.settings.config import Config
 from infctx.small_texts import quoted, read_yaml
-
-__all__ = [
-    "Config",
-    "DataSettings",
-    "DistributedSettings",
-    "ModelSettings",
-    "OptimizerSettings",
-    "RunSettings",
-    "WindowSettings",
-    "dump_config",
-    "load_config",
-]
-
 
 COMMAND_LINE = "command line"
 """The place of an override."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from infctx.data.text import STDIN, Source, first_bytes
+from infctx.documents.text import STDIN, Source, first_bytes
 from infctx.errors import InputError
 from infctx.small_texts import counted, quoted
 

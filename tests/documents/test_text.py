@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-import infctx.data.text as text_module
-from infctx.data.inputs import find_sources
-from infctx.data.text import read_documents
+import infctx.documents.text as text_module
+from infctx.documents.inputs import find_sources
+from infctx.documents.text import read_documents
 from infctx.errors import InputError
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infctx.data.inputs import find_sources
-from infctx.data.text import STDIN, Document, Source, read_documents
 from infctx.data.token_store import SUMMARY_FILE, TokenStore, TokenStoreWriter
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
-from infctx.data.workers import WorkerKilled, Workers
+from infctx.documents.inputs import find_sources
+from infctx.documents.text import STDIN, Document, Source, read_documents
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
+from infctx.prepare.workers import WorkerKilled, Workers
 from infctx.small_texts import counted, quoted
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def prepare(
 ) -> PrepareSummary:
     """Turns texts into a folder of token stores, in memory that does not grow with the texts.
 
-    inputs: files, folders, globs or "-" (see `infctx.data.inputs`)
+    inputs: files, folders, globs or "-" (see `infctx.documents.inputs`)
     output: the folder to make
     tokenizer: "world" or "bytes"
     held_out: the share of the documents (0 to 0.5) that go to the held-out split: of every 1 / held_out documents, one

@@ -7,10 +7,10 @@ import threading
 import pytest
 import zstandard
 
-from infctx.data.inputs import find_sources
-from infctx.data.prepare import prepare
-from infctx.data.text import read_documents
+from infctx.documents.inputs import find_sources
+from infctx.documents.text import read_documents
 from infctx.errors import InputError
+from infctx.prepare.prepare import prepare
 
 
 def texts(*inputs, input_format=None):

@@ -1,0 +1,1 @@
+"""From people's files to documents: which files, what is in them, and what a model is to learn of it."""

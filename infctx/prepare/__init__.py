@@ -1,0 +1,1 @@
+"""`infctx prepare`: documents in, token stores out."""

@@ -1,0 +1,66 @@
+"""The whole configuration of a run: its sections, and what follows from several of them."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from infctx.settings.data import DataSettings
+from infctx.settings.distributed import DistributedSettings
+from infctx.settings.model import ModelSettings
+from infctx.settings.optimizer import OptimizerSettings
+from infctx.settings.run import RunSettings
+from infctx.settings.section import Section, refuse
+from infctx.settings.window import WindowSettings
+
+
+class Config(Section):
+    """Every setting of one run."""
+
+    model: ModelSettings
+    data: DataSettings
+    window: WindowSettings
+    optimizer: OptimizerSettings
+    run: RunSettings
+    distributed: DistributedSettings = DistributedSettings()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step, over all lanes."""
+        return self.window.lanes * self.window.window_tokens
+
+    @property
+    def rank_lanes(self) -> int:
+        """Lanes of one rank."""
+        return self.window.lanes // self.distributed.data_ranks
+
+    @property
+    def pass_lanes(self) -> int:
+        """Lanes that one rank computes together."""
+        return min(self.window.lanes_per_pass or self.rank_lanes, self.rank_lanes)
+
+    @property
+    def rank_backwards(self) -> int:
+        """Backward calls of one rank in a step: one per segment, for each group of lanes."""
+        return -(-self.rank_lanes // self.pass_lanes) * self.window.window_segments
+
+    @property
+    def slice_tokens(self) -> int:
+        """Tokens of a segment that one rank computes."""
+        return self.window.segment_tokens // self.distributed.time_ranks
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        window, distributed, problems = self.window, self.distributed, []
+        if window.lanes % distributed.data_ranks:
+            near = -(-window.lanes // distributed.data_ranks) * distributed.data_ranks
+            problems.append(
+                f"window.lanes: {window.lanes} cannot be divided evenly among {distributed.data_ranks} ranks "
+                f"(devices * nodes / time_ranks); {near} would work"
+            )
+        if window.segment_tokens % (16 * distributed.time_ranks):
+            unit = 16 * distributed.time_ranks
+            problems.append(
+                f"window.segment_tokens: {window.segment_tokens} is not a multiple of 16 for each of "
+                f"{distributed.time_ranks} time_ranks; {max(1, round(window.segment_tokens / unit)) * unit} would work"
+            )
+        return refuse(self, problems)

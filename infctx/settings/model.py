@@ -1,0 +1,78 @@
+"""Settings of the model: where it comes from, what learns, how it computes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from infctx.settings.section import PathSetting, Positive, Section
+
+
+class ModelSettings(Section):
+    """The model: `weights` to start from, a published `size`, or `version`, `num_layers` and `width` for a new one."""
+
+    weights: PathSetting | None = None
+    """Weights to start from: a `.pth` or `.safetensors` file, a folder in Hugging Face's layout, a checkpoint, or the
+    folder of another run.  The version and all sizes come from there; docs/models.md lists the published files."""
+    size: str | None = None
+    """A published size such as `finch-3b` (docs/models.md lists them).  With `weights`, the file must have this size,
+    and `infctx plan` can compute the memory before you download it.  Without `weights`, it means new random weights of
+    this size."""
+    version: Literal[5, 6] | None = None
+    """Architecture of new weights: 5 for Eagle (RWKV-5.2), 6 for Finch (RWKV-6).  Needs `num_layers` and `width`."""
+    num_layers: Positive | None = None
+    """Number of layers (blocks) of new weights.  Time, memory and the state grow in proportion."""
+    width: Positive | None = None
+    """Width of new weights: the size of a token's hidden vector, a multiple of `head_size`.  The number of weights and
+    the time grow with its square."""
+    vocab_size: Positive | None = None
+    """Vocabulary size of new weights; null: 65,536, for the World tokenizer.  257 is enough for bytes.  The embedding
+    and the head hold `vocab_size` times `width` weights each."""
+    head_size: Positive | None = None
+    """Width of one head of new weights; null: 64, as in all published models.  The state holds `width` times
+    `head_size` numbers a layer."""
+    ffn_width: Positive | None = None
+    """Width of the hidden layer in the channel mix of new weights; null: 3.5 times `width`, rounded down to a multiple
+    of 32, as in all published models."""
+    mix_rank: Positive | None = None
+    """Rank of the low-rank product that mixes tokens, Finch only; null: 32, or 64 from a width of 4,096 on."""
+    decay_rank: Positive | None = None
+    """Rank of the low-rank product that makes decays, Finch only; null: 64, or 128 from a width of 4,096 on."""
+    learn: Literal["weights", "initial_state", "initial_state_and_shifts"] = "weights"
+    """What to train.  `weights`: every weight, and the initial state if the file has one.  `initial_state`: only the
+    matrices that each document starts from, with the weights frozen (state tuning); `infctx tune` sets this.
+    `initial_state_and_shifts`: the shift vectors too, which only infctx can load."""
+    initial_state: PathSetting | None = None
+    """State file to start from, in any form that `infctx export` writes; null: the state in `weights`, or zeros."""
+    recompute_blocks: bool = False
+    """Keeps only the input of each block and recomputes the rest in the backward pass.  Costs a third more time and
+    needs at most a tenth of the memory for activations."""
+    backend: Literal["auto", "cuda", "compiled", "chunked", "reference"] = "auto"
+    """How to compute the WKV op, the part of a layer that updates and reads the state.  `auto` picks the fastest that
+    works here: `cuda` (kernels for NVIDIA GPUs), `compiled` (CPU) or `chunked` (plain torch, any device).  `reference`
+    is a slow loop that the others are compared with."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes set by hand."""
+        names = ("version", "num_layers", "width", "vocab_size", "head_size", "ffn_width", "mix_rank", "decay_rank")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def freezes_weights(self) -> bool:
+        return self.learn != "weights"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSettings:
+        if self.sizes and (self.weights or self.size):
+            raise ValueError(f"{next(iter(self.sizes))}: sizes come from `weights` or `size`; leave it out")
+        if not self.sizes and not self.weights and not self.size:
+            raise ValueError("no model given; set weights, size, or version with num_layers and width")
+        if self.sizes and not {"version", "num_layers", "width"} <= self.sizes.keys():
+            raise ValueError("sizes by hand need version, num_layers and width")
+        if self.freezes_weights and not self.weights:
+            raise ValueError(f"learn: {self.learn} tunes a finished model; name it with model.weights")
+        if self.initial_state and not self.weights:
+            raise ValueError("initial_state: belongs to a finished model; name it with model.weights")
+        return self
