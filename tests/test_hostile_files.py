@@ -97,7 +97,7 @@ def read_log(file):
 
 def read_texts(file):
     sources, _ = find_sources([str(file)])
-    return ["".join(document.pieces) for document in read_documents(sources)]
+    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
 
 
 CASES = [

@@ -7,7 +7,8 @@ assignment from the lengths alone and reads tokens only for its lanes, so the sa
 any number of ranks.
 
 A document d_0 .. d_{n-1} (d_{n-1} ends it) gives n - 1 places with input d_i and target d_{i+1}, padded to a multiple
-of 16 with input 0 and target -100.
+of 16 with input 0 and target -100. Where d_{i+1} is not to be learned, the target is -100 too. A document with nothing
+to learn is passed over.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,10 @@ class Store(Protocol):
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray: ...
 
+    def count_targets(self, i: int, begin: int, end: int) -> int: ...
+
+    def targets(self, i: int, begin: int, end: int) -> np.ndarray: ...
+
     def number(self, i: int) -> int: ...
 
 
@@ -85,12 +90,14 @@ class _Open:
 
 @dataclass
 class _Part:
-    """`count` targets of a document, from its token `begin` on, at place `place` of a lane."""
+    """`count` inputs of a document, from its token `begin` on, at place `place` of a lane; `num_targets` of the tokens
+    that follow them are to be learned."""
 
     document: int
     begin: int
     count: int
     place: int
+    num_targets: int
 
 
 class Lanes:
@@ -103,7 +110,7 @@ class Lanes:
     vocab_size: ids that the model has; a larger id in the store raises InputError
     lanes: the lanes of this process, None for all
     position: one that came with a window, on any number of processes; the first window is then the one after it
-    Raises InputError if the store has no document of 2 tokens or more, if `window_tokens` is not a multiple of 16, and
+    Raises InputError if the store has no document with a target, if `window_tokens` is not a multiple of 16, and
     if `position` belongs to other documents, lanes or another order.
     """
 
@@ -130,7 +137,7 @@ class Lanes:
         self.vocab_size = vocab_size
         self.lanes = range(num_lanes) if lanes is None else lanes
         assert all(0 <= lane < num_lanes for lane in self.lanes), f"lanes {self.lanes} of {num_lanes}"
-        if not any(store.length(i) >= 2 for i in range(store.num_documents)):
+        if not any(self._has_targets(i) for i in range(store.num_documents)):
             raise InputError(f"{store.path}: no document has 2 tokens or more to learn from; prepare longer texts")
         self._stream = DocumentStream(store.num_documents, seed, shuffle)
         # A position must agree on these; otherwise, "the next window" means nothing.
@@ -153,7 +160,7 @@ class Lanes:
 
     def __next__(self) -> tuple[Window, dict[str, Any]]:
         parts = [self._fill(lane) for lane in range(self.num_lanes)]
-        num_targets = sum(part.count for lane_parts in parts for part in lane_parts)
+        num_targets = sum(part.num_targets for lane_parts in parts for part in lane_parts)
         window = self._read([parts[lane] for lane in self.lanes], num_targets)
         return window, self._position()
 
@@ -165,7 +172,8 @@ class Lanes:
             current = self._open[lane] or self._next_usable()
             left = current.length - 1 - current.begin
             count = min(left, self.window_tokens - place)
-            parts.append(_Part(current.document, current.begin, count, place))
+            num_targets = self.store.count_targets(current.document, current.begin + 1, current.begin + count + 1)
+            parts.append(_Part(current.document, current.begin, count, place, num_targets))
             # The window and all starts are multiples of 16, so the padding of a document always fits.
             place += -(-count // START_SPACING) * START_SPACING
             current.begin += count
@@ -177,8 +185,11 @@ class Lanes:
         while True:
             found = self._at(self._next)
             self._next += 1
-            if found.length >= 2:
+            if self._has_targets(found.document):
                 return found
+
+    def _has_targets(self, document: int) -> bool:
+        return self.store.count_targets(document, 1, self.store.length(document)) > 0
 
     def _at(self, index: int, begin: int = 0) -> _Open:
         document = self._stream.document(index)
@@ -192,7 +203,7 @@ class Lanes:
             for part in parts:
                 ids = self._checked_tokens(part)
                 tokens[row, part.place : part.place + part.count] = ids[:-1]
-                targets[row, part.place : part.place + part.count] = ids[1:]
+                targets[row, part.place : part.place + part.count] = np.where(self._mask_of(part), ids[1:], MASKED)
                 starts[row, part.place // START_SPACING] = part.begin == 0
         return Window(
             tokens=torch.from_numpy(tokens),
@@ -214,6 +225,16 @@ class Lanes:
                 f"model's vocabulary has {self.vocab_size} ids; prepare it with the model's tokenizer"
             )
         return ids
+
+    def _mask_of(self, part: _Part) -> np.ndarray:
+        """Returns which of the tokens after a part's inputs are to be learned."""
+        mask = self.store.targets(part.document, part.begin + 1, part.begin + part.count + 1)
+        if np.count_nonzero(mask) != part.num_targets:
+            raise InputError(
+                f"{self.store.path}.mask: its running counts and its bits disagree in document "
+                f"{self.store.number(part.document)}; copy it again, or make it with `infctx prepare`"
+            )
+        return mask
 
     def _position(self) -> dict[str, Any]:
         return {

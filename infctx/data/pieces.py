@@ -47,6 +47,16 @@ class Pieces:
         document, first = self._place(i)
         return self._store.tokens(document, first + begin, first + end)
 
+    def count_targets(self, i: int, begin: int, end: int) -> int:
+        """Returns the number of targets among tokens begin..end-1 of piece i."""
+        document, first = self._place(i)
+        return self._store.count_targets(document, first + begin, first + end)
+
+    def targets(self, i: int, begin: int, end: int) -> np.ndarray:
+        """Returns whether each of tokens begin..end-1 of piece i is a target, bool (end - begin,)."""
+        document, first = self._place(i)
+        return self._store.targets(document, first + begin, first + end)
+
     def number(self, i: int) -> int:
         """Returns the document that piece i belongs to: the number in messages."""
         return self._place(i)[0]

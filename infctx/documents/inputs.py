@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from infctx.documents.text import STDIN, Source, first_bytes
+from infctx.documents.document import STDIN, Source
+from infctx.documents.text import first_bytes
 from infctx.errors import InputError
 from infctx.small_texts import counted, quoted
 

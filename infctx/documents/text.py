@@ -11,54 +11,20 @@ import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from infctx.documents.document import STDIN, Document, Part, Source
 from infctx.errors import InputError
 from infctx.small_texts import quoted
 
-STDIN = "-"
 BLOCK_BYTES = 1 << 20
 # A zstd frame can grow 30,000 times, and everything in one call is expanded at once.
 ZSTD_BLOCK_BYTES = 4 << 10
 # A line is parsed as a whole; a document this long belongs in a text file.
 MAX_LINE_BYTES = 256 << 20
-
-
-@dataclass
-class Source:
-    """A file to read.
-
-    path: of the file, or "-"
-    format: "text" or "jsonl"
-    compression: ".gz", ".zst" or ""
-    named: whether the user named this very file, and not a folder or glob that it is in
-    """
-
-    path: str
-    format: str
-    compression: str
-    named: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Returns the bytes on disk; 0 for standard input."""
-        return 0 if self.path == STDIN else Path(self.path).stat().st_size
-
-
-@dataclass
-class Document:
-    """A text and its origin.
-
-    pieces: of bounded size; to be read to the end before the next document is asked for
-    """
-
-    place: str
-    pieces: Iterator[str]
 
 
 def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Document]:
@@ -90,13 +56,13 @@ def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator
         raise InputError(f"{_name(source)}: empty; name a file with text in it")
     blocks = chain([first or b""], blocks)
     if source.format == "text":
-        yield Document(_name(source), _decoded(blocks, _name(source)))
+        yield Document(_name(source), iter([Part(_decoded(blocks, _name(source)))]))
         return
     for number, line in enumerate(_lines(blocks, _name(source)), start=1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             place = f"{_name(source)}:{number}"
-            yield Document(place, _slices(_text_of_line(line, place)))
+            yield Document(place, iter([Part(_slices(_text_of_line(line, place)))]))
 
 
 def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Generator[bytes, None, None]:

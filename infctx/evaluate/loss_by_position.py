@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from infctx.data.token_store import TokenStore
@@ -48,11 +49,11 @@ def evaluate_store(
     max_tokens: int,
     each_segment: Callable[[], None] = lambda: None,
 ) -> list[Bucket]:
-    """Measures the loss of a store's documents by position in the document, each read from its beginning.
+    """Measures the loss of a store's targets by position in their document, each document read from its beginning.
 
     max_tokens:   total to read: every document (at most 1,024, evenly spaced) is read up to one common length
     each_segment: called after each segment, to show that this process is at work
-    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... as far as documents reach.  Shows a progress bar if standard
+    Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... that have targets.  Shows a progress bar if standard
     error is a terminal.
     """
     if segment_tokens < 1 or max_tokens < 1:
@@ -63,6 +64,7 @@ def evaluate_store(
     chosen = _choose(store, model.sizes.vocab_size, max_tokens)
     with _progress_bar(sum(chosen.values()) - len(chosen)) as bar:
         for document, tokens in _read(store, model.sizes.vocab_size, chosen):
+            targets = torch.from_numpy(store.targets(document, 0, len(tokens)))
             state = None
             for begin in range(0, len(tokens) - 1, segment_tokens):
                 piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
@@ -71,10 +73,12 @@ def evaluate_store(
                 if not losses.isfinite().all():
                     problem = f"document {document} has a loss of nan or inf; the weights are damaged"
                     raise InputError(f"{store.path}: {problem}")
-                _add(buckets, begin, losses, None if byte_lengths is None else byte_lengths[piece[1:].cpu()])
+                counted = targets[begin + 1 : begin + len(piece)]
+                num_bytes = None if byte_lengths is None else byte_lengths[piece[1:].cpu()]
+                _add(buckets, begin, losses, counted, num_bytes)
                 bar.update(len(losses))
                 each_segment()
-    return buckets
+    return [bucket for bucket in buckets if bucket.num_tokens]
 
 
 def refuse_tokens_beyond(store: TokenStore, vocab_size: int, max_tokens: int) -> None:
@@ -137,17 +141,18 @@ def total(buckets: list[Bucket]) -> Bucket:
     return Bucket(0, 0, *sums)
 
 
-def _add(buckets: list[Bucket], begin: int, losses: torch.Tensor, num_bytes: torch.Tensor | None) -> None:
-    """Adds the losses of positions begin, begin + 1, ... to their buckets."""
+def _add(buckets: list[Bucket], begin: int, losses: Tensor, counted: Tensor, num_bytes: Tensor | None) -> None:
+    """Adds the losses of positions begin, begin + 1, ... to their buckets, where `counted` is True."""
     end = begin + len(losses)
     while not buckets or buckets[-1].end < end:
         last_end = buckets[-1].end if buckets else 0
         buckets.append(Bucket(last_end, last_end * BUCKET_GROWTH or FIRST_BUCKET_TOKENS))
     for bucket in buckets:
         part = slice(max(bucket.begin - begin, 0), max(bucket.end - begin, 0))
-        bucket.num_tokens += len(losses[part])
-        bucket.nats += losses[part].sum().item()
-        bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part].sum())
+        here = counted[part]
+        bucket.num_tokens += int(here.sum())
+        bucket.nats += losses[part][here].sum().item()
+        bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part][here].sum())
 
 
 def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, int]:
@@ -155,14 +160,20 @@ def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, in
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
     spaced = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
-    lengths = {document: store.length(document) for document in spaced if store.length(document) >= 2}
+    lengths = {document: store.length(document) for document in spaced}
+    lengths = {document: length for document, length in lengths.items() if store.count_targets(document, 1, length)}
     if not lengths:
         raise InputError(f"{store.path}: no document of two tokens or more to evaluate")
     limit = _common_length(list(lengths.values()), max_tokens)
-    return {document: min(limit, length) for document, length in lengths.items()}
+    chosen = {document: min(limit, length) for document, length in lengths.items()}
+    if not any(store.count_targets(document, 1, length) for document, length in chosen.items()):
+        raise InputError(
+            f"{store.path}: no target in the first {limit:,} tokens of any document; evaluate on more tokens"
+        )
+    return chosen
 
 
-def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
+def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
     """Yields the number and tokens of each chosen document."""
     for document, num_tokens in chosen.items():
         tokens = torch.from_numpy(store.tokens(document, 0, num_tokens))

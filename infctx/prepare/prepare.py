@@ -11,49 +11,42 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from infctx.data.token_store import SUMMARY_FILE, TokenStore, TokenStoreWriter
-from infctx.data.tokenizer import Tokenizer, get_tokenizer
+from infctx.data.store_writer import TokenStoreWriter
+from infctx.data.token_store import SUMMARY_FILE, TokenStore
+from infctx.data.tokenizer import get_tokenizer
+from infctx.documents.document import STDIN, Source
 from infctx.documents.inputs import find_sources
-from infctx.documents.text import STDIN, Document, Source, read_documents
+from infctx.documents.text import read_documents
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
-from infctx.prepare.workers import WorkerKilled, Workers
+from infctx.prepare.encode import Encoded, count_workers, encode_documents
 from infctx.small_texts import counted, quoted
 
 log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "held_out"
 UNSPLIT = "unsplit"
-FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx"))}
-# Characters that are sent to a worker at once, and the most that a document sent to one may have. With one batch and
-# its ids per worker in flight, this bounds the memory. A longer document is encoded here, piece by piece.
-BATCH_CHARS = 1 << 20
-LONG_DOCUMENT_CHARS = 4 << 20
-DOCUMENT_OVERHEAD = 256  # the cost of a document besides its characters, so that a batch of tiny ones ends too
-# Encoding this much takes as long as starting a worker.
-BYTES_PER_WORKER = 32 << 20
+FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx", ".mask"))}
 COPY_TOKENS = 1 << 20
-
-Batch = list[list[str]]  # pieces of each document
 
 
 @dataclass
 class SplitSummary:
-    """Documents, tokens (ends of documents included) and UTF-8 bytes of text of a split."""
+    """Documents, tokens (ends of documents included), UTF-8 bytes of text and targets of a split."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    targets: int = 0
 
 
 @dataclass
@@ -68,17 +61,25 @@ class PrepareSummary:
     vocab_size: int
     splits: dict[str, SplitSummary] = field(default_factory=dict)
     empty_documents: int = 0
+    documents_without_target: int = 0
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
             f"{self.output / name}: {counted(split.documents, 'document')}, "
-            f"{split.tokens:,} tokens ({self.tokenizer}), {split.bytes:,} bytes of text"
+            f"{split.tokens:,} tokens ({self.tokenizer}), {split.bytes:,} bytes of text{_share_learned(split)}"
             for name, split in self.splits.items()
         ]
         if self.empty_documents:
             lines.append(f"{counted(self.empty_documents, 'empty document')} left out")
+        if self.documents_without_target:
+            lines.append(f"{counted(self.documents_without_target, 'document')} with nothing to learn left out")
         return "\n".join([*lines, *self.notes])
+
+
+def _share_learned(split: SplitSummary) -> str:
+    every = split.tokens - split.documents
+    return "" if split.targets == every else f", {split.targets / every:.0%} of the tokens learned"
 
 
 # Nine parameters: one for each option of `infctx prepare`.
@@ -114,7 +115,7 @@ def prepare(
     encoder = get_tokenizer(tokenizer)
     group = _documents_per_held_out(held_out)
     sources, notes = find_sources(inputs, input_format)
-    workers = _num_workers(workers, encoder, sources)
+    workers = count_workers(workers, encoder, sources)
     place = Path(output).resolve()
     _check_output(Path(output), overwrite)
     for note in notes:
@@ -122,8 +123,8 @@ def prepare(
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
     with atomic_folder(place) as folder, _progress_bar(sources, progress) as bar:
         documents = read_documents(sources, bar.update)
-        with closing(_encoded(documents, encoder, workers)) as encoded:
-            summary.splits, summary.empty_documents = _write_splits(
+        with closing(encode_documents(documents, encoder, workers)) as encoded:
+            summary.splits, summary.empty_documents, summary.documents_without_target = _write_splits(
                 folder, encoded, _random_split(group, seed), encoder.byte_lengths
             )
         if not summary.splits:
@@ -151,19 +152,6 @@ def _documents_per_held_out(held_out: float) -> int:
     return group
 
 
-def _num_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[Source]) -> int:
-    if workers is not None:
-        if workers < 1:
-            raise InputError(f"{workers} workers are too few; give at least 1")
-        return workers
-    if tokenizer.name == "bytes":  # encoding is faster than sending the text to another process
-        return 1
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if any(source.path == STDIN for source in sources):
-        return cpus
-    return max(1, min(cpus, sum(source.num_bytes for source in sources) // BYTES_PER_WORKER))
-
-
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; name a folder for the token stores")
@@ -180,61 +168,6 @@ def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty()))
 
 
-def _encoded(
-    documents: Iterator[Document], tokenizer: Tokenizer, workers: int
-) -> Generator[Iterable[np.ndarray], None, None]:
-    """Yields the ids of each document, as arrays, in order."""
-    if workers == 1:
-        for document in documents:
-            yield tokenizer.encode_pieces(document.pieces)
-        return
-    with closing(Workers(workers, partial(_encode_batch, tokenizer.name))) as pool:
-        try:
-            for work in _batches(documents):
-                if isinstance(work, Document):
-                    while pool.num_pending:
-                        yield from pool.result()
-                    yield tokenizer.encode_pieces(work.pieces)
-                else:
-                    done = pool.result() if pool.all_busy else ()
-                    pool.submit(work)
-                    yield from done
-            while pool.num_pending:
-                yield from pool.result()
-        except WorkerKilled:
-            raise InputError(
-                "a worker process was killed, perhaps because memory ran out; use fewer workers (--workers 1)"
-            ) from None
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[Batch | Document]:
-    """Yields short documents in batches, long ones one by one."""
-    batch: Batch = []
-    size = 0
-    for document in documents:
-        pieces: list[str] = []
-        length = 0
-        for piece in document.pieces:
-            pieces.append(piece)
-            length += len(piece)
-            if length > LONG_DOCUMENT_CHARS:
-                break
-        if batch and size + length > BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-        if length > LONG_DOCUMENT_CHARS:
-            yield Document(document.place, chain(pieces, document.pieces))
-        else:
-            batch.append(pieces)
-            size += length + DOCUMENT_OVERHEAD
-    if batch:
-        yield batch
-
-
-def _encode_batch(tokenizer: str, batch: Batch) -> list[list[np.ndarray]]:
-    return [[get_tokenizer(tokenizer).encode("".join(pieces))] for pieces in batch]
-
-
 def _random_split(group: int, seed: int) -> Callable[[int], str]:
     """Gives the split of document i: of every `group` documents, a random one is held out; group 0: none."""
 
@@ -247,32 +180,38 @@ def _random_split(group: int, seed: int) -> Callable[[int], str]:
 
 
 def _write_splits(
-    folder: Path, documents: Iterable[Iterable[np.ndarray]], split_of: Callable[[int], str], byte_lengths: np.ndarray
-) -> tuple[dict[str, SplitSummary], int]:
-    """Writes each document to its split; returns the splits that have any, and the number of empty documents."""
+    folder: Path, documents: Iterable[Encoded], split_of: Callable[[int], str], byte_lengths: np.ndarray
+) -> tuple[dict[str, SplitSummary], int, int]:
+    """Writes each document to its split.
+
+    Returns the splits that have any, and the numbers of empty documents and of those with nothing to learn.
+    """
     splits = {name: SplitSummary() for name in (TRAIN, HELD_OUT)}
-    count = empty = 0
+    count = empty = untaught = 0
     with ExitStack() as stack:
         writers = {name: TokenStoreWriter(folder / name) for name in splits}
         for writer in writers.values():
             stack.callback(writer.abort)
-        for pieces in documents:
+        for document in documents:
             name = split_of(count)
-            length = 0
-            for ids in pieces:
-                writers[name].extend(ids)
+            length = num_bytes = 0
+            for ids, are_targets in document.parts:
+                writers[name].extend(ids, are_targets)
                 length += ids.size
-                splits[name].bytes += int(byte_lengths[ids].sum())
+                num_bytes += int(byte_lengths[ids].sum())
             if not length:
                 empty += 1
-                continue
-            writers[name].end_document()
-            count += 1
+            elif not writers[name].end_document(document.learns_end):
+                untaught += 1
+            else:
+                splits[name].bytes += num_bytes
+                count += 1
         for name, writer in writers.items():
-            splits[name].documents, splits[name].tokens = writer.num_documents, writer.num_tokens
+            split = splits[name]
+            split.documents, split.tokens, split.targets = writer.num_documents, writer.num_tokens, writer.num_targets
             if writer.num_documents:
                 writer.close()
-    return {name: split for name, split in splits.items() if split.documents}, empty
+    return {name: split for name, split in splits.items() if split.documents}, empty, untaught
 
 
 def _with_both_splits(
@@ -285,21 +224,29 @@ def _with_both_splits(
         raise InputError(
             "--held-out: there is only one document, so none can be held out; give more, or leave --held-out out"
         )
-    for suffix in (".bin", ".idx"):
-        os.rename(folder / f"{TRAIN}{suffix}", folder / f"{UNSPLIT}{suffix}")
+    for path in folder.glob(f"{TRAIN}.*"):
+        os.rename(path, path.with_stem(UNSPLIT))
     store = TokenStore(folder / UNSPLIT)
     chosen = random.Random(seed).randrange(store.num_documents)
-    documents = (_stored_pieces(store, i) for i in range(store.num_documents))
-    splits, _ = _write_splits(folder, documents, lambda i: HELD_OUT if i == chosen else TRAIN, byte_lengths)
-    for path in (store.bin_path, store.idx_path):
+    documents = (stored_document(store, i) for i in range(store.num_documents))
+    splits, _, _ = _write_splits(folder, documents, lambda i: HELD_OUT if i == chosen else TRAIN, byte_lengths)
+    for path in folder.glob(f"{UNSPLIT}.*"):
         path.unlink()
     return splits
 
 
-def _stored_pieces(store: TokenStore, i: int) -> Iterator[np.ndarray]:
-    """Returns the ids of a stored document, without its end."""
+def stored_document(store: TokenStore, i: int) -> Encoded:
+    """Returns a document of a store as it went in."""
     end = store.length(i) - 1
-    return (store.tokens(i, begin, min(begin + COPY_TOKENS, end)) for begin in range(0, end, COPY_TOKENS))
+    return Encoded(_stored_parts(store, i, end), bool(store.targets(i, end, end + 1)[0]))
+
+
+def _stored_parts(store: TokenStore, i: int, end: int) -> Iterator[tuple[np.ndarray, bool]]:
+    for begin in range(0, end, COPY_TOKENS):
+        ids = store.tokens(i, begin, min(begin + COPY_TOKENS, end))
+        targets = store.targets(i, begin, begin + len(ids))
+        borders = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
+        yield from ((ids[a:b], bool(targets[a])) for a, b in pairwise(borders))
 
 
 def _write_summary(path: Path, summary: PrepareSummary) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from infctx.data.token_store import TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.tokenizer import get_tokenizer
 from infctx.documents.example_documents import python_documents
 from infctx.errors import InputError

@@ -6,27 +6,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from infctx.data.document_stream import DocumentStream
 from infctx.data.lanes import Lanes
-from infctx.data.token_store import TokenStore, TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
+from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 
 
 class ListStore:
-    """Documents in memory with the store interface that lanes need; counts the tokens read."""
+    """Documents in memory with the store interface that lanes need; counts the tokens read.
+
+    masked: whether random runs of tokens are no targets
+    """
 
     path = Path("memory/store")
 
-    def __init__(self, lengths, seed=0):
+    def __init__(self, lengths, seed=0, masked=False):
         rng = np.random.default_rng(seed)
         self.documents = [np.append(rng.integers(1, 257, max(n - 1, 0)), 0)[:n] for n in lengths]
         self.document_tokens, self.fingerprint = None, "of no file"
         self.num_documents = len(self.documents)
         self.num_tokens = sum(lengths)
         self.num_read = 0
+        flips = [np.cumsum(rng.random(n) < 0.1) % 2 > 0 if masked else np.ones(n, bool) for n in lengths]
+        self.masks = [np.append(False, mask[1:])[: len(mask)] for mask in flips]  # the first is never a target
 
     def number(self, i):
         return i
@@ -38,6 +44,12 @@ class ListStore:
         assert 0 <= begin <= end <= len(self.documents[i])
         self.num_read += end - begin
         return self.documents[i][begin:end].astype(np.int64)
+
+    def count_targets(self, i, begin, end):
+        return int(self.targets(i, begin, end).sum())
+
+    def targets(self, i, begin, end):
+        return self.masks[i][begin:end]
 
 
 def make(store, num_lanes=3, window_tokens=64, seed=1, vocab_size=257, **rest):
@@ -63,11 +75,12 @@ def expected_windows(store, num_lanes, window_tokens, seed, shuffle, count):
         for queue in queues:
             while len(queue) < window_tokens:
                 number = stream.document(index)
-                document = store.documents[number].tolist()
+                document, mask = store.documents[number].tolist(), store.masks[number].tolist()
                 index += 1
-                if len(document) < 2:
+                if not any(mask):
                     continue
-                places = [(a, b, number) for a, b in zip(document[:-1], document[1:], strict=True)]
+                wanted = [token if learned else -100 for token, learned in zip(document, mask, strict=True)]
+                places = [(a, b, number) for a, b in zip(document[:-1], wanted[1:], strict=True)]
                 places += [(0, -100, number)] * (-len(places) % 16)
                 queue += [(*place, i == 0) for i, place in enumerate(places)]
             now, queue[:] = queue[:window_tokens], queue[window_tokens:]
@@ -86,10 +99,12 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 400), st.sampled
     window_tokens=st.sampled_from([16, 32, 48, 64, 160]),
     seed=st.integers(0, 100),
     shuffle=st.booleans(),
+    masked=st.booleans(),
 )
 @settings(deadline=None, max_examples=150)
-def test_windows_are_the_documents_end_to_end(lengths, num_lanes, window_tokens, seed, shuffle):
-    store = ListStore(lengths, seed)
+def test_windows_are_the_documents_end_to_end(lengths, num_lanes, window_tokens, seed, shuffle, masked):
+    store = ListStore(lengths, seed, masked)
+    assume(any(mask.any() for mask in store.masks))
     lanes = make(store, num_lanes, window_tokens, seed, shuffle=shuffle)
     for expected, (window, _) in zip(
         expected_windows(store, num_lanes, window_tokens, seed, shuffle, 6), lanes, strict=False
@@ -141,27 +156,28 @@ def targets_of_each_document(store, lanes, num_windows):
     return done, list(open_documents.values())
 
 
-@pytest.mark.parametrize("num_lanes, window_tokens", [(1, 16), (3, 64), (4, 512)])
-def test_every_token_of_every_document_is_a_target_once_an_epoch(num_lanes, window_tokens):
+@pytest.mark.parametrize("num_lanes, window_tokens, masked", [(1, 16, False), (3, 64, True), (4, 512, True)])
+def test_every_target_of_every_document_comes_once_an_epoch(num_lanes, window_tokens, masked):
     rng = random.Random(0)
     lengths = [rng.choice([rng.randrange(2, 30), rng.randrange(2, 900)]) for _ in range(37)] + [1, 0]
-    store = ListStore(lengths)
+    store = ListStore(lengths, masked=masked)
+    kept = [number for number, mask in enumerate(store.masks) if mask.any()]
     epochs = 3
     lanes = make(store, num_lanes, window_tokens)
-    places = sum(-(-(length - 1) // 16) * 16 for length in lengths if length > 1)
+    places = sum(-(-(length - 1) // 16) * 16 for length in map(lengths.__getitem__, kept))
     # The last documents of an epoch end while other lanes have begun the next one.
     num_windows = epochs * places // (num_lanes * window_tokens) + max(lengths) // window_tokens + 2
     done, unfinished = targets_of_each_document(store, lanes, num_windows)
     counts = [0] * len(lengths)
     for number, targets in done:
-        assert targets == store.documents[number].tolist()[1:]
+        assert targets == store.documents[number][store.masks[number]].tolist()
         counts[number] += 1
     for number, targets in unfinished:
-        assert targets == store.documents[number].tolist()[1 : 1 + len(targets)]
+        assert targets == store.documents[number][store.masks[number]].tolist()[: len(targets)]
         counts[number] += 1
-    assert counts[-2:] == [0, 0]
-    assert min(counts[:-2]) >= epochs
-    assert max(counts) - min(counts[:-2]) <= 1
+    assert {number for number, count in enumerate(counts) if count} == set(kept)
+    assert min(counts[number] for number in kept) >= epochs
+    assert max(counts) - min(counts[number] for number in kept) <= 1
 
 
 def test_a_long_document_continues_in_its_lane():
@@ -230,6 +246,13 @@ def test_a_rank_reads_only_the_tokens_of_its_lanes():
     assert store.num_read <= 10 * 65
 
 
+def test_counts_that_disagree_with_the_bits_of_a_mask():
+    store = ListStore([100], masked=True)
+    store.count_targets = lambda i, begin, end: end - begin
+    with pytest.raises(InputError, match=r"store\.mask: its running counts and its bits disagree in document 0; copy"):
+        next(make(store))
+
+
 def test_the_window_may_change_at_a_position():
     store = ListStore([500, 300])
     lanes = make(store, num_lanes=1, window_tokens=64, shuffle=False)
@@ -239,12 +262,15 @@ def test_the_window_may_change_at_a_position():
     assert window.tokens[0].tolist() == store.documents[0][192:320].tolist()
 
 
-def test_lanes_of_a_store_on_disk(tmp_path):
-    source = ListStore([5, 700, 33, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lanes_of_a_store_on_disk(tmp_path, masked):
+    source = ListStore([5, 700, 33, 20], masked=masked)
     with TokenStoreWriter(tmp_path / "train") as writer:
-        for document in source.documents:
-            writer.extend(document[:-1])
-            writer.end_document()
+        for document, mask in zip(source.documents, source.masks, strict=True):
+            for token, is_target in zip(document[:-1], mask[:-1], strict=True):
+                writer.extend(token[None], bool(is_target))
+            assert writer.end_document(bool(mask[-1])) == mask.any()
+    assert (tmp_path / "train.mask").exists() == masked
     for (window, _), (expected, _) in islice(zip(make(TokenStore(tmp_path / "train")), make(source), strict=True), 10):
         assert same(window, expected)
 

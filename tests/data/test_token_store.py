@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import infctx.data.store_writer as store_writer
 import infctx.data.token_store as token_store
-from infctx.data.token_store import TokenStore, TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
+from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 
 from places import ROOT
@@ -78,7 +80,8 @@ def test_documents_of_several_sequences_and_of_none(tmp_path):
 def test_what_is_written_is_the_format_byte_by_byte(tmp_path_factory, documents, block):
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_store, "BLOCK", block)  # several blocks in all loops over the index
+        for module in (token_store, store_writer):  # several blocks in all loops over the index
+            patch.setattr(module, "BLOCK", block)
         with TokenStoreWriter(folder / "a") as writer:
             for document in documents:
                 half = len(document) // 2
@@ -95,7 +98,7 @@ def test_what_is_written_is_the_format_byte_by_byte(tmp_path_factory, documents,
 
 
 def test_a_document_too_long_for_one_size_is_several_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "MAX_SEQUENCE_TOKENS", 4)
+    monkeypatch.setattr(store_writer, "MAX_SEQUENCE_TOKENS", 4)
     documents = [list(range(1, 1 + length)) for length in (11, 2, 3, 4, 8)]
     with TokenStoreWriter(tmp_path / "a") as writer:
         for document in documents:
@@ -334,7 +337,7 @@ def test_a_store_without_documents_or_with_an_open_one_is_not_closed(tmp_path):
 DISK_FULL = """
 import errno, os, resource, signal, sys
 import numpy as np
-from infctx.data.token_store import TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

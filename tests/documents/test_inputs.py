@@ -15,7 +15,7 @@ from infctx.prepare.prepare import prepare
 
 def texts(*inputs, input_format=None):
     sources, _ = find_sources([str(name) for name in inputs], input_format)
-    return ["".join(document.pieces) for document in read_documents(sources)]
+    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
 
 
 def notes(*inputs, input_format=None):

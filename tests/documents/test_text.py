@@ -16,7 +16,7 @@ from infctx.errors import InputError
 
 def texts(*inputs, input_format=None):
     sources, _ = find_sources([str(name) for name in inputs], input_format)
-    return ["".join(document.pieces) for document in read_documents(sources)]
+    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
 
 
 def compress(data: bytes, suffix: str) -> bytes:
@@ -40,7 +40,10 @@ def test_a_line_of_jsonl_is_a_document(tmp_path, compression):
     lines = ["", json.dumps({"text": TEXT}), "  ", '{"id": 1, "text": "b"}\r', '{"text": ""}', '{"text": "\\u2028é"}']
     path = tmp_path / f"a.jsonl{compression}"
     path.write_bytes(compress("\n".join(lines).encode(), compression))
-    documents = [(d.place, "".join(d.pieces)) for d in read_documents(find_sources([str(path)])[0])]
+    documents = [
+        (d.place, "".join(piece for part in d.parts for piece in part.pieces))
+        for d in read_documents(find_sources([str(path)])[0])
+    ]
     assert documents == [(f"{path}:2", TEXT), (f"{path}:4", "b"), (f"{path}:5", ""), (f"{path}:6", "\u2028é")]
 
 
@@ -85,7 +88,7 @@ def test_progress_adds_up_to_the_bytes_on_disk(tmp_path, compression):
     counts = []
     sources, _ = find_sources([str(path)])
     for document in read_documents(sources, counts.append):
-        list(document.pieces)
+        [piece for part in document.parts for piece in part.pieces]
     assert sum(counts) == sources[0].num_bytes == path.stat().st_size
     assert len(counts) > 1
 
@@ -104,7 +107,12 @@ def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
     path = tmp_path / f"a.txt{compression}"
     path.write_bytes(compress(b" " * 40_000_000 + "🙂".encode(), compression))
     tracemalloc.start()
-    lengths = [len(piece) for document in read_documents(find_sources([str(path)])[0]) for piece in document.pieces]
+    lengths = [
+        len(piece)
+        for document in read_documents(find_sources([str(path)])[0])
+        for part in document.parts
+        for piece in part.pieces
+    ]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(lengths) == 40_000_001
@@ -116,7 +124,7 @@ def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
 def test_a_long_document_of_jsonl_comes_in_bounded_pieces(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab" * 1_500_000}))
     (document,) = read_documents(find_sources([str(tmp_path / "a.jsonl")])[0])
-    pieces = list(document.pieces)
+    pieces = [piece for part in document.parts for piece in part.pieces]
     assert "".join(pieces) == "ab" * 1_500_000
     assert max(map(len, pieces)) <= text_module.BLOCK_BYTES
 

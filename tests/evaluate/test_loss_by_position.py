@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import infctx
-from infctx.data.token_store import TokenStore, TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
+from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 from infctx.evaluate import loss_by_position as evaluate_module
 from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarize, total
@@ -21,12 +22,14 @@ from tiny_models import random_model
 ALL = 1 << 30
 
 
-def write_documents(path, lengths, vocab_size=257, seed=0):
-    """Writes a store of random documents, each with its end; `lengths` in tokens."""
+def write_documents(path, lengths, vocab_size=257, seed=0, masked=False):
+    """Writes a store of random documents, each with its end; `lengths` in tokens; masked: a third is no target."""
     random = np.random.default_rng(seed)
     with TokenStoreWriter(path) as writer:
         for length in lengths:
-            writer.extend(random.integers(1, vocab_size, length - 1).astype(np.uint16))
+            ids = random.integers(1, vocab_size, length - 1).astype(np.uint16)
+            for part in np.array_split(ids, 7):
+                writer.extend(part, not masked or random.random() > 1 / 3)
             writer.end_document()
     return TokenStore(path)
 
@@ -44,20 +47,24 @@ def losses_of(model, store, document, limit=ALL):
     return -model.logits(hidden)[0].log_softmax(1).gather(1, tokens[1:, None])[:, 0]
 
 
-@pytest.mark.parametrize("segment_tokens", [1, 100, 255, 256, 1024, 5000])
-def test_buckets_and_losses(tmp_path, model, segment_tokens):
+@pytest.mark.parametrize(
+    "segment_tokens, masked", [(1, False), (100, True), (255, False), (256, True), (1024, True), (5000, False)]
+)
+def test_buckets_and_losses(tmp_path, model, segment_tokens, masked):
     lengths = (2, 257, 258, 40, 1500) if segment_tokens > 1 else (2, 258, 40)
-    store = write_documents(tmp_path / "store", lengths)
+    store = write_documents(tmp_path / "store", lengths, masked=masked)
     buckets = evaluate_store(model, store, segment_tokens, ALL)
     borders = [(0, 256), (256, 1024), (1024, 4096)][: 3 if segment_tokens > 1 else 2]
     assert [(bucket.begin, bucket.end) for bucket in buckets] == borders
     losses = [losses_of(model, store, document) for document in range(len(lengths))]
+    masks = [torch.from_numpy(store.targets(i, 1, length)) for i, length in enumerate(lengths)]
     for bucket in buckets:
-        inside = torch.cat([of_one[bucket.begin : bucket.end] for of_one in losses])
+        place = slice(bucket.begin, bucket.end)
+        inside = torch.cat([of_one[place][mask[place]] for of_one, mask in zip(losses, masks, strict=True)])
         assert bucket.num_tokens == len(inside) > 0
         assert bucket.nats == pytest.approx(inside.sum().item(), rel=1e-12)
         assert bucket.nats_per_token == pytest.approx(inside.mean().item(), rel=1e-12)
-    assert total(buckets).num_tokens == sum(lengths) - len(lengths)
+    assert total(buckets).num_tokens == store.num_targets
 
 
 def test_the_end_of_a_document_is_not_a_byte(tmp_path, model):

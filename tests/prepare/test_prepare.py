@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import infctx.prepare.encode as encode_module
 import infctx.prepare.prepare as prepare_module
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer
+from infctx.documents.document import Document, Part
 from infctx.errors import InputError
 from infctx.prepare.prepare import prepare
 
@@ -54,7 +56,8 @@ def test_documents_come_out_as_they_went_in(tmp_path, tokenizer):
     assert stored_texts(tmp_path / "new/out/train", tokenizer) == texts
     assert sorted(content(tmp_path / "new/out")) == ["store.json", "train.bin", "train.idx"]
     store = TokenStore(tmp_path / "new/out/train")
-    split = {"documents": 51, "tokens": store.num_tokens, "bytes": sum(len(text.encode()) for text in texts)}
+    num_bytes = sum(len(text.encode()) for text in texts)
+    split = {"documents": 51, "tokens": store.num_tokens, "bytes": num_bytes, "targets": store.num_tokens - 51}
     assert json.loads((tmp_path / "new/out/store.json").read_text()) == {
         "tokenizer": tokenizer,
         "vocab_size": {"world": 65536, "bytes": 257}[tokenizer],
@@ -66,8 +69,8 @@ def test_documents_come_out_as_they_went_in(tmp_path, tokenizer):
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     # Small, so that there are many batches, and documents too long for a batch.
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 3_000)
-    monkeypatch.setattr(prepare_module, "LONG_DOCUMENT_CHARS", 5_000)
+    monkeypatch.setattr(encode_module, "BATCH_CHARS", 3_000)
+    monkeypatch.setattr(encode_module, "LONG_DOCUMENT_CHARS", 5_000)
     texts = some_texts(200)
     for place in (0, 50, 51, 150):
         texts.insert(place, "".join(some_texts(60, seed=place)))
@@ -157,7 +160,7 @@ def test_mistakes_in_the_text_leave_nothing(tmp_path, workers):
 
 def test_an_error_in_a_worker_is_raised_unchanged(tmp_path, monkeypatch):
     """text.py would refuse these documents; here only a worker can find them."""
-    documents = [prepare_module.Document("a", iter(["good"])), prepare_module.Document("b", iter(["\ud800"]))]
+    documents = [Document(text, iter([Part([text])])) for text in ("good", "\ud800")]
     monkeypatch.setattr(prepare_module, "read_documents", lambda sources, on_bytes: iter(documents))
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     refused(tmp_path, r"character 0 of the text is a lone surrogate", [source], workers=2)
@@ -244,19 +247,6 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, capsys, monkeypatch):
     assert sys.stderr.getvalue() == ""
     prepare([source], tmp_path / "c", tokenizer="bytes")
     assert "100%" in sys.stderr.getvalue()
-
-
-def test_workers_are_chosen_by_the_work(tmp_path, monkeypatch):
-    def chosen(tokenizer, num_bytes):
-        (tmp_path / "a.txt").write_bytes(b"")
-        os.truncate(tmp_path / "a.txt", num_bytes)
-        sources, _ = prepare_module.find_sources([str(tmp_path / "a.txt")])
-        return prepare_module._num_workers(None, get_tokenizer(tokenizer), sources)
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    unit = prepare_module.BYTES_PER_WORKER
-    assert [chosen("world", size) for size in (0, unit, 3 * unit, 100 * unit)] == [1, 1, 3, 8]
-    assert chosen("bytes", 100 * unit) == 1
 
 
 def large_jsonl(path: Path, megabytes: int) -> Path:

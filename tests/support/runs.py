@@ -15,7 +15,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from infctx.__main__ import main
-from infctx.data.token_store import TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
 from infctx.distributed.devices import Devices, open_devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
