@@ -24,7 +24,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-v
 # Passed through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare train tune plan evaluate generate export test test-slow lint dev gpu-check
+.PHONY: help install prepare inspect train tune plan evaluate generate export test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,9 @@ install: $(VENV)/installed  ## sets up .venv with everything the commands need
 prepare: $(VENV)/installed  ## turns text into a token store: make prepare INPUT=books/ OUTPUT=data/books
 	@test -n "$(INPUT)" -a -n "$${OUTPUT:-}" || { echo 'name INPUT and OUTPUT: make prepare INPUT=books/ OUTPUT=data/books' >&2; exit 2; }
 	@$(INFCTX) prepare $(INPUT) --output "$$OUTPUT" $(ARGS)
+
+inspect: $(VENV)/installed  ## shows what is in a token store: make inspect STORE=data/books/train ARGS="--document 0"
+	@$(INFCTX) inspect "$$STORE" $(ARGS)
 
 train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes it
 	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)

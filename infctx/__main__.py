@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import infctx
 from infctx.arguments import Parser
-from infctx.commands import evaluate, export, generate, prepare, train
+from infctx.commands import evaluate, export, generate, inspect, prepare, train
 from infctx.environment import rank_number
 from infctx.exits import run_command
 from infctx.small_texts import quoted
@@ -38,6 +38,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("prepare", prepare.run, prepare.describe, loads_torch=False),
+    Command("inspect", inspect.run, inspect.describe, loads_torch=False),
     Command("train", train.train_command, train.describe_train, trains=True),
     Command("tune", train.tune_command, train.describe_tune, trains=True),
     Command("plan", train.plan_command, train.describe_plan, loads_torch=False, trains=True),

@@ -24,6 +24,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Reads a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 0")
+    return int(text)
+
+
 def seed(text: str) -> int:
     """Reads a whole number from 0 to 2^63 - 1, the seeds that torch takes."""
     if not text.isdecimal() or int(text) >= 1 << 63:

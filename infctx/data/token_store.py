@@ -9,6 +9,7 @@ doc_idx[i + 1] - 1; nearly always that is one sequence. The last token of a docu
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -77,6 +78,16 @@ class TokenStore:
         """Returns the number of tokens in document i, its end included."""
         begin, end = self._span(i)
         return end - begin
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yields the number of tokens of each document, its end included, int64, in blocks of documents."""
+        for begin in range(0, self.num_documents, BLOCK):
+            count = min(BLOCK, self.num_documents - begin)
+            borders = self._index.read(self._documents_begin + 8 * begin, count + 1, np.dtype("<i8"))
+            first, last = int(borders[0]), int(borders[-1])
+            offsets = self._index.read(self._offsets_begin + 8 * first, last - first, np.dtype("<i8"))
+            places = np.append(offsets, self._sequence_begin(last) * self._dtype.itemsize)
+            yield np.diff(places[borders - first]) // self._dtype.itemsize
 
     def number(self, i: int) -> int:
         """Returns the number of document i in messages."""
