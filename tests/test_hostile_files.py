@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
 from infctx.data.token_store import TokenStore
+from infctx.documents.document import Reading
 from infctx.documents.inputs import find_sources
 from infctx.documents.text import read_documents
 from infctx.errors import InputError
@@ -97,7 +98,10 @@ def read_log(file):
 
 def read_texts(file):
     sources, _ = find_sources([str(file)])
-    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
+    return [
+        "".join(piece for part in document.parts for piece in part.pieces)
+        for document in read_documents(sources, Reading())
+    ]
 
 
 CASES = [

@@ -30,6 +30,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
     )
+    parser.add_argument("--text-column", metavar="NAME", help="the key or column with the text (default: text)")
     parser.add_argument("--workers", type=count, help="processes (default: all cores)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
@@ -38,14 +39,16 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from infctx.documents.document import Reading
     from infctx.prepare.prepare import prepare
 
+    reading = Reading(format=options.format, text_column=options.text_column)
     summary = prepare(
         options.inputs,
         options.output,
         tokenizer=options.tokenizer,
         held_out=options.held_out,
-        input_format=options.format,
+        reading=reading,
         workers=options.workers,
         seed=options.seed,
         overwrite=options.overwrite,

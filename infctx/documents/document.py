@@ -10,6 +10,27 @@ from typing import NamedTuple
 STDIN = "-"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the user wants the files read; None: as their content shows.
+
+    format: of every file: a name in `infctx.documents.inputs.FORMATS`
+    encoding: of texts, such as "cp1252"
+    skip_bad: leaves out files, lines and rows that cannot be read, and lists them
+    join: "repository": each folder is one long document, its files under headings
+    text_column: the key or column that holds the text
+    """
+
+    format: str | None = None
+    encoding: str | None = None
+    skip_bad: bool = False
+    join: str | None = None
+    text_column: str | None = None
+
+
+AS_THEY_ARE = Reading()
+
+
 @dataclass
 class Source:
     """A file to read.
@@ -50,8 +71,10 @@ class Document:
     place: its file and line, for messages
     parts: to be read to the end before the next document is asked for
     learns_end: whether a model learns that the document ends there
+    form: what its record was recognized as, for the summary
     """
 
     place: str
     parts: Iterator[Part]
     learns_end: bool = True
+    form: str = "text"

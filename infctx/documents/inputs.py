@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from infctx.documents.document import STDIN, Source
+from infctx.documents.document import AS_THEY_ARE, STDIN, Reading, Source
 from infctx.documents.text import first_bytes
 from infctx.errors import InputError
 from infctx.small_texts import counted, quoted
@@ -49,13 +49,14 @@ class _File:
         return os.path.realpath(self.path)
 
 
-def find_sources(inputs: Sequence[str], input_format: str | None = None) -> tuple[list[Source], list[str]]:
+def find_sources(inputs: Sequence[str], reading: Reading = AS_THEY_ARE) -> tuple[list[Source], list[str]]:
     """Returns the files that `inputs` name, in their order, each folder and glob sorted by name; and lines for the user
     about files left out or named twice.
 
-    input_format: "text" or "jsonl": the format of standard input and of files with any other suffix
+    reading: its format is that of standard input and of files with any other suffix
     Raises InputError for names without files, and for files named directly that cannot be read as text.
     """
+    input_format = reading.format
     if input_format not in (None, "text", "jsonl"):
         raise InputError(f"format {input_format!r} is not known; choose text or jsonl")
     if not inputs:

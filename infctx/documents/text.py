@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import chain
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
-from infctx.documents.document import STDIN, Document, Part, Source
+from infctx.documents.document import STDIN, Document, Part, Reading, Source
+from infctx.documents.records import document_of
 from infctx.errors import InputError
-from infctx.small_texts import quoted
 
 BLOCK_BYTES = 1 << 20
 # A zstd frame can grow 30,000 times, and everything in one call is expanded at once.
@@ -27,7 +27,9 @@ ZSTD_BLOCK_BYTES = 4 << 10
 MAX_LINE_BYTES = 256 << 20
 
 
-def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] | None = None) -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[Source], reading: Reading, on_bytes: Callable[[int], object] | None = None
+) -> Iterator[Document]:
     """Yields the documents of all sources, in order.
 
     on_bytes: called with the number of bytes read from disk since its last call
@@ -36,7 +38,7 @@ def read_documents(sources: Sequence[Source], on_bytes: Callable[[int], object] 
     """
     count = 0
     for source in sources:
-        for document in _documents_of(source, on_bytes or (lambda num_bytes: None)):
+        for document in _documents_of(source, reading, on_bytes or (lambda num_bytes: None)):
             count += 1
             yield document
     if not count:
@@ -49,7 +51,7 @@ def first_bytes(source: Source) -> bytes:
         return next(blocks, b"")
 
 
-def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator[Document]:
+def _documents_of(source: Source, reading: Reading, on_bytes: Callable[[int], object]) -> Iterator[Document]:
     blocks: Iterator[bytes] = _blocks(source, on_bytes)
     first = next(blocks, None)
     if first is None and source.named:
@@ -62,7 +64,7 @@ def _documents_of(source: Source, on_bytes: Callable[[int], object]) -> Iterator
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             place = f"{_name(source)}:{number}"
-            yield Document(place, iter([Part(_slices(_text_of_line(line, place)))]))
+            yield document_of(_record(line, place), place, reading)
 
 
 def _blocks(source: Source, on_bytes: Callable[[int], object]) -> Generator[bytes, None, None]:
@@ -146,7 +148,7 @@ def _lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _text_of_line(line: bytes, place: str) -> str:
+def _record(line: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -157,22 +159,7 @@ def _text_of_line(line: bytes, place: str) -> str:
         raise InputError(f"{place}: not JSON ({error}); correct or remove the line") from None
     if not isinstance(value, dict):
         raise InputError(f'{place}: not a JSON object but {type(value).__name__}; write {{"text": "..."}}')
-    if "text" not in value:
-        keys = quoted(", ".join(map(repr, list(value)[:5]))) or "none"
-        raise InputError(f"{place}: no key `text` (keys: {keys}); give the document's text this key")
-    if not isinstance(value["text"], str):
-        raise InputError(f"{place}: `text` is {type(value['text']).__name__}, not a string; correct or remove the line")
-    if b"\\u" in line:  # only an escape can give half of a surrogate pair
-        try:
-            value["text"].encode()
-        except UnicodeEncodeError as error:
-            character = f"U+{ord(value['text'][error.start]):04X}"
-            raise InputError(f"{place}: `text` holds a lone surrogate, {character}; remove it, it is no text") from None
-    return value["text"]
-
-
-def _slices(text: str) -> Iterator[str]:
-    return (text[begin : begin + BLOCK_BYTES] for begin in range(0, len(text), BLOCK_BYTES))
+    return value
 
 
 def _not_utf8(error: UnicodeDecodeError, place: str, offset: int) -> InputError:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.token_store import SUMMARY_FILE, TokenStore
 from infctx.data.tokenizer import get_tokenizer
-from infctx.documents.document import STDIN, Source
+from infctx.documents.document import AS_THEY_ARE, STDIN, Reading, Source
 from infctx.documents.inputs import find_sources
 from infctx.documents.text import read_documents
 from infctx.errors import InputError
@@ -89,7 +89,7 @@ def prepare(
     *,
     tokenizer: str,
     held_out: float = 0.0,
-    input_format: str | None = None,
+    reading: Reading = AS_THEY_ARE,
     workers: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -102,7 +102,7 @@ def prepare(
     tokenizer: "world" or "bytes"
     held_out: the share of the documents (0 to 0.5) that go to the held-out split: of every 1 / held_out documents, one
         at a random place, and at least one in all
-    input_format: "text" or "jsonl", what standard input and files of any other suffix hold
+    reading: how the inputs are to be read
     workers: processes that encode; None: as many as there are CPUs, and work, for
     seed: for the choice of the held-out documents
     overwrite: replaces an existing output once the new one is complete
@@ -114,7 +114,7 @@ def prepare(
     """
     encoder = get_tokenizer(tokenizer)
     group = _documents_per_held_out(held_out)
-    sources, notes = find_sources(inputs, input_format)
+    sources, notes = find_sources(inputs, reading)
     workers = count_workers(workers, encoder, sources)
     place = Path(output).resolve()
     _check_output(Path(output), overwrite)
@@ -122,7 +122,7 @@ def prepare(
         log.info(note)
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
     with atomic_folder(place) as folder, _progress_bar(sources, progress) as bar:
-        documents = read_documents(sources, bar.update)
+        documents = read_documents(sources, reading, bar.update)
         with closing(encode_documents(documents, encoder, workers)) as encoded:
             summary.splits, summary.empty_documents, summary.documents_without_target = _write_splits(
                 folder, encoded, _random_split(group, seed), encoder.byte_lengths

@@ -7,6 +7,7 @@ import threading
 import pytest
 import zstandard
 
+from infctx.documents.document import Reading
 from infctx.documents.inputs import find_sources
 from infctx.documents.text import read_documents
 from infctx.errors import InputError
@@ -14,12 +15,15 @@ from infctx.prepare.prepare import prepare
 
 
 def texts(*inputs, input_format=None):
-    sources, _ = find_sources([str(name) for name in inputs], input_format)
-    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
+    sources, _ = find_sources([str(name) for name in inputs], Reading(format=input_format))
+    return [
+        "".join(piece for part in document.parts for piece in part.pieces)
+        for document in read_documents(sources, Reading())
+    ]
 
 
 def notes(*inputs, input_format=None):
-    return find_sources([str(name) for name in inputs], input_format)[1]
+    return find_sources([str(name) for name in inputs], Reading(format=input_format))[1]
 
 
 def write(folder, files):
@@ -194,5 +198,5 @@ def test_files_that_are_left_out_are_named_before_the_work_and_at_the_end(tmp_pa
     summary = prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes")
     assert [record.message for record in caplog.records] == [line]
     assert str(summary).splitlines()[1:] == [line]
-    summary = prepare([str(tmp_path / "in")], tmp_path / "all", tokenizer="bytes", input_format="text")
+    summary = prepare([str(tmp_path / "in")], tmp_path / "all", tokenizer="bytes", reading=Reading(format="text"))
     assert (summary.splits["train"].documents, summary.notes) == (3, [])

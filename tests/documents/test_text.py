@@ -9,14 +9,18 @@ import pytest
 import zstandard
 
 import infctx.documents.text as text_module
+from infctx.documents.document import Reading
 from infctx.documents.inputs import find_sources
 from infctx.documents.text import read_documents
 from infctx.errors import InputError
 
 
 def texts(*inputs, input_format=None):
-    sources, _ = find_sources([str(name) for name in inputs], input_format)
-    return ["".join(piece for part in document.parts for piece in part.pieces) for document in read_documents(sources)]
+    sources, _ = find_sources([str(name) for name in inputs], Reading(format=input_format))
+    return [
+        "".join(piece for part in document.parts for piece in part.pieces)
+        for document in read_documents(sources, Reading())
+    ]
 
 
 def compress(data: bytes, suffix: str) -> bytes:
@@ -42,7 +46,7 @@ def test_a_line_of_jsonl_is_a_document(tmp_path, compression):
     path.write_bytes(compress("\n".join(lines).encode(), compression))
     documents = [
         (d.place, "".join(piece for part in d.parts for piece in part.pieces))
-        for d in read_documents(find_sources([str(path)])[0])
+        for d in read_documents(find_sources([str(path)])[0], Reading())
     ]
     assert documents == [(f"{path}:2", TEXT), (f"{path}:4", "b"), (f"{path}:5", ""), (f"{path}:6", "\u2028é")]
 
@@ -87,7 +91,7 @@ def test_progress_adds_up_to_the_bytes_on_disk(tmp_path, compression):
     path.write_bytes(compress(b"".join(b"%d " % i for i in range(400_000)), compression))
     counts = []
     sources, _ = find_sources([str(path)])
-    for document in read_documents(sources, counts.append):
+    for document in read_documents(sources, Reading(), counts.append):
         [piece for part in document.parts for piece in part.pieces]
     assert sum(counts) == sources[0].num_bytes == path.stat().st_size
     assert len(counts) > 1
@@ -109,7 +113,7 @@ def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
     tracemalloc.start()
     lengths = [
         len(piece)
-        for document in read_documents(find_sources([str(path)])[0])
+        for document in read_documents(find_sources([str(path)])[0], Reading())
         for part in document.parts
         for piece in part.pieces
     ]
@@ -123,7 +127,7 @@ def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
 
 def test_a_long_document_of_jsonl_comes_in_bounded_pieces(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab" * 1_500_000}))
-    (document,) = read_documents(find_sources([str(tmp_path / "a.jsonl")])[0])
+    (document,) = read_documents(find_sources([str(tmp_path / "a.jsonl")])[0], Reading())
     pieces = [piece for part in document.parts for piece in part.pieces]
     assert "".join(pieces) == "ab" * 1_500_000
     assert max(map(len, pieces)) <= text_module.BLOCK_BYTES
@@ -186,7 +190,7 @@ def test_utf16_is_not_utf8(tmp_path):
         (b'{"content": "a", "id": 2}', r"a\.jsonl:3: no key `text` \(keys: 'content', 'id'\)"),
         (b"{}", r"a\.jsonl:3: no key `text` \(keys: none\)"),
         (b'{"text": 5}', r"a\.jsonl:3: `text` is int, not a string"),
-        (b'{"text": null}', r"a\.jsonl:3: `text` is NoneType, not a string"),
+        (b'{"text": null}', r"a\.jsonl:3: `text` is null, not a string"),
         (b'{"text": "a\xff"}', r"a\.jsonl:3: not UTF-8: byte 0xff at offset 11"),
         (b'{"text": "a\\ud83d"}', r"a\.jsonl:3: `text` holds a lone surrogate, U\+D83D"),
     ],
@@ -225,4 +229,4 @@ def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
     sources, _ = find_sources([str(path)])
     Path(path).unlink()
     with pytest.raises(InputError, match=r"a\.txt: cannot be read \(No such file"):
-        list(read_documents(sources))
+        list(read_documents(sources, Reading()))

@@ -161,7 +161,7 @@ def test_mistakes_in_the_text_leave_nothing(tmp_path, workers):
 def test_an_error_in_a_worker_is_raised_unchanged(tmp_path, monkeypatch):
     """text.py would refuse these documents; here only a worker can find them."""
     documents = [Document(text, iter([Part([text])])) for text in ("good", "\ud800")]
-    monkeypatch.setattr(prepare_module, "read_documents", lambda sources, on_bytes: iter(documents))
+    monkeypatch.setattr(prepare_module, "read_documents", lambda sources, reading, on_bytes: iter(documents))
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     refused(tmp_path, r"character 0 of the text is a lone surrogate", [source], workers=2)
 

@@ -364,7 +364,7 @@ a text in Latin-1 = prepare latin.txt --output out
 a broken line of JSON = prepare broken.jsonl --output out
     broken.jsonl:2: ... correct or remove the line
 JSON without text = prepare other.jsonl --output out
-    other.jsonl:1: ... give the document's text this key
+    other.jsonl:1: ... give the document's text this key, or name another with --text-column
 a cut gzip = prepare cut.txt.gz --output out
     cut.txt.gz: ... copy or compress it again
 a picture = prepare image.png --output out

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from infctx.data.token_store import TokenStore
+from infctx.documents.document import Reading
 from infctx.prepare.prepare import prepare
 
 from places import ROOT
@@ -29,7 +30,7 @@ def test_the_documents_of_the_python_installation(tmp_path, monkeypatch):
         buffer = io.BytesIO(lines)
 
     monkeypatch.setattr(sys, "stdin", Stdin)
-    summary = prepare(["-"], tmp_path / "out", tokenizer="bytes", input_format="jsonl", held_out=0.1)
+    summary = prepare(["-"], tmp_path / "out", tokenizer="bytes", reading=Reading(format="jsonl"), held_out=0.1)
     assert sum(split.documents for split in summary.splits.values()) == len(documents)
     store = TokenStore(tmp_path / "out" / "train")
     assert summary.splits["train"].bytes == store.num_tokens - store.num_documents
