@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from infctx.documents.document import Document, Part, Reading
@@ -22,10 +22,19 @@ def document_of(record: Mapping[str, Any], place: str, reading: Reading) -> Docu
     """
     column = reading.text_column or TEXT_COLUMN
     if column not in record:
-        keys = quoted(", ".join(map(repr, list(record)[:MOST_KEYS]))) or "none"
-        remedy = "give the document's text this key, or name another with --text-column"
-        raise InputError(f"{place}: no key `{quoted(column)}` (keys: {keys}); {remedy}")
+        raise _no_text(record, place, column)
     return Document(place, iter([Part(_pieces(checked_text(record[column], place, column)))]))
+
+
+def needed_columns(columns: Sequence[str], place: str, reading: Reading) -> Sequence[str]:
+    """Returns those columns of a table that `document_of` needs; raises InputError if a record of them holds none.
+
+    place: its file, for messages
+    """
+    column = reading.text_column or TEXT_COLUMN
+    if column not in columns:
+        raise _no_text(columns, place, column)
+    return [column]
 
 
 def checked_text(value: Any, place: str, key: str) -> str:
@@ -41,6 +50,13 @@ def checked_text(value: Any, place: str, key: str) -> str:
             f"{place}: `{quoted(key)}` holds a lone surrogate, {character}; remove it, it is no text"
         ) from None
     return value
+
+
+def _no_text(keys: Iterable[str], place: str, column: str) -> InputError:
+    keys = list(keys)
+    listed = quoted(", ".join(map(repr, keys[:MOST_KEYS]))) or "none"
+    remedy = "give the document's text this key, or name another with --text-column"
+    return InputError(f"{place}: no key `{quoted(column)}` (keys: {listed}); {remedy}")
 
 
 def _pieces(text: str) -> Iterator[str]:
