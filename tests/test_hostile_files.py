@@ -20,7 +20,7 @@ import infctx
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
 from infctx.documents.inputs import find_sources
-from infctx.documents.text import read_documents
+from infctx.documents.read import read_documents
 from infctx.errors import InputError
 from infctx.formats import pth_check
 from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint

@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 
 from infctx.arguments import count, number, seed
+from infctx.documents.document import FORMATS, REPOSITORY, Reading
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
     """Turn text into a token store."""
     parser.add_argument(
-        "inputs", nargs="+", help=".txt, .md, .jsonl (key text), also .gz and .zst; folders, globs, - for stdin"
+        "inputs",
+        nargs="+",
+        help=".txt, .md, .jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst; folders, globs, - for stdin, "
+        "token stores such as data/books/train",
     )
     parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
     parser.add_argument(
@@ -25,12 +29,26 @@ def describe(parser: argparse.ArgumentParser) -> None:
         type=number,
         default=0.0,
         metavar="FRACTION",
-        help="share of the documents to hold out, such as 0.02 (default: none)",
+        help="share of the documents, or of the only one, to hold out, such as 0.02 (default: none)",
     )
     parser.add_argument(
-        "--format", choices=("text", "jsonl"), help="what standard input and files of any other suffix hold"
+        "--format", choices=FORMATS, help="what named files, standard input and files of any other suffix hold"
     )
     parser.add_argument("--text-column", metavar="NAME", help="the key or column with the text (default: text)")
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of texts, such as cp1252 (default: UTF-8, or by their byte order mark)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out files, lines and rows that cannot be read; list them"
+    )
+    parser.add_argument(
+        "--join",
+        choices=(REPOSITORY,),
+        help="make one document of each folder: its text files under headings, without what .gitignore names",
+    )
+    parser.add_argument(
+        "--from-tokenizer", choices=("world", "bytes"), help="of token stores that have no store.json beside them"
+    )
     parser.add_argument("--workers", type=count, help="processes (default: all cores)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
@@ -39,10 +57,16 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from infctx.documents.document import Reading
     from infctx.prepare.prepare import prepare
 
-    reading = Reading(format=options.format, text_column=options.text_column)
+    reading = Reading(
+        format=options.format,
+        encoding=options.encoding,
+        skip_bad=options.skip_bad,
+        join=options.join,
+        text_column=options.text_column,
+        from_tokenizer=options.from_tokenizer,
+    )
     summary = prepare(
         options.inputs,
         options.output,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from infctx.errors import InputError
 
 STDIN = "-"
+FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
+REPOSITORY, STORE = "repository", "store"
 
 
 @dataclass(frozen=True)
 class Reading:
     """How the user wants the files read; None: as their content shows.
 
-    format: of every file: a name in `infctx.documents.inputs.FORMATS`
+    format: of every file: one of FORMATS
     encoding: of texts, such as "cp1252"
     skip_bad: leaves out files, lines and rows that cannot be read, and lists them
     join: "repository": each folder is one long document, its files under headings
     text_column: the key or column that holds the text
+    from_tokenizer: the tokenizer of a token store without a store.json
     """
 
     format: str | None = None
@@ -26,6 +32,7 @@ class Reading:
     skip_bad: bool = False
     join: str | None = None
     text_column: str | None = None
+    from_tokenizer: str | None = None
 
 
 AS_THEY_ARE = Reading()
@@ -36,20 +43,30 @@ class Source:
     """A file to read.
 
     path: of the file, or "-"
-    format: "text" or "jsonl"
+    format: what it holds, one of FORMATS; REPOSITORY for a folder that is one document; STORE for a token store
     compression: ".gz", ".zst" or ""
     named: whether the user named this very file, and not a folder or glob that it is in
+    files: those of a repository, in order, or of a store
     """
 
     path: str
     format: str
     compression: str
     named: bool
+    files: list[Path] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes on disk; 0 for standard input."""
-        return 0 if self.path == STDIN else Path(self.path).stat().st_size
+        """Returns the bytes on disk; 0 for standard input, and for what has gone since."""
+        sizes = 0
+        for path in self.files or ([] if self.path == STDIN else [Path(self.path)]):
+            with suppress(OSError):
+                sizes += path.stat().st_size
+        return sizes
+
+
+Records = Iterator[tuple[str, Mapping[str, Any] | InputError]]
+"""Records of a file, each with its file and line or row, for messages; or an error where one cannot be read."""
 
 
 class Part(NamedTuple):

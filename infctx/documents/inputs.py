@@ -1,7 +1,8 @@
 """Inputs: names of files, folders and globs in, the files to read out, and a line about everything that is left out.
 
-Folders and globs give the files whose suffix says what they hold. With a format, they give files of any other suffix
-too, except for hidden files and files that are binary. "-" is standard input.
+Folders and globs give the files whose suffix says what they hold, but no .json, which is more often a setting than
+data. With a format, they give files of any other suffix too, except for hidden files and files that are binary. With
+`join`, a folder is one source. "-" is standard input; the name of a token store, without .bin and .idx, is a store.
 """
 
 import glob
@@ -12,26 +13,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from infctx.documents.document import AS_THEY_ARE, STDIN, Reading, Source
-from infctx.documents.text import first_bytes
+from infctx.documents.blocks import check_encoding, first_bytes, not_text
+from infctx.documents.document import AS_THEY_ARE, FORMATS, REPOSITORY, STDIN, STORE, Reading, Source
+from infctx.documents.folders import BINARY, HIDDEN, IGNORED, JSON, LINK, OTHER, OnBad, files_below, repository_files
 from infctx.errors import InputError
 from infctx.small_texts import counted, quoted
 
-FORMATS = {".txt": "text", ".md": "text", ".jsonl": "jsonl"}
+SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+SUFFIXES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
-KNOWN = ".txt, .md, .jsonl (or .gz, .zst of them)"
-MAGICS = {
-    b"%PDF": "a PDF",
-    b"PK\x03\x04": "a zip archive",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
-}
-"""First bytes of files that are not UTF-8 text."""
-OTHER, HIDDEN, BINARY = "", "hidden ", "binary "  # reasons for leaving a file out
+KNOWN = ".txt, .md, .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst of them)"
 REMEDIES = {
     OTHER: "--format text takes those that are text too",
+    JSON: "--format json takes them as records",
     HIDDEN: "name those that you want",
     BINARY: "convert them to UTF-8 text first",
+    IGNORED: "a .gitignore names them",
+    LINK: "name what they lead to",
 }
 MOST_KINDS, MOST_NAMES = 5, 3  # that a line lists
 
@@ -43,37 +41,42 @@ class _File:
     path: Path
     named: bool = False
     hidden: bool = False
+    is_repository: bool = False
 
     @cached_property
     def real(self) -> str:
         return os.path.realpath(self.path)
 
 
-def find_sources(inputs: Sequence[str], reading: Reading = AS_THEY_ARE) -> tuple[list[Source], list[str]]:
+def find_sources(
+    inputs: Sequence[str], reading: Reading = AS_THEY_ARE, on_bad: OnBad | None = None
+) -> tuple[list[Source], list[str]]:
     """Returns the files that `inputs` name, in their order, each folder and glob sorted by name; and lines for the user
     about files left out or named twice.
 
-    reading: its format is that of standard input and of files with any other suffix
+    reading: its format is that of standard input, of named files, and of files with any other suffix
+    on_bad: called with the error of each file and folder that cannot be read; without it, the first one is raised
     Raises InputError for names without files, and for files named directly that cannot be read as text.
     """
-    input_format = reading.format
-    if input_format not in (None, "text", "jsonl"):
-        raise InputError(f"format {input_format!r} is not known; choose text or jsonl")
-    if not inputs:
-        raise InputError("nothing to read; name files, folders, globs, or - for standard input")
-    if list(inputs).count(STDIN) > 1:
-        raise InputError("standard input (-) is named twice; it can be read only once")
+    _check(inputs, reading)
     found: dict[str, Source] = {}  # by real path
     left_out: dict[str, tuple[str, str]] = {}  # by real path: the reason, and the kind of file
+    bad: set[str] = set()
     twice: list[str] = []
+    report = on_bad or _raise
     for name in inputs:
         if name == STDIN:
-            found[STDIN] = _standard_input(input_format)
+            found[STDIN] = _standard_input(reading.format)
             continue
-        files = _files_of(name)
+        if store := _store(name):
+            found[os.path.realpath(store.path)] = store
+            continue
+        files = _files_of(name, reading, report)
         for file in files:
-            source = found.get(file.real) or _taken(file, input_format)
-            if file.real in found:
+            source = found.get(file.real) or _source(file, reading, left_out, report)
+            if source is None:
+                bad.add(file.real)
+            elif file.real in found:
                 twice.append(str(file.path))
                 found[file.real].named |= file.named
             elif isinstance(source, Source):
@@ -81,23 +84,49 @@ def find_sources(inputs: Sequence[str], reading: Reading = AS_THEY_ARE) -> tuple
                 left_out.pop(file.real, None)  # its folder came first, and now it is named
             else:
                 left_out[file.real] = source
-        if not any(file.real in found for file in files):
+        if not any(file.real in found or file.real in bad for file in files):
             lines = _left_out_lines(left_out[file.real] for file in files)
             raise InputError(f"{name}: nothing in there to read; {'; '.join(lines) or 'check the path'}")
     return list(found.values()), [*_left_out_lines(left_out.values()), *_twice_lines(twice)]
 
 
+def _check(inputs: Sequence[str], reading: Reading) -> None:
+    if reading.format not in (None, *FORMATS):
+        raise InputError(f"--format: {reading.format!r} is not known; choose one of {', '.join(FORMATS)}")
+    if reading.join not in (None, REPOSITORY):
+        raise InputError(f"--join: {reading.join!r} is not known; {REPOSITORY} makes one document of a folder")
+    check_encoding(reading.encoding)
+    if not inputs:
+        raise InputError("nothing to read; name files, folders, globs, or - for standard input")
+    if list(inputs).count(STDIN) > 1:
+        raise InputError("standard input (-) is named twice; it can be read only once")
+
+
+def _raise(error: InputError) -> None:
+    raise error
+
+
 def _standard_input(input_format: str | None) -> Source:
     if input_format is None:
         raise InputError("standard input has no suffix that gives its format; add --format text or --format jsonl")
+    if input_format == "parquet":
+        raise InputError("standard input cannot be parquet, which is not read from its beginning; name the file")
     return Source(STDIN, input_format, "", True)
 
 
-def _files_of(name: str) -> list[_File]:
+def _store(name: str) -> Source | None:
+    """Returns a token store as a source, if that is what a name means."""
+    prefix = name.removesuffix(".idx").removesuffix(".bin")
+    files = [Path(prefix + suffix) for suffix in (".idx", ".bin")]
+    is_one = all(file.is_file() for file in files) and (prefix != name or not Path(name).exists())
+    return Source(prefix, STORE, "", True, files) if is_one else None
+
+
+def _files_of(name: str, reading: Reading, on_bad: OnBad) -> list[_File]:
     """Yields the files that an input leads to; InputError if there are none."""
     path = Path(name)
     if path.is_dir():
-        return _below(path)
+        return _below(path, reading, on_bad)
     if path.exists():
         return [_File(path, named=True)]
     if not glob.has_magic(name):
@@ -106,54 +135,80 @@ def _files_of(name: str) -> list[_File]:
     if not matches:
         raise InputError(f"{name}: no file matches this pattern; check it, and put it in quotes")
     # With ** a file can be matched by itself and through its folder.
-    files = {file.path: file for match in matches for file in (_below(match) if match.is_dir() else [_File(match)])}
-    return [files[path] for path in sorted(files) if path.is_file()]
+    found = (
+        file for match in matches for file in (_below(match, reading, on_bad) if match.is_dir() else [_File(match)])
+    )
+    files = {file.path: file for file in found}
+    return [files[path] for path in sorted(files) if path.is_file() or files[path].is_repository]
 
 
-def _below(folder: Path) -> list[_File]:
+def _below(folder: Path, reading: Reading, on_bad: OnBad) -> list[_File]:
+    if reading.join:
+        return [_File(folder, is_repository=True)]
     return [
         _File(path, hidden=any(part.startswith(".") for part in path.relative_to(folder).parts))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in files_below(folder, on_bad)
     ]
 
 
-def _taken(file: _File, input_format: str | None) -> Source | tuple[str, str]:
+def _source(
+    file: _File, reading: Reading, left_out: dict[str, tuple[str, str]], on_bad: OnBad
+) -> Source | tuple[str, str] | None:
+    """Returns a file or repository as a source, or the reason to leave it out and its kind; None if it is bad."""
+    if file.is_repository:
+        return _repository(file.path, reading, left_out, on_bad)
+    try:
+        return _taken(file, reading)
+    except InputError as error:
+        on_bad(error)
+        return None
+
+
+def _repository(
+    folder: Path, reading: Reading, left_out: dict[str, tuple[str, str]], on_bad: OnBad
+) -> Source | tuple[str, str]:
+    """Returns a folder as one source; adds what is left out of it."""
+    files = []
+    for path, reason in repository_files(folder, reading.encoding, on_bad):
+        if reason:
+            kind = f"{path.name}/" if path.is_dir() else path.suffix.lower()
+            left_out[os.path.realpath(path)] = reason, quoted(kind, 20) or "without a suffix"
+        else:
+            files.append(path)
+    return Source(str(folder), REPOSITORY, "", True, files) if files else (OTHER, "folder without a text")
+
+
+def _taken(file: _File, reading: Reading) -> Source | tuple[str, str]:
     """Returns the file as a source, or the reason to leave it out and its kind."""
     path, named = file.path, file.named
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    source = Source(str(path), FORMATS.get(suffix) or input_format or "text", compression, named)
-    if suffix in FORMATS:
+    known = SUFFIXES.get(suffix) if named or suffix != ".json" else None
+    # Raw JSON or csv is no text to learn from, however the files were named.
+    is_forced = named and reading.format not in (None, "text")
+    source = Source(str(path), (not is_forced and known) or reading.format or "text", compression, named)
+    if known:
         return source
     kind = quoted(suffix + compression, 20) or "without a suffix"
     if file.hidden:
         return HIDDEN, kind
-    if input_format is None and not named:
-        return OTHER, kind
-    binary = _binary_kind(source)
-    if binary and not named:
+    if reading.format is None and not named:
+        return JSON if suffix == ".json" else OTHER, kind
+    first = first_bytes(source) if path.is_file() else b""  # a pipe can be read only once
+    if first.startswith(b"PAR1") and reading.format in (None, "parquet"):
+        return Source(str(path), "parquet", compression, named)
+    problem = not_text(first, reading.encoding)
+    if problem and not named:
         return BINARY, kind
-    if binary:
-        raise InputError(f"{path}: is {binary}; convert it to UTF-8 text first")
-    if input_format is None and suffix in (".html", ".htm", ".xhtml"):
+    if problem:
+        raise InputError(f"{path}: is {problem[0]}; {problem[1]}")
+    if reading.format is None and suffix in (".html", ".htm", ".xhtml"):
         raise InputError(
             f"{path}: is HTML; convert it to text first, for with --format text its tags would be trained on as text"
         )
-    if input_format is None:
-        raise InputError(f"{path}: its suffix is not one of {KNOWN}; say what it holds: --format text or jsonl")
+    if reading.format is None:
+        raise InputError(f"{path}: its suffix is not one of {KNOWN}; say what it holds, such as --format text")
     return source
-
-
-def _binary_kind(source: Source) -> str | None:
-    """Returns the kind of a file that is not text, from its first bytes; None for text."""
-    if not Path(source.path).is_file():  # a pipe can be read only once
-        return None
-    first = first_bytes(source)
-    if b"mimetypeapplication/epub+zip" in first[:100]:
-        return "an EPUB"
-    known = [kind for magic, kind in MAGICS.items() if first.startswith(magic)]
-    return known[0] if known else "a binary file" if b"\0" in first else None
 
 
 def _left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:

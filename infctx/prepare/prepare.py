@@ -6,54 +6,47 @@ under a temporary name and renamed once it is complete. Its bytes depend on the 
 of workers.
 """
 
+from __future__ import annotations
+
 import json
 import logging
-import os
-import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
+from typing import TextIO
 
-import numpy as np
 from tqdm import tqdm
 
-from infctx.data.store_writer import TokenStoreWriter
-from infctx.data.token_store import SUMMARY_FILE, TokenStore
-from infctx.data.tokenizer import get_tokenizer
-from infctx.documents.document import AS_THEY_ARE, STDIN, Reading, Source
+from infctx.data.token_store import SUMMARY_FILE
+from infctx.data.tokenizer import Tokenizer, get_tokenizer
+from infctx.documents.blocks import NotText
+from infctx.documents.document import AS_THEY_ARE, STDIN, STORE, Reading, Source
 from infctx.documents.inputs import find_sources
-from infctx.documents.text import read_documents
+from infctx.documents.read import ReadLog, read_documents, with_other_files
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
 from infctx.prepare.encode import Encoded, count_workers, encode_documents
+from infctx.prepare.splits import HELD_OUT, TRAIN, SplitSummary, write_splits
+from infctx.prepare.stored import store_as_tokens
 from infctx.small_texts import counted, quoted
 
 log = logging.getLogger(__name__)
 
-TRAIN, HELD_OUT = "train", "held_out"
-UNSPLIT = "unsplit"
-FILES = {SUMMARY_FILE, *(f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx", ".mask"))}
-COPY_TOKENS = 1 << 20
-
-
-@dataclass
-class SplitSummary:
-    """Documents, tokens (ends of documents included), UTF-8 bytes of text and targets of a split."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    targets: int = 0
+SKIPPED_FILE = "skipped.txt"
+"""The file next to the stores with a line for each file, line and row that --skip-bad left out."""
+FILES = {SUMMARY_FILE, SKIPPED_FILE}
+FILES |= {f"{split}{suffix}" for split in (TRAIN, HELD_OUT) for suffix in (".bin", ".idx", ".mask")}
 
 
 @dataclass
 class PrepareSummary:
     """A summary of what `prepare` wrote; as a string, the lines to show.
 
-    notes: lines about the inputs: what was left out, what was named twice
+    tail_tokens: of the only document, that are held out; 0 where whole documents are
+    notes: lines about the inputs: what they hold, what was left out, what was named twice
     """
 
     output: Path
@@ -62,6 +55,7 @@ class PrepareSummary:
     splits: dict[str, SplitSummary] = field(default_factory=dict)
     empty_documents: int = 0
     documents_without_target: int = 0
+    tail_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -74,6 +68,8 @@ class PrepareSummary:
             lines.append(f"{counted(self.empty_documents, 'empty document')} left out")
         if self.documents_without_target:
             lines.append(f"{counted(self.documents_without_target, 'document')} with nothing to learn left out")
+        if self.tail_tokens:
+            lines.append(f"there is only one document, so its last {counted(self.tail_tokens, 'token')} are held out")
         return "\n".join([*lines, *self.notes])
 
 
@@ -113,43 +109,52 @@ def prepare(
     new output is left.
     """
     encoder = get_tokenizer(tokenizer)
-    group = _documents_per_held_out(held_out)
-    sources, notes = find_sources(inputs, reading)
+    _check_share(held_out)
+    bad: list[InputError] = []
+    sources, notes = find_sources(inputs, reading, bad.append if reading.skip_bad else None)
     workers = count_workers(workers, encoder, sources)
     place = Path(output).resolve()
     _check_output(Path(output), overwrite)
     for note in notes:
         log.info(note)
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
-    with atomic_folder(place) as folder, _progress_bar(sources, progress) as bar:
-        documents = read_documents(sources, reading, bar.update)
-        with closing(encode_documents(documents, encoder, workers)) as encoded:
-            summary.splits, summary.empty_documents, summary.documents_without_target = _write_splits(
-                folder, encoded, _random_split(group, seed), encoder.byte_lengths
-            )
-        if not summary.splits:
-            raise InputError("all documents are empty; name files with text in them")
-        if group:
-            summary.splits = _with_both_splits(folder, summary.splits, seed, encoder.byte_lengths)
+    with (
+        atomic_folder(place) as folder,
+        _progress_bar(sources, progress) as bar,
+        _SkippedFile(folder / SKIPPED_FILE) as skipped,
+    ):
+        read_log = ReadLog(bar.update, skipped.add)
+        for error in bad:
+            read_log.leave_out(error)
+        try:
+            with closing(_encoded(sources, reading, encoder, workers, read_log)) as encoded:
+                written = write_splits(folder, encoded, encoder, held_out, seed)
+        except NotText as error:
+            raise with_other_files(error, sources, reading) from None
+        summary.splits, summary.tail_tokens = written.splits, written.tail_tokens
+        summary.empty_documents, summary.documents_without_target = (
+            written.empty_documents,
+            written.documents_without_target,
+        )
         _write_summary(folder / SUMMARY_FILE, summary)
+    summary.notes = [*read_log.lines(), *notes, *_skipped_lines(read_log, Path(output) / SKIPPED_FILE)]
     return summary
 
 
-def _documents_per_held_out(held_out: float) -> int:
-    """Returns the size of the groups in which one document is held out; 0: none."""
+def _check_share(held_out: float) -> None:
+    """Raises InputError unless it is one document out of a whole number of them, or none."""
     if not 0 <= held_out <= 0.5:
         raise InputError(
             f"--held-out: {held_out} is no share that can be held out; give 0 to 0.5 of the documents, such as 0.05"
         )
     if not held_out:
-        return 0
+        return
     group = round(min(1 / held_out, 1e9))
     if abs(1 / group - held_out) > 0.1 * held_out:
         raise InputError(
             f"--held-out: {held_out} is not one document out of a whole number of them; give a share such as "
             f"{1 / group:.3g} or {1 / (group + 1):.3g}"
         )
-    return group
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -168,87 +173,6 @@ def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty()))
 
 
-def _random_split(group: int, seed: int) -> Callable[[int], str]:
-    """Gives the split of document i: of every `group` documents, a random one is held out; group 0: none."""
-
-    def split(i: int) -> str:
-        if group and random.Random(f"{seed}/{i // group}").randrange(group) == i % group:
-            return HELD_OUT
-        return TRAIN
-
-    return split
-
-
-def _write_splits(
-    folder: Path, documents: Iterable[Encoded], split_of: Callable[[int], str], byte_lengths: np.ndarray
-) -> tuple[dict[str, SplitSummary], int, int]:
-    """Writes each document to its split.
-
-    Returns the splits that have any, and the numbers of empty documents and of those with nothing to learn.
-    """
-    splits = {name: SplitSummary() for name in (TRAIN, HELD_OUT)}
-    count = empty = untaught = 0
-    with ExitStack() as stack:
-        writers = {name: TokenStoreWriter(folder / name) for name in splits}
-        for writer in writers.values():
-            stack.callback(writer.abort)
-        for document in documents:
-            name = split_of(count)
-            length = num_bytes = 0
-            for ids, are_targets in document.parts:
-                writers[name].extend(ids, are_targets)
-                length += ids.size
-                num_bytes += int(byte_lengths[ids].sum())
-            if not length:
-                empty += 1
-            elif not writers[name].end_document(document.learns_end):
-                untaught += 1
-            else:
-                splits[name].bytes += num_bytes
-                count += 1
-        for name, writer in writers.items():
-            split = splits[name]
-            split.documents, split.tokens, split.targets = writer.num_documents, writer.num_tokens, writer.num_targets
-            if writer.num_documents:
-                writer.close()
-    return {name: split for name, split in splits.items() if split.documents}, empty, untaught
-
-
-def _with_both_splits(
-    folder: Path, splits: dict[str, SplitSummary], seed: int, byte_lengths: np.ndarray
-) -> dict[str, SplitSummary]:
-    """If the documents ended before the first one to hold out, holds out a random one of them after all."""
-    if len(splits) == 2:
-        return splits
-    if sum(split.documents for split in splits.values()) == 1:
-        raise InputError(
-            "--held-out: there is only one document, so none can be held out; give more, or leave --held-out out"
-        )
-    for path in folder.glob(f"{TRAIN}.*"):
-        os.rename(path, path.with_stem(UNSPLIT))
-    store = TokenStore(folder / UNSPLIT)
-    chosen = random.Random(seed).randrange(store.num_documents)
-    documents = (stored_document(store, i) for i in range(store.num_documents))
-    splits, _, _ = _write_splits(folder, documents, lambda i: HELD_OUT if i == chosen else TRAIN, byte_lengths)
-    for path in folder.glob(f"{UNSPLIT}.*"):
-        path.unlink()
-    return splits
-
-
-def stored_document(store: TokenStore, i: int) -> Encoded:
-    """Returns a document of a store as it went in."""
-    end = store.length(i) - 1
-    return Encoded(_stored_parts(store, i, end), bool(store.targets(i, end, end + 1)[0]))
-
-
-def _stored_parts(store: TokenStore, i: int, end: int) -> Iterator[tuple[np.ndarray, bool]]:
-    for begin in range(0, end, COPY_TOKENS):
-        ids = store.tokens(i, begin, min(begin + COPY_TOKENS, end))
-        targets = store.targets(i, begin, begin + len(ids))
-        borders = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
-        yield from ((ids[a:b], bool(targets[a])) for a, b in pairwise(borders))
-
-
 def _write_summary(path: Path, summary: PrepareSummary) -> None:
     content = {
         "tokenizer": summary.tokenizer,
@@ -257,3 +181,47 @@ def _write_summary(path: Path, summary: PrepareSummary) -> None:
     }
     with naming_errors(path), open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
+
+
+def _encoded(
+    sources: Sequence[Source], reading: Reading, tokenizer: Tokenizer, workers: int, log: ReadLog
+) -> Generator[Encoded, None, None]:
+    """Yields the documents of all sources as tokens, in order."""
+    for is_store, group in groupby(sources, key=lambda source: source.format == STORE):
+        if is_store:
+            for source in group:
+                yield from store_as_tokens(source, reading, tokenizer, workers, log)
+        else:
+            with closing(encode_documents(read_documents(list(group), reading, log), tokenizer, workers)) as encoded:
+                yield from encoded
+
+
+class _SkippedFile:
+    """Writes a line for each error; there is no file if there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def add(self, error: InputError) -> None:
+        with naming_errors(self._path):
+            self._file = self._file or open(self._path, "x", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
+            self._file.write(error.lines[0] + "\n")
+
+    def __enter__(self) -> _SkippedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            with naming_errors(self._path):
+                self._file.close()
+
+
+def _skipped_lines(log: ReadLog, path: Path) -> list[str]:
+    if not log.num_bad:
+        return []
+    more = f"all {log.num_bad:,} are in {path}" if log.num_bad > len(log.first_bad) else f"listed in {path}"
+    return [
+        f"left out {counted(log.num_bad, 'bad file, line or row')}; {more}:",
+        *(f"  {line}" for line in log.first_bad),
+    ]

@@ -123,12 +123,6 @@ def test_a_few_documents_have_a_held_out_one_too(tmp_path):
     assert chosen == {"a", "bé" * 1000, "c"}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_one_document_cannot_be_split(tmp_path, seed):
-    source = write_jsonl(tmp_path / "a.jsonl", ["only"])
-    refused(tmp_path, "there is only one document", [source], held_out=0.5, seed=seed)
-
-
 def refused(tmp_path, message, inputs, **rest):
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError, match=message) as caught:
@@ -161,7 +155,7 @@ def test_mistakes_in_the_text_leave_nothing(tmp_path, workers):
 def test_an_error_in_a_worker_is_raised_unchanged(tmp_path, monkeypatch):
     """text.py would refuse these documents; here only a worker can find them."""
     documents = [Document(text, iter([Part([text])])) for text in ("good", "\ud800")]
-    monkeypatch.setattr(prepare_module, "read_documents", lambda sources, reading, on_bytes: iter(documents))
+    monkeypatch.setattr(prepare_module, "read_documents", lambda sources, reading, log: iter(documents))
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     refused(tmp_path, r"character 0 of the text is a lone surrogate", [source], workers=2)
 

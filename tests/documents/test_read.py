@@ -8,19 +8,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-import infctx.documents.text as text_module
+import infctx.documents.blocks as blocks_module
+import infctx.documents.json_records as json_module
 from infctx.documents.document import Reading
 from infctx.documents.inputs import find_sources
-from infctx.documents.text import read_documents
+from infctx.documents.read import ReadLog, read_documents
 from infctx.errors import InputError
 
-
-def texts(*inputs, input_format=None):
-    sources, _ = find_sources([str(name) for name in inputs], Reading(format=input_format))
-    return [
-        "".join(piece for part in document.parts for piece in part.pieces)
-        for document in read_documents(sources, Reading())
-    ]
+from readings import refused, texts
 
 
 def compress(data: bytes, suffix: str) -> bytes:
@@ -28,7 +23,7 @@ def compress(data: bytes, suffix: str) -> bytes:
 
 
 SUFFIXES = ["", ".gz", ".zst"]
-TEXT = "\r\nfirst\r\nsecond\rthird\n\n\x00\x85\u2028 🙂 end \n"
+TEXT = "\r\nfirst\r\nsecond\rthird\n\n\x01\x85\u2028 🙂 end \n"
 
 
 @pytest.mark.parametrize("compression", SUFFIXES)
@@ -54,8 +49,8 @@ def test_a_line_of_jsonl_is_a_document(tmp_path, compression):
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 64])
 @pytest.mark.parametrize("compression", SUFFIXES)
 def test_blocks_may_end_anywhere(tmp_path, monkeypatch, block, compression):
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", block)
-    monkeypatch.setattr(text_module, "ZSTD_BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks_module, "ZSTD_BLOCK_BYTES", block)
     (tmp_path / f"a.txt{compression}").write_bytes(compress(codecs.BOM_UTF8 + TEXT.encode(), compression))
     lines = "\n".join(json.dumps({"text": part}, ensure_ascii=False) for part in ("🙂🙂", "bé", "")) + "\n"
     (tmp_path / f"b.jsonl{compression}").write_bytes(compress(codecs.BOM_UTF8 + lines.encode(), compression))
@@ -82,7 +77,7 @@ class Stdin:
 @pytest.mark.parametrize("input_format, expected", [("text", ['{"text": "a"}\n']), ("jsonl", ["a"])])
 def test_standard_input(monkeypatch, input_format, expected):
     monkeypatch.setattr("sys.stdin", Stdin(b'{"text": "a"}\n'))
-    assert texts("-", input_format=input_format) == expected
+    assert texts("-", format=input_format) == expected
 
 
 @pytest.mark.parametrize("compression", SUFFIXES)
@@ -91,7 +86,7 @@ def test_progress_adds_up_to_the_bytes_on_disk(tmp_path, compression):
     path.write_bytes(compress(b"".join(b"%d " % i for i in range(400_000)), compression))
     counts = []
     sources, _ = find_sources([str(path)])
-    for document in read_documents(sources, Reading(), counts.append):
+    for document in read_documents(sources, Reading(), ReadLog(counts.append)):
         [piece for part in document.parts for piece in part.pieces]
     assert sum(counts) == sources[0].num_bytes == path.stat().st_size
     assert len(counts) > 1
@@ -120,7 +115,7 @@ def test_a_long_text_comes_in_bounded_pieces(tmp_path, compression):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(lengths) == 40_000_001
-    assert max(lengths) <= text_module.BLOCK_BYTES
+    assert max(lengths) <= blocks_module.BLOCK_BYTES
     # A zstd block of 4 KiB may hold all of this text; otherwise a few blocks are in memory.
     assert peak < (100 if compression == ".zst" else 10) * 1_000_000
 
@@ -130,13 +125,7 @@ def test_a_long_document_of_jsonl_comes_in_bounded_pieces(tmp_path):
     (document,) = read_documents(find_sources([str(tmp_path / "a.jsonl")])[0], Reading())
     pieces = [piece for part in document.parts for piece in part.pieces]
     assert "".join(pieces) == "ab" * 1_500_000
-    assert max(map(len, pieces)) <= text_module.BLOCK_BYTES
-
-
-def refused(message, *inputs, input_format=None):
-    with pytest.raises(InputError, match=message) as caught:
-        texts(*inputs, input_format=input_format)
-    assert "\n" not in str(caught.value)
+    assert max(map(len, pieces)) <= blocks_module.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("compression", SUFFIXES)
@@ -150,7 +139,7 @@ def test_an_empty_file(tmp_path, compression):
 
 def test_empty_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", Stdin(b""))
-    refused("standard input: empty", "-", input_format="text")
+    refused("standard input: empty", "-", format="text")
 
 
 def test_no_documents(tmp_path):
@@ -164,18 +153,27 @@ def test_no_documents(tmp_path):
     "bad, place", [(b"\xff", 0), (b"\xe2\x82A", 0), (b"ab\xed\xa0\x80", 2), (b"ab\xf0\x9f\x99", 2)]
 )
 def test_a_text_that_is_not_utf8(tmp_path, monkeypatch, block, bom, bad, place):
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block)
     head = bom + "añ🙂".encode()
     (tmp_path / "a.txt").write_bytes(head + bad)
     byte = (head + bad)[len(head) + place]
     refused(rf"a\.txt: not UTF-8: byte 0x{byte:02x} at offset {len(head) + place}; ", tmp_path / "a.txt")
 
 
-def test_utf16_is_not_utf8(tmp_path):
-    (tmp_path / "a.txt").write_text("hello", encoding="utf-16-le")
-    assert texts(tmp_path / "a.txt") == ["h\0e\0l\0l\0o\0"]  # ASCII in UTF-16 without a mark looks like text
-    (tmp_path / "a.txt").write_text("hello", encoding="utf-16")
-    refused("not UTF-8: byte 0xff at offset 0", tmp_path / "a.txt")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "cp1252", "gb18030"])
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_any_encoding(tmp_path, monkeypatch, encoding, block):
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block)
+    text = "añ€ " * 9 + ("" if encoding == "cp1252" else "🙂文")
+    lines = "".join(json.dumps({"text": part}, ensure_ascii=False) + "\n" for part in (text, "é"))
+    rows = f'text\n"{text}"\né\n'
+    for name, content in (("a.txt", text), ("b.jsonl", lines), ("c.csv", rows)):
+        (tmp_path / name).write_text(content, encoding=encoding, newline="")
+    assert texts(tmp_path, encoding=encoding) == [text, text, "é", text, "é"]
+    if encoding.startswith("utf"):
+        for name, content in (("a.txt", text), ("b.jsonl", lines), ("c.csv", rows)):
+            (tmp_path / name).write_text("\ufeff" + content, encoding=encoding, newline="")
+        assert texts(tmp_path) == texts(tmp_path, encoding="cp1252") == [text, text, "é", text, "é"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,7 @@ def test_a_broken_line(tmp_path, line, message, compression):
 
 
 def test_a_line_too_long_to_parse(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_module, "MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + json.dumps({"text": "b" * (4 << 20)}))
     refused(r"a\.jsonl:3: a line of more than 1 MiB.*into a \.txt file", path)

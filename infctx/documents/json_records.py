@@ -1,0 +1,209 @@
+"""JSON files: bytes in; records out, one by one.
+
+A file is an object in each line, an array of objects, or objects one after another; which of them, its content shows.
+No more than a record is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from infctx.documents.blocks import decoded, in_utf8, not_in_encoding
+from infctx.documents.document import Records
+from infctx.errors import InputError
+
+MAX_RECORD_BYTES = 64 << 20
+"""A record is parsed as a whole, which takes up to nine times its size in memory."""
+SPACE = re.compile(r"[ \t\r\n]*")
+LONGEST_WORD = 16  # characters of a word or escape that the end of a buffer may cut
+
+
+def json_records(blocks: Iterator[bytes], name: str, encoding: str | None, is_lines: bool) -> Records:
+    """Yields the records of a file, or an error for each that cannot be read.
+
+    name: of the file, for messages
+    is_lines: whether it is meant to have a record in each line
+    """
+    blocks = in_utf8(blocks, name, encoding)
+    head = b""
+    while not head.strip() and (block := next(blocks, b"")):
+        head += block
+    if _has_lines(head.lstrip(), is_lines):
+        return _records_of_lines(chain([head], blocks), name)
+    return _records_of_values(_Values(decoded(chain([head], blocks), name, None), name))
+
+
+def lines_of(blocks: Iterator[bytes], name: str) -> Iterator[tuple[str, bytes | InputError]]:
+    """Yields the place and content of each line, without its newline; an error for one that is too long."""
+    number, length = 1, 0
+    parts: list[bytes] = []  # of the line whose end has not come yet
+    for block in blocks:
+        *complete, rest = block.split(b"\n")
+        if complete:
+            if length <= MAX_RECORD_BYTES:
+                complete[0] = b"".join(parts) + complete[0]
+                yield f"{name}:{number}", complete[0]
+            for number, line in enumerate(complete[1:], start=number + 1):  # noqa: B020 - it counts on
+                yield f"{name}:{number}", line
+            number, parts, length = number + 1, [], 0
+        if length <= MAX_RECORD_BYTES < length + len(rest):
+            yield f"{name}:{number}", _too_long(f"{name}:{number}", "line")
+            parts = []
+        length += len(rest)
+        if length <= MAX_RECORD_BYTES:
+            parts.append(rest)
+    if length <= MAX_RECORD_BYTES:
+        yield f"{name}:{number}", b"".join(parts)
+
+
+def _has_lines(head: bytes, is_lines: bool) -> bool:
+    """Returns whether a file has a record in each line; its suffix decides where its first line is no JSON."""
+    if head.startswith(b"["):
+        return False
+    try:
+        json.loads(head.split(b"\n", 1)[0])
+    except (ValueError, RecursionError):
+        return is_lines
+    return True
+
+
+def _records_of_lines(blocks: Iterator[bytes], name: str) -> Records:
+    for place, line in lines_of(blocks, name):
+        if isinstance(line, InputError):
+            yield place, line
+        elif line.strip():
+            try:
+                yield place, _object(_parsed(line, place), place)
+            except InputError as error:
+                yield place, error
+
+
+def _parsed(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise not_in_encoding(error, place, "utf-8", 0) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno}); correct or remove the line") from None
+    except (ValueError, RecursionError) as error:  # a number too long, or a nesting too deep, for Python
+        raise InputError(f"{place}: not JSON ({error}); correct or remove the line") from None
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f'{place}: not a JSON object but {type(value).__name__}; write {{"text": "..."}}')
+    return value
+
+
+def _records_of_values(values: _Values) -> Records:
+    """Yields the records of an array, or of objects one after another. What is no JSON ends them."""
+    number = 0
+    place = values.name
+    try:
+        in_array = values.next_character() == "["
+        if in_array:
+            values.skip(1)
+        while (character := values.next_character()) != ("]" if in_array else ""):
+            number += 1
+            if in_array and number > 1:
+                values.expect(",", "between two records")
+                character = values.next_character()
+            if not character:
+                raise values.error("its array has no end; it is cut off, copy it again")
+            place = f"{values.name}:{values.line}, record {number}"
+            value = values.value(place)
+            try:
+                yield place, _object(value, place)
+            except InputError as error:
+                yield place, error
+        if in_array:
+            values.skip(1)
+            if values.next_character():
+                raise values.error("there is more after the end of its array; remove it")
+    except InputError as error:
+        yield place, error
+
+
+class _Values:
+    """JSON values from pieces of text.
+
+    line: the number of the line of the next character
+    """
+
+    def __init__(self, pieces: Iterator[str], name: str) -> None:
+        self.name, self.line = name, 1
+        self._pieces = pieces
+        self._buffer, self._place = "", 0
+        self._scan = json.JSONDecoder().raw_decode
+
+    def next_character(self) -> str:
+        """Returns the next character that is no space; "" at the end."""
+        while True:
+            match = SPACE.match(self._buffer, self._place)
+            assert match is not None  # it matches nothing, too
+            self.skip(match.end() - self._place)
+            if self._place < len(self._buffer):
+                return self._buffer[self._place]
+            if not self._read():
+                return ""
+
+    def skip(self, count: int) -> None:
+        """Goes forward in the text that is read already."""
+        self.line += self._buffer.count("\n", self._place, self._place + count)
+        self._place += count
+
+    def expect(self, character: str, where: str) -> None:
+        """Skips a character; raises InputError for another one."""
+        found = self.next_character()
+        if found != character:
+            problem = f"{found!r} where {character!r} should be" if found else f"it ends without {character!r} or ']'"
+            raise self.error(f"not JSON ({problem}, {where}); correct it, or copy the file again if it is cut off")
+        self.skip(1)
+
+    def value(self, place: str) -> Any:
+        """Returns the value that begins at the next character."""
+        while True:
+            try:
+                value, end = self._scan(self._buffer, self._place)
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - LONGEST_WORD
+                if is_cut and self._read():
+                    continue
+                self.skip(min(error.pos, len(self._buffer)) - self._place)
+                what = "the file is cut off, or a quote is missing" if is_cut else "correct it"
+                raise InputError(f"{place}: not JSON ({error.msg}, line {self.line}); {what}") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{place}: not JSON ({error}); correct or remove it") from None
+            if end < len(self._buffer) or not self._read():  # a number may continue
+                self.skip(end - self._place)
+                return value
+            if len(self._buffer) - self._place > MAX_RECORD_BYTES:
+                raise _too_long(place, "record")
+
+    def error(self, problem: str) -> InputError:
+        """Returns an error at the next character."""
+        return InputError(f"{self.name}:{self.line}: {problem}")
+
+    def _read(self) -> bool:
+        """Adds to the buffer as much as there is in it; returns whether there is more."""
+        wanted = len(self._buffer) - self._place
+        if wanted > MAX_RECORD_BYTES:
+            raise _too_long(f"{self.name}:{self.line}", "record")
+        added = []
+        while wanted >= 0 and (piece := next(self._pieces, "")):
+            added.append(piece)
+            wanted -= len(piece)
+        self._buffer = "".join([self._buffer[self._place :], *added])
+        self._place = 0
+        return bool(added)
+
+
+def _too_long(place: str, what: str) -> InputError:
+    return InputError(
+        f"{place}: a {what} of more than {MAX_RECORD_BYTES >> 20} MiB, too long to be parsed; "
+        "put this document into a .txt file, or leave it out with --skip-bad"
+    )

@@ -1,0 +1,169 @@
+"""Tables: csv, tsv and parquet files in; records out, row by row, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from infctx.documents.blocks import in_utf8, name_of, not_in_encoding
+from infctx.documents.document import Reading, Records, Source
+from infctx.documents.json_records import MAX_RECORD_BYTES, lines_of
+from infctx.documents.records import needed_columns
+from infctx.errors import InputError
+from infctx.small_texts import counted, quoted
+
+BATCH_ROWS = 64  # of a parquet file that are in memory at once
+PARQUET_BLOCK_BYTES = 1 << 20
+SEPARATORS = {"csv": ",;\t", "tsv": "\t"}
+
+
+def csv_records(blocks: Iterator[bytes], name: str, format: str, reading: Reading) -> Records:
+    """Yields the rows of a csv or tsv file as records of texts, or an error for each that cannot be read.
+
+    The first line names the columns. A .csv without any comma there may have semicolons or tabs. Quotes may hold
+    newlines, and what is quoted wrongly is an error.
+    """
+    lines = _Lines(lines_of(in_utf8(blocks, name, reading.encoding), name))
+    header = lines.first()
+    place = f"{name}:{lines.number}"
+    separator = next((mark for mark in SEPARATORS[format] if mark in header), SEPARATORS[format][0])
+    limit = csv.field_size_limit(MAX_RECORD_BYTES)
+    try:
+        rows = csv.reader(lines, delimiter=separator, strict=True)
+        columns = [column.strip() for column in _row(rows, place) or []]
+        _check_columns(columns, place, reading)
+        while True:
+            place, lines.problem = f"{name}:{lines.number + 1}", None
+            try:
+                row = _row(rows, place)
+                if lines.problem:
+                    raise lines.problem
+                if row is None:
+                    return
+                if not row:
+                    continue
+                if len(row) != len(columns):
+                    raise InputError(
+                        f"{place}: {counted(len(row), 'value')}, and the first line names {len(columns)} columns; "
+                        f"put values with {separator!r}, quotes or newlines in them into quotes"
+                    )
+            except InputError as error:
+                yield place, error
+                continue
+            yield place, dict(zip(columns, row, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], object]) -> Records:
+    """Yields the rows of a parquet file as records, or an error for each that cannot be read."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{name_of(source)}: pyarrow, which reads parquet, is missing; pip install 'infctx[parquet]'"
+        ) from None
+    if source.compression:
+        raise InputError(f"{source.path}: a compressed parquet file; decompress it first, for it is compressed inside")
+    try:
+        # Read in small blocks: without a buffer, a whole column of a row group is read at once.
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=PARQUET_BLOCK_BYTES, pre_buffer=False) as file:
+            columns = needed_columns(file.schema_arrow.names, source.path, reading)
+            batches = file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False)
+            yield from _rows(batches, source, file.metadata.num_rows, on_bytes)
+    except OSError as error:
+        if error.errno and error.strerror:
+            raise InputError(f"{source.path}: cannot be read ({error.strerror}); check the file") from None
+        raise _damaged(source, error) from None
+    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _damaged(source, error) from None
+
+
+class _Lines:
+    """Lines of text for a csv reader.
+
+    number: of the line that it took last
+    problem: of a line taken since this was last None
+    """
+
+    def __init__(self, lines: Iterator[tuple[str, bytes | InputError]]) -> None:
+        self._lines = lines
+        self._first: str | None = None
+        self.number = 0
+        self.problem: InputError | None = None
+
+    def first(self) -> str:
+        """Returns the first line that is not blank, to be taken again; "" if there is none."""
+        self._first = next((line for line in self if line.strip()), "")
+        if self.problem:
+            raise self.problem
+        return self._first
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._first is not None:
+            line, self._first = self._first, None
+            return line
+        place, content = next(self._lines)
+        self.number += 1
+        if isinstance(content, InputError):
+            self.problem = self.problem or content
+            return ""
+        try:
+            return content.decode() + "\n"
+        except UnicodeDecodeError as error:
+            self.problem = self.problem or not_in_encoding(error, place, "utf-8", 0)
+            return content.decode(errors="replace") + "\n"
+
+
+def _row(rows: Iterator[list[str]], place: str) -> list[str] | None:
+    """Returns the next row; None at the end."""
+    try:
+        return next(rows, None)
+    except csv.Error as error:
+        problem = str(error)
+        if "field larger" in problem:
+            problem = f"a value of more than {MAX_RECORD_BYTES >> 20} MiB, or a quote without its end"
+        raise InputError(f"{place}: not csv ({problem}); correct the quotes or remove the row") from None
+
+
+def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
+    twice = next((column for column in columns if column and columns.count(column) > 1), None)
+    if not columns:
+        raise InputError(f"{place}: no line with the names of the columns; write it first, such as id,text")
+    if twice is not None:
+        raise InputError(f"{place}: two columns are named {quoted(twice)}; rename one of them")
+    needed_columns(columns, place, reading)
+
+
+def _rows(batches: Iterator[Any], source: Source, num_rows: int, on_bytes: Callable[[int], object]) -> Records:
+    read = reported = 0
+    for batch in batches:
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        for row in range(batch.num_rows):
+            place = f"{source.path}, row {read + row + 1:,}"
+            try:
+                yield place, {name: column[row].as_py() for name, column in columns.items()}
+            except UnicodeDecodeError as error:
+                yield place, not_in_encoding(error, place, "utf-8", 0)
+            except (ValueError, OverflowError) as error:  # such as a date beyond what Python has
+                yield place, InputError(f"{place}: cannot be read ({quoted(str(error))}); correct or remove the row")
+        read += batch.num_rows
+        done = source.num_bytes * read // max(1, num_rows)
+        on_bytes(done - reported)
+        reported = done
+
+
+def _damaged(source: Source, error: Exception) -> InputError:
+    message = " ".join(quoted(str(error), 160).split())
+    with suppress(OSError), open(source.path, "rb") as file:
+        if file.read(4) != b"PAR1":
+            return InputError(f"{source.path}: not a parquet file; name it by what it holds, or give its --format")
+    return InputError(f"{source.path}: a damaged parquet file ({message}); copy it again")
