@@ -111,7 +111,7 @@ def check_encoding(name: str | None) -> None:
     """Raises InputError for the name of an encoding that Python does not have."""
     try:
         if name is not None:
-            b"".decode(name)
+            b" ".decode(name, "replace")
             codecs.getincrementaldecoder(name)
     except (LookupError, ValueError):
         raise InputError(

@@ -171,6 +171,8 @@ class _Values:
                 value, end = self._scan(self._buffer, self._place)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - LONGEST_WORD
+                if is_cut and len(self._buffer) - self._place > MAX_RECORD_BYTES:
+                    raise _too_long(place, "record") from None
                 if is_cut and self._read():
                     continue
                 self.skip(min(error.pos, len(self._buffer)) - self._place)
@@ -181,8 +183,6 @@ class _Values:
             if end < len(self._buffer) or not self._read():  # a number may continue
                 self.skip(end - self._place)
                 return value
-            if len(self._buffer) - self._place > MAX_RECORD_BYTES:
-                raise _too_long(place, "record")
 
     def error(self, problem: str) -> InputError:
         """Returns an error at the next character."""
@@ -191,8 +191,6 @@ class _Values:
     def _read(self) -> bool:
         """Adds to the buffer as much as there is in it; returns whether there is more."""
         wanted = len(self._buffer) - self._place
-        if wanted > MAX_RECORD_BYTES:
-            raise _too_long(f"{self.name}:{self.line}", "record")
         added = []
         while wanted >= 0 and (piece := next(self._pieces, "")):
             added.append(piece)
