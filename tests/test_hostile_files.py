@@ -6,10 +6,12 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -19,13 +21,12 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 import infctx
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
-from infctx.documents.inputs import find_sources
-from infctx.documents.read import read_documents
 from infctx.errors import InputError
 from infctx.formats import pth_check
 from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
 from infctx.formats.state_file import is_state_file, read_state
+from infctx.prepare.prepare import prepare
 from infctx.settings.load import load_config
 from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.checkpoint import changed_settings, load_progress, load_units
@@ -33,6 +34,7 @@ from infctx.train.metrics import STEP_LOG, _reopen_step_log, read_step_log
 from infctx.train.optimizer import make_optimizer
 
 from places import FIXTURES
+from readings import texts
 from runs import plain_engine
 
 OLDER = FIXTURES / "runs-of-0.1.0"
@@ -96,12 +98,15 @@ def read_log(file):
     read_step_log(file.parent)
 
 
-def read_texts(file):
-    sources, _ = find_sources([str(file)])
-    return [
-        "".join(piece for part in document.parts for piece in part.pieces)
-        for document in read_documents(sources, Reading())
-    ]
+def read_texts(file, **reading):
+    for skip_bad in (True, False):
+        with suppress(InputError) if skip_bad else nullcontext():
+            texts(file, skip_bad=skip_bad, **reading)
+
+
+def prepare_store(file):
+    reading = Reading(from_tokenizer="bytes")
+    prepare([str(file)], file.with_name("prepared"), tokenizer="world", reading=reading, workers=1, overwrite=True)
 
 
 CASES = [
@@ -129,6 +134,14 @@ CASES = [
     Case("lines", "a.jsonl", read_texts),
     Case("lines .gz", "a.jsonl.gz", read_texts),
     Case("lines .zst", "a.jsonl.zst", read_texts),
+    Case("array", "a.json", read_texts, "json"),
+    Case("csv", "a.csv", read_texts),
+    Case("tsv .gz", "a.tsv.gz", read_texts),
+    Case("parquet", "a.parquet", read_texts),
+    Case("UTF-16", "wide.txt", read_texts),
+    Case("repository", "repository/.gitignore", lambda file: read_texts(file.parent, join="repository"), None, 40),
+    Case("store as input", "train.bin", lambda file: prepare_store(file.with_name("train")), None, 40),
+    Case("store as input, index", "train.idx", lambda file: prepare_store(file.with_name("train")), None, 40),
 ]
 
 
@@ -153,6 +166,16 @@ def folder(tmp_path_factory):
     (folder / "a.txt").write_text("first\nsecond\n🙂\n")
     lines = "".join(json.dumps({"id": i, "text": f"line {i} \\ud83d\\ude42"}) + "\n" for i in range(20)).encode()
     (folder / "a.jsonl").write_bytes(lines)
+    records = [json.loads(line) for line in lines.splitlines()]
+    (folder / "a.json").write_text(json.dumps(records))
+    rows = "id,text\n" + "".join(f'{i},"line ""{i}"" \n🙂"\n' for i in range(20))
+    (folder / "a.csv").write_text(rows)
+    (folder / "a.tsv.gz").write_bytes(gzip.compress(rows.replace(",", "\t").encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / "a.parquet")
+    (folder / "wide.txt").write_text(rows, encoding="utf-16")
+    (folder / "repository").mkdir()
+    (folder / "repository" / ".gitignore").write_text("build/\n!a*\n**/b[0-9]?.txt\n")
+    (folder / "repository" / "a.txt").write_text("a")
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
     return folder

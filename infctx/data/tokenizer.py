@@ -103,16 +103,19 @@ class WorldTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            return np.array(self._encoder.encode(text), np.uint16)
+            ids = self._encoder.encode(text)
         except UnicodeEncodeError as error:
             raise _not_utf8(error) from None
+        return np.fromiter(ids, np.uint16, len(ids))
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         # A token depends only on the `longest_token` bytes from its start, so one that has them all is final. Those
-        # nearer to the end of the piece are taken back and encoded again with the next piece.
-        rest = ""
+        # nearer to the end of a piece are taken back and encoded again with the next one, if there is one.
+        text = ""
         for piece in pieces:
-            text = rest + piece
+            if not text:
+                text = piece
+                continue
             ids = self.encode(text)
             data = text.encode()
             starts = np.cumsum(self.byte_lengths[ids]) - self.byte_lengths[ids]
@@ -121,11 +124,11 @@ class WorldTokenizer:
             # to the beginning of the next, so a start on a character is at most three tokens back.
             while count < len(ids) and data[starts[count]] & 0xC0 == 0x80:
                 count -= 1
-            rest = data[starts[count] :].decode() if count < len(ids) else ""
             if count:
                 yield ids[:count]
-        if rest:
-            yield self.encode(rest)
+            text = (data[starts[count] :].decode() if count < len(ids) else "") + piece
+        if text:
+            yield self.encode(text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return b"".join([self._tokens[i] for i in _checked_ids(ids, self).tolist()])

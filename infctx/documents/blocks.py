@@ -45,9 +45,6 @@ BINARY = {
 """First bytes of files that are not text."""
 
 
-REMOVE = "--skip-bad leaves it out"
-
-
 class NotText(InputError):
     """A file that is in another encoding, or binary."""
 
@@ -132,7 +129,7 @@ def decoded(blocks: Iterator[bytes], name: str, given: str | None) -> Iterator[s
     for block in chain(blocks, [b""]):
         if 0 in block and not _is_wide(encoding):
             raise NotText(
-                f"{name}: byte {offset + block.index(0):,} is NUL, which no text has; {REMOVE}, or convert it to text"
+                f"{name}: byte {offset + block.index(0):,} is NUL, which no text has; convert it, or add --skip-bad"
             )
         held_back = len(decoder.getstate()[0])
         try:
@@ -164,10 +161,9 @@ def name_of(source: Source) -> str:
 def not_in_encoding(error: UnicodeDecodeError, place: str, encoding: str, offset: int) -> NotText:
     """Returns the error for a byte that does not fit; offset: that of the decoded bytes in the file or line."""
     byte = error.object[error.start]
-    remedy = "convert it to UTF-8, or give its encoding, such as --encoding cp1252"
+    remedy = "convert it, add its --encoding, such as cp1252," if encoding == "utf-8" else "add its --encoding"
     return NotText(
-        f"{place}: not {encoding.upper()}: byte 0x{byte:02x} at offset {offset + error.start}; "
-        f"{remedy if encoding == 'utf-8' else 'give its --encoding'}; {REMOVE}"
+        f"{place}: not {encoding.upper()}: byte 0x{byte:02x} at offset {offset + error.start}; {remedy} or --skip-bad"
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -49,10 +51,7 @@ def _files_in(
     try:
         entries = sorted(folder.iterdir())
         if (ignore := folder / IGNORE_FILE).is_file():
-            rules = [
-                *rules,
-                (folder, GitIgnoreSpec.from_lines(ignore.read_bytes().decode(errors="replace").split("\n"))),
-            ]
+            rules = [*rules, (folder, _rules_of(ignore))]
     except OSError as error:
         on_bad(cannot_read(error))
         return
@@ -74,6 +73,16 @@ def _files_in(
                     yield path, BINARY if not_text(file.read(BINARY_BYTES), encoding) else OTHER
             except OSError as error:
                 on_bad(cannot_read(error))
+
+
+def _rules_of(ignore: Path) -> GitIgnoreSpec:
+    """Reads a .gitignore; a line that is no pattern means nothing, as for git."""
+    lines = []
+    for line in ignore.read_bytes().decode(errors="replace").split("\n"):
+        with suppress(ValueError, re.error):
+            GitIgnoreSpec.from_lines([line])
+            lines.append(line)
+    return GitIgnoreSpec.from_lines(lines)
 
 
 def _is_ignored(path: Path, is_folder: bool, rules: list[tuple[Path, GitIgnoreSpec]]) -> bool:

@@ -123,7 +123,7 @@ def test_a_token_of_128_bytes_is_not_cut_at_a_seam():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_are_encoded_as_they_come(name):
-    """At most the tokens around the last 128 bytes are held back, whatever the text."""
+    """At most a piece and the tokens around the 128 bytes before it are held back, whatever the text."""
     tokenizer = get_tokenizer(name)
     for text in ["word and " * 100, " " * 900, "→" * 900, "🙂" * 900, "多" * 900]:
         given_bytes = 0
@@ -137,7 +137,7 @@ def test_pieces_are_encoded_as_they_come(name):
         done = 0
         for ids in tokenizer.encode_pieces(pieces()):
             done += int(tokenizer.byte_lengths[ids].sum())
-            assert given_bytes - done <= 2 * 128
+            assert given_bytes - done <= len(text.encode()) + 2 * 128
         assert done == 20 * len(text.encode())
 
 

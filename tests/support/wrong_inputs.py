@@ -360,7 +360,7 @@ a pattern without files = prepare 'gone/*.txt' --output out
 an empty text = prepare empty.txt --output out
     empty.txt: ... name a file with text in it
 a text in Latin-1 = prepare latin.txt --output out
-    latin.txt: ... convert it to UTF-8
+    latin.txt: ... convert it, add its --encoding, such as cp1252, or --skip-bad
 a broken line of JSON = prepare broken.jsonl --output out
     broken.jsonl:2: ... correct or remove the line
 JSON without text = prepare other.jsonl --output out
@@ -371,8 +371,8 @@ a picture = prepare image.png --output out
     image.png: ... convert it to UTF-8 text first
 a PDF = prepare letter.pdf --output out
     letter.pdf: ... convert it to UTF-8 text first
-a folder without texts = prepare books --output out
-    books: ... --format text takes those that are text too
+a folder of stores = prepare books --output out
+    books: ... name one, such as books/held_out
 an empty folder = prepare empty --output out
     empty: ... check the path
 standard input without a format = prepare - --output out
@@ -381,8 +381,8 @@ a share of 0.7 = prepare texts --output out --held-out 0.7
     --held-out: ... give 0 to 0.5 of the documents, such as 0.05
 a share of 0.4 = prepare texts --output out --held-out 0.4
     --held-out: ... give a share such as 0.5 or 0.333
-a share of one document = prepare texts/0.txt --output out --held-out 0.1
-    --held-out: ... give more, or leave --held-out out
+an encoding that is none = prepare texts --output out --encoding utf9
+    --encoding: ... give one such as cp1252, latin-1, utf-16-le, gb18030
 no workers = prepare texts --output out --workers 0
     argument --workers: 0 is not a whole number of at least 1
 a tokenizer that is none = prepare texts --output out --tokenizer gpt2
