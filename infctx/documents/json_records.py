@@ -88,9 +88,11 @@ def _parsed(line: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise not_in_encoding(error, place, "utf-8", 0) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno}); correct or remove the line") from None
+        raise InputError(
+            f"{place}: not JSON ({error.msg}, column {error.colno}); correct the line, or add --skip-bad"
+        ) from None
     except (ValueError, RecursionError) as error:  # a number too long, or a nesting too deep, for Python
-        raise InputError(f"{place}: not JSON ({error}); correct or remove the line") from None
+        raise InputError(f"{place}: not JSON ({error}); correct the line, or add --skip-bad") from None
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class _Values:
                 what = "the file is cut off, or a quote is missing" if is_cut else "correct it"
                 raise InputError(f"{place}: not JSON ({error.msg}, line {self.line}); {what}") from None
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{place}: not JSON ({error}); correct or remove it") from None
+                raise InputError(f"{place}: not JSON ({error}); correct it, or add --skip-bad") from None
             if end < len(self._buffer) or not self._read():  # a number may continue
                 self.skip(end - self._place)
                 return value

@@ -131,7 +131,7 @@ def _row(rows: Iterator[list[str]], place: str) -> list[str] | None:
         problem = str(error)
         if "field larger" in problem:
             problem = f"a value of more than {MAX_RECORD_BYTES >> 20} MiB, or a quote without its end"
-        raise InputError(f"{place}: not csv ({problem}); correct the quotes or remove the row") from None
+        raise InputError(f"{place}: not csv ({problem}); correct the quotes, or add --skip-bad") from None
 
 
 def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
@@ -154,7 +154,10 @@ def _rows(batches: Iterator[Any], source: Source, num_rows: int, on_bytes: Calla
             except UnicodeDecodeError as error:
                 yield place, not_in_encoding(error, place, "utf-8", 0)
             except (ValueError, OverflowError) as error:  # such as a date beyond what Python has
-                yield place, InputError(f"{place}: cannot be read ({quoted(str(error))}); correct or remove the row")
+                yield (
+                    place,
+                    InputError(f"{place}: cannot be read ({quoted(str(error))}); correct the row, or add --skip-bad"),
+                )
         read += batch.num_rows
         done = source.num_bytes * read // max(1, num_rows)
         on_bytes(done - reported)
