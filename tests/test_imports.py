@@ -107,7 +107,7 @@ def test_no_module_imports_itself_by_way_of_others():
     ("module", "line", "said"),
     [
         ("data/lanes", "from infctx.model.rwkv import RWKV", "data is left of model"),
-        ("errors", "    import infctx.documents.text", "leaves is left of documents"),
+        ("errors", "    import infctx.documents.read", "leaves is left of documents"),
         ("model/rwkv", "from infctx.train import loop", "model is left of train"),
         ("train/loop", "import infctx.__main__", "train is left of entrances"),
         ("cuda/compile", "if True:\n    from infctx.recurrence import wkv", "cuda is left of recurrence"),

@@ -85,8 +85,8 @@ def find_sources(
             else:
                 left_out[file.real] = source
         if not any(file.real in found or file.real in bad for file in files):
-            if store := next((file.path for file in files if _store(str(file.path))), None):
-                raise InputError(f"{name}: holds token stores, not texts; name one, such as {store.with_suffix('')}")
+            if inside := next((file.path for file in files if _store(str(file.path))), None):
+                raise InputError(f"{name}: holds token stores, not texts; name one, such as {inside.with_suffix('')}")
             lines = _left_out_lines(left_out[file.real] for file in files)
             raise InputError(f"{name}: nothing in there to read; {'; '.join(lines) or 'check the path'}")
     return list(found.values()), [*_left_out_lines(left_out.values()), *_twice_lines(twice)]

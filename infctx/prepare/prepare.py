@@ -75,7 +75,8 @@ class PrepareSummary:
 
 def _share_learned(split: SplitSummary) -> str:
     every = split.tokens - split.documents
-    return "" if split.targets == every else f", {split.targets / every:.0%} of the tokens learned"
+    share = f"{split.targets / every:.0%}"
+    return "" if share == "100%" else f", {share} of the tokens learned"
 
 
 # Nine parameters: one for each option of `infctx prepare`.
@@ -220,8 +221,6 @@ class _SkippedFile:
 def _skipped_lines(log: ReadLog, path: Path) -> list[str]:
     if not log.num_bad:
         return []
-    more = f"all {log.num_bad:,} are in {path}" if log.num_bad > len(log.first_bad) else f"listed in {path}"
-    return [
-        f"left out {counted(log.num_bad, 'bad file, line or row')}; {more}:",
-        *(f"  {line}" for line in log.first_bad),
-    ]
+    what = "1 bad file, line or row" if log.num_bad == 1 else f"{log.num_bad:,} bad files, lines and rows"
+    more = f"all of them are in {path}" if log.num_bad > len(log.first_bad) else f"listed in {path}"
+    return [f"left out {what}; {more}:", *(f"  {line}" for line in log.first_bad)]

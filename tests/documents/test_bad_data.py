@@ -32,7 +32,7 @@ def invalid_utf8():
 LINE = '{"text": "a"}\n'
 LONG = '{"text": "' + "b" * (1 << 20) + '"}\n'
 KEY = "give the document's text this key, or name another with --text-column"
-REMOVE = "correct or remove the line"
+REMOVE = "correct the line, or add --skip-bad"
 
 BAD = [
     # name, content, message after the name (... is any text), texts that --skip-bad leaves

@@ -362,7 +362,7 @@ an empty text = prepare empty.txt --output out
 a text in Latin-1 = prepare latin.txt --output out
     latin.txt: ... convert it, add its --encoding, such as cp1252, or --skip-bad
 a broken line of JSON = prepare broken.jsonl --output out
-    broken.jsonl:2: ... correct or remove the line
+    broken.jsonl:2: ... correct the line, or add --skip-bad
 JSON without text = prepare other.jsonl --output out
     other.jsonl:1: ... give the document's text this key, or name another with --text-column
 a cut gzip = prepare cut.txt.gz --output out
