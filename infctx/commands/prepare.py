@@ -7,6 +7,8 @@ from pathlib import Path
 
 from infctx.arguments import count, number, seed
 from infctx.documents.document import FORMATS, REPOSITORY, Reading
+from infctx.documents.forms import ANSWERS
+from infctx.documents.templates import HELP
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -14,8 +16,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        help=".txt, .md, .jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst; folders, globs, - for stdin, "
-        "token stores such as data/books/train",
+        help=".txt, .md; .jsonl, .json, .csv, .tsv, .parquet with texts, prompts, instructions or chats; also .gz and "
+        ".zst; folders, globs, - for stdin, token stores such as data/books/train",
     )
     parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
     parser.add_argument(
@@ -35,6 +37,20 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, help="what named files, standard input and files of any other suffix hold"
     )
     parser.add_argument("--text-column", metavar="NAME", help="the key or column with the text (default: text)")
+    parser.add_argument(
+        "--form",
+        metavar="NAME",
+        help="what the records hold, where their keys do not say: text, prompt (and completion), instruction (input, "
+        "output), messages (role, content) or conversations (ShareGPT)",
+    )
+    parser.add_argument("--template", metavar="NAME", help=HELP)
+    parser.add_argument(
+        "--learn",
+        default=ANSWERS,
+        metavar="ROLES",
+        help="what a model learns of chats, prompts and instructions: answers (default), all, or roles such as "
+        "user,assistant; of other texts it learns everything",
+    )
     parser.add_argument(
         "--encoding", metavar="NAME", help="of texts, such as cp1252 (default: UTF-8, or by their byte order mark)"
     )
@@ -66,6 +82,9 @@ def run(options: argparse.Namespace) -> None:
         join=options.join,
         text_column=options.text_column,
         from_tokenizer=options.from_tokenizer,
+        form=options.form,
+        template=options.template,
+        learn=options.learn,
     )
     summary = prepare(
         options.inputs,

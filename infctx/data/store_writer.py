@@ -80,8 +80,7 @@ class TokenStoreWriter:
                 self._begin_mask()
             self._lengths.write(struct.pack("<q", length))
         if self._mask:
-            for count, are_targets in runs:
-                self._mask.add(count, bool(are_targets))
+            self._mask.add_runs(runs)
         self.num_documents += 1
         self.num_tokens += length
         self.num_targets += targets

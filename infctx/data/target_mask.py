@@ -100,6 +100,16 @@ class TargetMaskWriter:
             self._write(np.concatenate([self._rest, np.full(min(AT_ONCE, count - begin), is_target)]))
         self._num_tokens += count
 
+    def add_runs(self, runs: list[list[int]]) -> None:
+        """Adds runs: [number of tokens, whether they are targets] for each; at once if they are short, as in a chat."""
+        counts, are_targets = zip(*runs, strict=True)
+        if sum(counts) > AT_ONCE:
+            for count, is_target in runs:
+                self.add(count, bool(is_target))
+        else:
+            self._write(np.concatenate([self._rest, np.repeat(np.array(are_targets, bool), counts)]))
+            self._num_tokens += sum(counts)
+
     def close(self) -> None:
         """Writes what is left and the header, and flushes the file to disk."""
         blocks = self._rest

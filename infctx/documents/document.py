@@ -25,6 +25,9 @@ class Reading:
     join: "repository": each folder is one long document, its files under headings
     text_column: the key or column that holds the text
     from_tokenizer: the tokenizer of a token store without a store.json
+    form: of records: a name in `infctx.documents.forms.FORMS`
+    template: how chats become text: a name in `infctx.documents.templates.BUILT_IN`, or a file of the user's
+    learn: what a model learns of records with roles: "answers", "all", or roles with commas between them
     """
 
     format: str | None = None
@@ -33,6 +36,9 @@ class Reading:
     join: str | None = None
     text_column: str | None = None
     from_tokenizer: str | None = None
+    form: str | None = None
+    template: str | None = None
+    learn: str = "answers"
 
 
 AS_THEY_ARE = Reading()
@@ -89,9 +95,11 @@ class Document:
     parts: to be read to the end before the next document is asked for
     learns_end: whether a model learns that the document ends there
     form: what its record was recognized as, for the summary
+    roles: who takes each of its turns
     """
 
     place: str
     parts: Iterator[Part]
     learns_end: bool = True
     form: str = "text"
+    roles: tuple[str, ...] = ()

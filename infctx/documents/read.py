@@ -13,6 +13,7 @@ from pathlib import Path
 
 from infctx.documents.blocks import NotText, blocks_of, decoded, name_of
 from infctx.documents.document import AS_THEY_ARE, REPOSITORY, STORE, Document, Part, Reading, Records, Source
+from infctx.documents.forms import FormTally
 from infctx.documents.json_records import json_records
 from infctx.documents.records import document_of
 from infctx.documents.tables import csv_records, parquet_records
@@ -32,12 +33,14 @@ class ReadLog:
 
     on_bytes: called with the number of bytes read from disk since its last call
     on_bad: called with the error of each file, line and row that is left out
+    tally: counts the forms and roles of records
     counts: the records of each (file, format, form) that are documents
     num_bad: files, lines and rows left out; first_bad: the errors of the first few
     """
 
     on_bytes: Callable[[int], object] = lambda num_bytes: None
     on_bad: Callable[[InputError], object] = lambda error: None
+    tally: FormTally = field(default_factory=lambda: FormTally(AS_THEY_ARE))
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     num_bad: int = 0
     first_bad: list[str] = field(default_factory=list)
@@ -124,6 +127,7 @@ def _documents_of(source: Source, reading: Reading, log: ReadLog) -> Iterator[Do
                 if isinstance(record, InputError):
                     raise record
                 document = document_of(record, place, reading)
+                log.tally.add(document, name)
             except InputError as error:
                 if not reading.skip_bad:
                     raise

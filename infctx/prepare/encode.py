@@ -7,7 +7,8 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from infctx.prepare.workers import WorkerKilled, Workers
 BATCH_CHARS = 1 << 20
 LONG_DOCUMENT_CHARS = 4 << 20
 DOCUMENT_OVERHEAD = 256  # the cost of a document besides its characters, so that a batch of tiny ones ends too
+MOST_PARTS = 1 << 12  # short ones, encoded in one go
 # Encoding this much takes as long as starting a worker.
 BYTES_PER_WORKER = 32 << 20
 
@@ -86,8 +88,31 @@ def count_workers(workers: int | None, tokenizer: Tokenizer, sources: Sequence[S
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Encoded:
-    parts = ((ids, part.is_learned) for part in document.parts for ids in tokenizer.encode_pieces(part.pieces))
-    return Encoded(parts, document.learns_end)
+    return Encoded(_encode_parts(document.parts, tokenizer), document.learns_end)
+
+
+def _encode_parts(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, bool]]:
+    whole: list[tuple[str, bool]] = []
+    for part in parts:
+        if type(part.pieces) is tuple and len(part.pieces) == 1 and len(whole) < MOST_PARTS:
+            whole.append((part.pieces[0], part.is_learned))
+            continue
+        yield from _encode_texts(whole, tokenizer)
+        whole = []
+        for ids in tokenizer.encode_pieces(part.pieces):
+            yield ids, part.is_learned
+    yield from _encode_texts(whole, tokenizer)
+
+
+def _encode_texts(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[tuple[np.ndarray, bool]]:
+    """Encodes each text by itself; neighbors that are both learned, or both not, then become one array.
+
+    A chat has many short parts, and most of the time would go into handling their arrays.
+    """
+    return [
+        (np.concatenate([tokenizer.encode(text) for text, _ in group]), is_learned)
+        for is_learned, group in groupby(texts, key=itemgetter(1))
+    ]
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[_Short] | Document]:
@@ -130,5 +155,4 @@ def _read_ahead(document: Document) -> tuple[Iterator[Part], int]:
 
 
 def _encode_batch(tokenizer: str, batch: list[_Short]) -> list[Encoded]:
-    encode = get_tokenizer(tokenizer).encode
-    return [Encoded([(encode(text), learned) for text, learned in parts], end) for parts, end in batch]
+    return [Encoded(_encode_texts(parts, get_tokenizer(tokenizer)), end) for parts, end in batch]

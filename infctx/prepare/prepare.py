@@ -24,6 +24,7 @@ from infctx.data.token_store import SUMMARY_FILE
 from infctx.data.tokenizer import Tokenizer, get_tokenizer
 from infctx.documents.blocks import NotText
 from infctx.documents.document import AS_THEY_ARE, STDIN, STORE, Reading, Source
+from infctx.documents.forms import FormTally
 from infctx.documents.inputs import find_sources
 from infctx.documents.read import ReadLog, read_documents, with_other_files
 from infctx.errors import InputError
@@ -109,7 +110,7 @@ def prepare(
     arguments, and OSError, with the file's name, if writing fails; in both cases, and if interrupted, nothing of the
     new output is left.
     """
-    encoder = get_tokenizer(tokenizer)
+    encoder, tally = get_tokenizer(tokenizer), FormTally(reading)
     _check_share(held_out)
     bad: list[InputError] = []
     sources, notes = find_sources(inputs, reading, bad.append if reading.skip_bad else None)
@@ -124,7 +125,7 @@ def prepare(
         _progress_bar(sources, progress) as bar,
         _SkippedFile(folder / SKIPPED_FILE) as skipped,
     ):
-        read_log = ReadLog(bar.update, skipped.add)
+        read_log = ReadLog(bar.update, skipped.add, tally)
         for error in bad:
             read_log.leave_out(error)
         try:
@@ -138,7 +139,7 @@ def prepare(
             written.documents_without_target,
         )
         _write_summary(folder / SUMMARY_FILE, summary)
-    summary.notes = [*read_log.lines(), *notes, *_skipped_lines(read_log, Path(output) / SKIPPED_FILE)]
+    summary.notes = [*read_log.lines(), *tally.lines(), *notes, *_skipped_lines(read_log, Path(output) / SKIPPED_FILE)]
     return summary
 
 
@@ -195,6 +196,7 @@ def _encoded(
         else:
             with closing(encode_documents(read_documents(list(group), reading, log), tokenizer, workers)) as encoded:
                 yield from encoded
+    log.tally.refuse_missing_roles()
 
 
 class _SkippedFile:

@@ -58,7 +58,9 @@ def write_splits(
     written = _write(folder, documents, _random_split(group, seed), tokenizer.byte_lengths)
     if not written.splits:
         problem = (
-            "have nothing to learn" if written.documents_without_target else "are empty; name files with text in them"
+            "have nothing to learn; see --learn, or give chats with answers in them"
+            if written.documents_without_target
+            else "are empty; name files with text in them"
         )
         raise InputError(f"all documents {problem}")
     if group and len(written.splits) == 1:
