@@ -24,7 +24,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-v
 # Passed through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare inspect train tune plan evaluate generate export test test-slow lint dev gpu-check
+.PHONY: help install prepare inspect train tune plan evaluate generate chat export test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -53,6 +53,9 @@ evaluate: $(VENV)/installed  ## loss by position: make evaluate MODEL=runs/finch
 
 generate: $(VENV)/installed  ## continues a prompt: make generate MODEL=runs/finch-tiny PROMPT='def '
 	@$(INFCTX) generate "$$MODEL" $${STATE:+--state "$$STATE"} --prompt "$$PROMPT" $(ARGS)
+
+chat: $(VENV)/installed  ## chats with a model: make chat MODEL=model.pth STATE=runs/mine
+	@$(INFCTX) chat "$$MODEL" $${STATE:+--state "$$STATE"} $(ARGS)
 
 export: $(VENV)/installed  ## writes weights or a state for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
 	@test -n "$${OUTPUT:-}" || { echo 'name OUTPUT: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import infctx
 from infctx.arguments import Parser
-from infctx.commands import evaluate, export, generate, inspect, prepare, train
+from infctx.commands import chat, evaluate, export, generate, inspect, prepare, train
 from infctx.environment import rank_number
 from infctx.exits import run_command
 from infctx.small_texts import quoted
@@ -44,6 +44,7 @@ COMMANDS = (
     Command("plan", train.plan_command, train.describe_plan, loads_torch=False, trains=True),
     Command("evaluate", evaluate.run, evaluate.describe),
     Command("generate", generate.run, generate.describe, is_quiet=True),
+    Command("chat", chat.run, chat.describe, is_quiet=True),
     Command("export", export.run, export.describe),
 )
 
@@ -70,7 +71,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [command.name for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         choice = f"{', '.join(names[:-1])} or {names[-1]}"
-        parser.error(f"{quoted(arguments[0], 20)}: no such command; choose {choice}")
+        parser.error(f"{quoted(arguments[0], 20)}: is none of {choice}")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [word for word in rest if word.startswith("-")]
     if flags:

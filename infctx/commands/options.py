@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from infctx.arguments import count, number, seed
+from infctx.documents.templates import DEFAULT, HELP, get_template
+
 
 def describe_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,6 +28,38 @@ def describe_device(parser: argparse.ArgumentParser) -> None:
 
 def describe_state(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", type=Path, help="a state file of any form, for documents to start from")
+
+
+def describe_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", type=count, default=256, help="generate at most this many tokens (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=number, default=1.0, help="randomness; 0: always the most likely token (default 1)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number,
+        default=0.7,
+        help="draw from the likeliest tokens, up to this probability (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text (default %(default)s)")
+
+
+def describe_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="what the system says before the chat begins")
+    parser.add_argument("--template", metavar="NAME", help=HELP)
+    parser.add_argument("--think", action="store_true", help="let answers begin with reasoning (--template g1)")
+
+
+def open_chat(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
+    """Returns a chat with the model that the options name."""
+    from infctx.evaluate.chat import Chat
+    from infctx.evaluate.generate import Sampling
+
+    template = get_template(options.template or DEFAULT)
+    sampling = Sampling(options.tokens, options.temperature, options.top_p, options.seed)
+    return Chat(load_model(options), template, sampling, system=options.system or "", thinks=options.think)
 
 
 def load_model(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
