@@ -14,7 +14,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from wrong_inputs import ROWS
+from wrong_inputs import ROWS as INPUT_ROWS
+from wrong_records import RECORD_FILES
+from wrong_records import ROWS as RECORD_ROWS
 
 import infctx
 from infctx.formats.published import PUBLISHED_FILES
@@ -23,6 +25,7 @@ from infctx.model.state import State
 from runs import infctx_here, write_store
 from tiny_models import random_model
 
+ROWS = [*INPUT_ROWS, *RECORD_ROWS]
 COLUMNS = 120
 PATH = re.compile(r"[\w.*~-]*(?:/|\.(?:bin|gz|idx|jsonl?|md|pdf|png|pth|safetensors|st|txt|yaml)\b)[\w./*~-]*")
 SEE_HELP = r"(.*; see infctx( \w+)? --help)?"
@@ -80,6 +83,7 @@ WRONG_FILES = {
     HALF: b"PK\x03\x04 and no more",
     "bad.idx": b"abc" * 9,
     "bad.bin": b"abc",
+    **RECORD_FILES,
 }
 
 
@@ -173,6 +177,7 @@ def test_there_is_a_row_for_every_command():
         "plan",
         "evaluate",
         "generate",
+        "chat",
         "export",
         "train config.yaml --rehearse",
     ):

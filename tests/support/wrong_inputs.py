@@ -32,7 +32,7 @@ TABLE = """
 no command =
     the following arguments are required: COMMAND
 unknown command = frob
-    frob: no such command; choose prepare, train, tune, plan, evaluate, generate or export; see infctx --help
+    frob: is none of prepare, inspect, train, tune, plan, evaluate, generate, chat or export; see infctx --help
 train without a configuration = train
     the following arguments are required: config
 generate without a model = generate
