@@ -27,10 +27,10 @@ from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
 from infctx.formats.state_file import is_state_file, read_state
 from infctx.prepare.prepare import prepare
+from infctx.report.step_log import STEP_LOG, read_step_log, reopen_step_log
 from infctx.settings.load import load_config
 from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.checkpoint import changed_settings, load_progress, load_units
-from infctx.train.metrics import STEP_LOG, _reopen_step_log, read_step_log
 from infctx.train.optimizer import make_optimizer
 
 from places import FIXTURES
@@ -93,7 +93,7 @@ def read_store(file):
 
 
 def read_log(file):
-    log, _ = _reopen_step_log(file, 5)
+    log, _ = reopen_step_log(file, 5)
     log.close()
     read_step_log(file.parent)
 

@@ -20,6 +20,7 @@ ROOMS = (
     "plan",
     "distributed",
     "evaluate",
+    "report",
     "train",
     "commands",
     "entrances",

@@ -71,6 +71,8 @@ def _kind(setting: dict[str, Any]) -> str:
     """Describes the allowed values: whole number from 1; auto, cpu, cuda; ..."""
     if "anyOf" in setting:
         return " or ".join(_kind(choice) for choice in setting["anyOf"])
+    if setting.get("type") == "array":
+        return f"list of {_kind(setting['items'])}"
     if "enum" in setting:
         return ", ".join(_written(choice) for choice in setting["enum"])
     kinds = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "null": "`null`"}
@@ -92,6 +94,8 @@ def _written(value: Any) -> str:
     """Writes a value as YAML does."""
     if value is None:
         return "`null`"
+    if isinstance(value, list):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

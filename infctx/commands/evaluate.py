@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"{options.model}: is a token store, and the model comes first; run {words}")
     store, model = TokenStore(options.store), load_model(options)
     buckets = evaluate_store(model, store, options.segment_tokens, options.max_tokens)
-    print(format_table(buckets, store))
+    print(format_table(buckets, str(store.path)))
     if options.output:
         evaluation = Evaluation(None, model.initial_wkv is not None, buckets)
-        write_record(options.output, store.path, options.max_tokens, [evaluation])
+        write_record(options.output, str(store.path), options.max_tokens, [evaluation])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from infctx.data.tokenizer import get_tokenizer, refuse_other_tokenizer, tokeniz
 from infctx.errors import InputError
 from infctx.model.loss import token_losses
 from infctx.model.rwkv import RWKV
+from infctx.model.state import State
 
 FIRST_BUCKET_TOKENS = 256
 BUCKET_GROWTH = 4
@@ -41,7 +43,37 @@ class Bucket:
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
-@torch.no_grad()
+class DocumentLoss(NamedTuple):
+    """The loss of a document, each target once in the buckets and once in the pieces.
+
+    buckets: by position
+    pieces:  of each segment: its number of targets, and their total loss in nats
+    """
+
+    buckets: list[Bucket]
+    pieces: list[tuple[int, float]]
+
+
+class Reading(NamedTuple):
+    """What an evaluation reads of a store: tokens by document, in segments, for a vocabulary."""
+
+    store: TokenStore
+    tokens: dict[int, int]
+    segment_tokens: int
+    vocab_size: int
+
+    def num_segments(self, document: int) -> int:
+        return -(-(self.tokens[document] - 1) // self.segment_tokens)
+
+    def only(self, documents: Iterable[int]) -> Reading:
+        """Returns the reading of some of its documents."""
+        return self._replace(tokens={document: self.tokens[document] for document in documents})
+
+
+RunSegment = Callable[[Tensor, Tensor, "State | None"], tuple[Tensor, State]]
+"""Runs tokens (1, T) from a state, None for the initial one; returns the loss of each target (1, T), and the state."""
+
+
 def evaluate_store(
     model: RWKV,
     store: TokenStore,
@@ -56,51 +88,90 @@ def evaluate_store(
     Returns the buckets 0-255, 256-1,023, 1,024-4,095, ... that have targets.  Shows a progress bar if standard
     error is a terminal.
     """
-    if segment_tokens < 1 or max_tokens < 1:
-        raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
-    tokenizer = tokenizer_for_vocab(model.sizes.vocab_size)
+    reading = choose_documents(store, model.sizes.vocab_size, segment_tokens, max_tokens)
+    return merge([document.buckets for document in evaluate_reading(model, reading, each_segment)])
+
+
+def evaluate_reading(
+    model: RWKV, reading: Reading, each_segment: Callable[[], None] = lambda: None
+) -> list[DocumentLoss]:
+    """Measures the documents of a reading, like `evaluate_store`, and returns the loss of each."""
+
+    def run(tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
+        hidden, state = model(tokens, state)
+        return token_losses(hidden, model.head.weight, targets), state
+
+    return [loss for _, loss in measure_documents(reading, run, model.embedding.weight.device, each_segment)]
+
+
+@torch.no_grad()
+def measure_documents(
+    reading: Reading,
+    run: RunSegment,
+    device: torch.device,
+    each_segment: Callable[[], None] = lambda: None,
+    shows: bool = True,
+) -> list[tuple[int, DocumentLoss]]:
+    """Measures the documents of a reading; returns their numbers and losses.  Raises InputError for a loss of nan.
+
+    shows: whether to show a progress bar, if standard error is a terminal
+    """
+    tokenizer = tokenizer_for_vocab(reading.vocab_size)
     byte_lengths = torch.from_numpy(get_tokenizer(tokenizer).byte_lengths) if tokenizer else None
-    buckets: list[Bucket] = []
-    chosen = _choose(store, model.sizes.vocab_size, max_tokens)
-    with _progress_bar(sum(chosen.values()) - len(chosen)) as bar:
-        for document, tokens in _read(store, model.sizes.vocab_size, chosen):
-            targets = torch.from_numpy(store.targets(document, 0, len(tokens)))
-            state = None
-            for begin in range(0, len(tokens) - 1, segment_tokens):
-                piece = tokens[begin : begin + segment_tokens + 1].to(model.embedding.weight.device)
-                hidden, state = model(piece[None, :-1], state)
-                losses = token_losses(hidden, model.head.weight, piece[None, 1:])[0].double().cpu()
+    found = []
+    with _progress_bar(sum(reading.tokens.values()) - len(reading.tokens), shows) as bar:
+        for document, tokens in _read(reading.store, reading.vocab_size, reading.tokens):
+            targets = torch.from_numpy(reading.store.targets(document, 0, len(tokens)))
+            state, measured = None, DocumentLoss([], [])
+            for begin in range(0, len(tokens) - 1, reading.segment_tokens):
+                piece = tokens[begin : begin + reading.segment_tokens + 1].to(device)
+                each, state = run(piece[None, :-1], piece[None, 1:], state)
+                losses = each[0].double().cpu()
                 if not losses.isfinite().all():
                     problem = f"document {document} has a loss of nan or inf; the weights are damaged"
-                    raise InputError(f"{store.path}: {problem}")
+                    raise InputError(f"{reading.store.path}: {problem}")
                 counted = targets[begin + 1 : begin + len(piece)]
                 num_bytes = None if byte_lengths is None else byte_lengths[piece[1:].cpu()]
-                _add(buckets, begin, losses, counted, num_bytes)
+                _add(measured.buckets, begin, losses, counted, num_bytes)
+                measured.pieces.append((int(counted.sum()), losses[counted].sum().item()))
                 bar.update(len(losses))
                 each_segment()
-    return [bucket for bucket in buckets if bucket.num_tokens]
+            found.append((document, measured))
+    return found
 
 
-def refuse_tokens_beyond(store: TokenStore, vocab_size: int, max_tokens: int) -> None:
-    """Raises InputError if an evaluation of max_tokens would meet a token beyond the model's vocabulary."""
-    for _ in _read(store, vocab_size, _choose(store, vocab_size, max_tokens)):
-        pass
+def merge(parts: Iterable[list[Bucket]]) -> list[Bucket]:
+    """Adds the buckets of several documents or stores, place by place; returns those that have targets."""
+    merged: dict[int, Bucket] = {}
+    for part in (bucket for buckets in parts for bucket in buckets):
+        whole = merged.setdefault(part.begin, Bucket(part.begin, part.end))
+        whole.num_tokens += part.num_tokens
+        whole.nats += part.nats
+        whole.num_bytes += part.num_bytes
+    return [merged[begin] for begin in sorted(merged) if merged[begin].num_tokens]
 
 
-def format_table(buckets: list[Bucket], store: TokenStore) -> str:
-    """Formats the buckets as a table, with a line for all of them together."""
-    lines = [f"held-out loss by position in {store.path}", f"{_HEAD}   nats/token   bits/byte"]
+def refuse_tokens_beyond(readings: Mapping[str, Reading]) -> None:
+    """Raises InputError if an evaluation would meet a token beyond the model's vocabulary."""
+    for reading in readings.values():
+        for _ in _read(reading.store, reading.vocab_size, reading.tokens):
+            pass
+
+
+def format_table(buckets: list[Bucket], store: str) -> str:
+    """Formats the buckets of a store as a table, with a line for all of them together."""
+    lines = [f"held-out loss by position in {store}", f"{_HEAD}   nats/token   bits/byte"]
     for bucket in [*buckets, total(buckets)]:
         bits = "-" if bucket.bits_per_byte is None else f"{bucket.bits_per_byte:.3f}"
         lines.append(f"{_place(bucket)} {bucket.nats_per_token:>12.4f} {bits:>11}")
     return "\n".join(lines)
 
 
-def format_comparison(before: list[Bucket], after: list[Bucket], store: TokenStore, names: tuple[str, str]) -> str:
+def format_comparison(before: list[Bucket], after: list[Bucket], store: str, names: tuple[str, str]) -> str:
     """Formats two evaluations of the same documents side by side, in bits per byte if the bytes are known."""
     known = total(before).bits_per_byte is not None
     unit = "bits per byte" if known else "nats per token"
-    lines = [f"held-out loss by position in {store.path}, {unit}", f"{_HEAD} {names[0]:>16} {names[1]:>16}      change"]
+    lines = [f"held-out loss by position in {store}, {unit}", f"{_HEAD} {names[0]:>16} {names[1]:>16}      change"]
     for pair in zip([*before, total(before)], [*after, total(after)], strict=True):
         first, second = ((bucket.bits_per_byte or 0.0) if known else bucket.nats_per_token for bucket in pair)
         lines.append(f"{_place(pair[0])} {first:>16.3f} {second:>16.3f} {second - first:>+11.3f}")
@@ -119,19 +190,25 @@ def summarize(buckets: list[Bucket]) -> str:
     """Summarizes the loss in one clause: of all targets, the first bucket and the last."""
     first, last, whole = buckets[0], buckets[-1], total(buckets)
     if first is last:
-        return f"{_value(whole)} {_unit(whole)}"
+        return f"{format_value(whole)} {unit_of(whole)}"
     return (
-        f"{_value(whole)} {_unit(whole)}: {_value(first)} in a document's first {first.end} tokens, "
-        f"{_value(last)} from {last.begin:,} on"
+        f"{format_value(whole)} {unit_of(whole)}: {format_value(first)} in a document's first {first.end} tokens, "
+        f"{format_value(last)} from {last.begin:,} on"
     )
 
 
-def _value(bucket: Bucket) -> str:
-    bits = bucket.bits_per_byte
-    return f"{bucket.nats_per_token if bits is None else bits:.3f}"
+def format_value(bucket: Bucket) -> str:
+    """Formats `shown_value`."""
+    return f"{shown_value(bucket):.3f}"
 
 
-def _unit(bucket: Bucket) -> str:
+def shown_value(bucket: Bucket) -> float:
+    """Returns the loss of a bucket in bits per byte if the bytes are known, else in nats per token."""
+    return bucket.nats_per_token if bucket.bits_per_byte is None else bucket.bits_per_byte
+
+
+def unit_of(bucket: Bucket) -> str:
+    """Returns the unit of `shown_value`."""
     return "nats per token" if bucket.bits_per_byte is None else "bits per byte"
 
 
@@ -155,8 +232,10 @@ def _add(buckets: list[Bucket], begin: int, losses: Tensor, counted: Tensor, num
         bucket.num_bytes += 0 if num_bytes is None else int(num_bytes[part][here].sum())
 
 
-def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, int]:
-    """Returns document number -> tokens to read of it, for at most 1,024 evenly spaced documents that have a target."""
+def choose_documents(store: TokenStore, vocab_size: int, segment_tokens: int, max_tokens: int) -> Reading:
+    """Chooses at most 1,024 evenly spaced documents that have a target, and how much to read of each."""
+    if segment_tokens < 1 or max_tokens < 1:
+        raise InputError(f"evaluate: segment_tokens {segment_tokens} and max_tokens {max_tokens} must be >= 1")
     refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
     stride = max(1, store.num_documents / MOST_DOCUMENTS)
     spaced = (int(place * stride) for place in range(min(store.num_documents, MOST_DOCUMENTS)))
@@ -165,12 +244,12 @@ def _choose(store: TokenStore, vocab_size: int, max_tokens: int) -> dict[int, in
     if not lengths:
         raise InputError(f"{store.path}: no document of two tokens or more to evaluate")
     limit = _common_length(list(lengths.values()), max_tokens)
-    chosen = {document: min(limit, length) for document, length in lengths.items()}
-    if not any(store.count_targets(document, 1, length) for document, length in chosen.items()):
+    tokens = {document: min(limit, length) for document, length in lengths.items()}
+    if not any(store.count_targets(document, 1, length) for document, length in tokens.items()):
         raise InputError(
             f"{store.path}: no target in the first {limit:,} tokens of any document; evaluate on more tokens"
         )
-    return chosen
+    return Reading(store, tokens, segment_tokens, vocab_size)
 
 
 def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
@@ -195,6 +274,6 @@ def _common_length(lengths: list[int], max_tokens: int) -> int:
     return max(lengths)
 
 
-def _progress_bar(num_targets: int) -> tqdm:
-    hidden = not sys.stderr.isatty()
+def _progress_bar(num_targets: int, shows: bool) -> tqdm:
+    hidden = not shows or not sys.stderr.isatty()
     return tqdm(total=num_targets, desc="held-out loss", unit=" tokens", unit_scale=True, leave=False, disable=hidden)

@@ -12,6 +12,9 @@ A checkpoint is a folder `step-000123`, written under a temporary name and renam
 
 Many ranks write their tensors in shares, NAME-00001-of-00004.safetensors and so on, the weights with Hugging Face's
 index.  It is the same checkpoint: a run on any number of ranks, with any strategy, resumes from it.
+
+A relative link `best` next to a run's checkpoints leads to the one with the lowest held-out loss, so it is a checkpoint
+for every program, also where it is copied without its target: scp, archives and hubs copy what it leads to.
 """
 
 from __future__ import annotations
@@ -36,7 +39,11 @@ INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
 """Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
 STATE_FILE = "state.safetensors"
 """The file of a state, in form infctx, in the folder of a run or a checkpoint."""
+STEP_NAME = r"step-\d{6,}"
+"""The names of checkpoints."""
 MANIFEST, PROGRESS, SETTINGS = "manifest.json", "progress.json", "config.yaml"
+BEST = "best"
+"""The link next to a run's checkpoints that leads to the best of them."""
 LOCK = ".lock"
 """A file in every run's folder: the run that holds its lock trains there."""
 TUNED_OVER = "weights"
@@ -69,7 +76,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns all checkpoints of a run, oldest first, complete or not."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [path for path in folder.glob("step-*") if re.fullmatch(STEP_NAME, path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -191,3 +198,5 @@ def remove_leftovers(folder: Path) -> None:
     """Removes a killed run's half-written and half-removed checkpoints; only the folder's run may call it."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
+    for path in folder.glob(f".{BEST}.*"):
+        path.unlink()

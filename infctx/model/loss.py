@@ -45,10 +45,13 @@ class SegmentLoss(nn.Module):
         super().__init__()
         self.model, self.l2wrap = model, l2wrap
 
-    def forward(self, segment: Segment, state: State, received: Received | None = None) -> tuple[Tensor, State]:
-        """Runs a segment from `state`; received: see `RWKV.forward`.
+    def forward(
+        self, segment: Segment, state: State | None, received: Received | None = None, each_token: bool = False
+    ) -> tuple[Tensor, State]:
+        """Runs a segment from `state`, None for the initial one; received: see `RWKV.forward`.
 
         Returns the sum of the cross entropies over unmasked targets, fp32 or fp64, and the state.
+        each_token: returns `token_losses` instead of their sum
         """
         tokens, targets, starts, offset = segment
         on_grid = -offset % 16  # tokens before the first boundary
@@ -62,6 +65,8 @@ class SegmentLoss(nn.Module):
             hidden = torch.cat([before, after], dim=1)
         if targets is None:
             return hidden.new_zeros(()), state
+        if each_token:
+            return token_losses(hidden, self.model.head.weight, targets), state
         return cross_entropy_sum(hidden, self.model.head.weight, targets, self.l2wrap), state
 
 

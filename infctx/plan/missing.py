@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from infctx.plan.strategy import STRATEGIES, resolve_strategy
 from infctx.settings.config import Config
 from infctx.small_texts import quoted
 
-NOT_OTHERS = (SETTINGS, RUN_WEIGHTS, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl", "tensorboard")
+NOT_OTHERS = {SETTINGS, RUN_WEIGHTS, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl"}
+NOT_OTHERS |= {"tensorboard", "metrics.csv", "run_id", "wandb"}
 """What people may put into a new run's folder, and what is left of one whose checkpoints are gone."""
 
 
@@ -39,6 +41,15 @@ def missing_files(config: Config) -> list[str]:
         if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
             missing.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
     return missing
+
+
+def missing_loggers(config: Config) -> list[str]:
+    """Returns a line for each logger whose package is not installed."""
+    return [
+        f"run.loggers: {name} is not installed; pip install 'infctx[{name}]', or remove it from the list"
+        for name in ("wandb", "trackio")
+        if name in config.run.loggers and find_spec(name) is None
+    ]
 
 
 def refuse_folder(folder: Path) -> None:

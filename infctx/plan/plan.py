@@ -15,7 +15,7 @@ from infctx.formats.model_files import ModelFiles, find_model
 from infctx.formats.weights import read_sizes
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
-from infctx.plan.missing import missing_devices, missing_files, refuse_folder
+from infctx.plan.missing import missing_devices, missing_files, missing_loggers, refuse_folder
 from infctx.plan.strategy import resolve_strategy
 from infctx.settings.config import Config
 
@@ -50,7 +50,7 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
     """
     if refuse:
         refuse_folder(config.run.folder)
-    missing = missing_files(config) if refuse else []
+    missing = [*missing_files(config), *missing_loggers(config)] if refuse else []
     weights, sizes = find_weights(config)
     if refuse:
         missing += missing_devices(config, sizes)

@@ -63,4 +63,10 @@ class Config(Section):
                 f"window.segment_tokens: {window.segment_tokens} is not a multiple of 16 for each of "
                 f"{distributed.time_ranks} time_ranks; {max(1, round(window.segment_tokens / unit)) * unit} would work"
             )
+        every = self.run.evaluate_every_steps
+        if every and not (self.data.held_out and self.run.evaluate_tokens):
+            missing = "run.evaluate_tokens above 0" if self.data.held_out else "data.held_out"
+            problems.append(
+                f"run.evaluate_every_steps: {every} has no documents to measure; set {missing}, or null here"
+            )
         return refuse(self, problems)

@@ -121,6 +121,7 @@ WANTED = {
     "bool_type": "give true or false",
     "string_type": "give text; quote what is text",
     "path_type": "give a file or folder",
+    "list_type": "give a list",
     "literal_error": "choose {expected}",
     "greater_than_equal": "give at least {ge}",
     "greater_than": "give more than {gt}",

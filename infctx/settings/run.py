@@ -37,11 +37,24 @@ class RunSettings(Section):
     """How many checkpoints to keep.  The oldest is removed only once a new one is on disk, so leave room for one
     more."""
     log_every_steps: Positive = 10
-    """Steps between progress lines when the output goes to a file or a pipe.  A terminal shows every step; TensorBoard
-    and `steps.jsonl` record every step."""
+    """Steps between progress lines when the output goes to a file or a pipe.  A terminal shows every step, and
+    `steps.jsonl` and the loggers record every step."""
+    loggers: list[Literal["tensorboard", "csv", "wandb", "trackio"]] = ["tensorboard"]
+    """Where the numbers of every step go besides `steps.jsonl`; `[]`: nowhere.  `csv` is `metrics.csv` in the run's
+    folder.  `wandb` and `trackio` are optional: `pip install 'infctx[wandb]'` or `'infctx[trackio]'`.  They send the
+    settings and losses to their servers, or with WANDB_MODE=offline to no one.  A logger that fails never stops a
+    run."""
     evaluate_tokens: Annotated[int, Field(ge=0)] = 262144
     """The most tokens of `data.held_out` on which to measure the loss by position; 0: do not measure.  Fine-tuning
     measures twice, before its first step and at the end; so does state tuning, with and without the state."""
+    evaluate_every_steps: Positive | None = None
+    """Steps between measurements of the held-out loss while the run trains; null: only before and after.  Each reads up
+    to `evaluate_tokens`, divided among the ranks, forward only: about the time of a step of a third as many tokens.
+    Training waits, and computes the same bits as without."""
+    keep_best: bool = True
+    """Keeps the checkpoint with the lowest held-out loss, besides the last `keep_checkpoints`; `checkpoints/best` is
+    a link to it.  Each time that the loss is the lowest so far, a checkpoint is saved at that step.  Needs
+    `evaluate_every_steps`."""
 
     @property
     def checkpoints(self) -> Path:

@@ -22,8 +22,10 @@ from torch import Tensor
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
+from infctx.evaluate.record import Evaluation
 from infctx.files import atomic_folder, temporary_name
 from infctx.formats.checkpoint_folder import (
+    BEST,
     LOCK,
     PROGRESS,
     SETTINGS,
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Saves the run as `step-N`, completely or not at all, then keeps only the newest run.keep_checkpoints.
+    """Saves the run as `step-N`, completely or not at all, then keeps the newest run.keep_checkpoints and the best.
 
     Every rank must call it, with a folder that all of them see; an error on one is raised on all.
     """
@@ -64,11 +66,36 @@ def save_checkpoint(run: Run) -> Path:
         if ranks.is_first:
             write_manifest(temporary, {name: entry for share in entries for name, entry in share.items()})
     if ranks.is_first:
+        best = _link_best(settings.checkpoints, run.best, run.best is run.measured)
         for old in checkpoints(settings.checkpoints)[: -settings.keep_checkpoints]:
-            hidden = temporary_name(old, "old")
-            os.replace(old, hidden)
-            shutil.rmtree(hidden)
+            if old != best:
+                hidden = temporary_name(old, "old")
+                os.replace(old, hidden)
+                shutil.rmtree(hidden)
     ranks.from_first(lambda: None)
+    return path
+
+
+def _link_best(folder: Path, best: Evaluation | None, is_new: bool) -> Path | None:
+    """Makes the link `best` lead to the checkpoint of an evaluation; returns that checkpoint.
+
+    Without an evaluation, as after a run that measured nothing, it returns the one to which the link leads.
+    is_new: whether to warn if there can be no link
+    """
+    link = folder / BEST
+    now = link.with_name(os.readlink(link)) if link.is_symlink() else None
+    path = checkpoint_path(folder, best.step or 0) if best else now
+    if path and path != now:
+        temporary = temporary_name(link, "tmp")
+        try:
+            temporary.symlink_to(path.name, target_is_directory=True)
+            os.replace(temporary, link)
+        except OSError as error:  # a file system without links, or a copy of a checkpoint in its place
+            temporary.unlink(missing_ok=True)
+            if is_new:
+                log.warning(
+                    "%s: cannot become a link to %s (%s), which is the best so far", link, path.name, error.strerror
+                )
     return path
 
 

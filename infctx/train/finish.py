@@ -14,14 +14,20 @@ from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
 from infctx.evaluate.generate import generate
-from infctx.evaluate.held_out import TENSORBOARD, UNMEASURABLE, fits, measure_after, without_state
-from infctx.formats.checkpoint_folder import TUNED_OVER
+from infctx.evaluate.held_out import UNMEASURABLE, fits, measure_after, without_state
+from infctx.evaluate.loss_by_position import format_value, total, unit_of
+from infctx.evaluate.record import Evaluation
+from infctx.formats.checkpoint_folder import BEST, TUNED_OVER
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
 from infctx.model.rwkv import RWKV
+from infctx.report.csv_log import METRICS_CSV
+from infctx.report.evaluations import held_out_scalars
+from infctx.report.loggers import TENSORBOARD, Loggers
+from infctx.report.progress import duration
+from infctx.report.step_log import STEP_LOG, read_step_log
 from infctx.small_texts import counted
-from infctx.train.metrics import STEP_LOG, duration, read_step_log
 from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
 
@@ -48,7 +54,7 @@ def finish(run: Run) -> None:
         print(f"{_outcome(run)}\n{_list_files(run, _write(run, model))}", flush=True)
         if config.data.held_out and config.run.evaluate_tokens:
             try:
-                print(measure_after(run.plan, model, run.progress.step))
+                print(_measure(run, model))
                 if config.model.freezes_weights:
                     _show_samples(model, TokenStore(config.data.held_out))
             except BrokenPipeError:  # nobody reads our output anymore
@@ -57,6 +63,18 @@ def finish(run: Run) -> None:
                 measured = False
                 log.warning("the held-out loss could not be measured: %s", str(error).partition("\n")[0])
     print("\n".join(["next", *(f"  {command}" for command in _next_commands(run, model, measured))]))
+
+
+def _measure(run: Run, model: RWKV) -> str:
+    """Measures the held-out loss, logs it, and returns the table of it."""
+    config, step = run.plan.config, run.progress.step
+    measured = run.measured if run.measured and run.measured.step == step else None
+    outcome = measure_after(run.plan, model, step, measured)
+    if outcome.evaluations:
+        with Loggers(config, step + 1) as loggers:
+            for evaluation in outcome.evaluations:
+                loggers.log(held_out_scalars(evaluation, config), step)
+    return outcome.text
 
 
 def whole_model(run: Run) -> RWKV:
@@ -114,9 +132,22 @@ def _list_files(run: Run, learned: list[Path]) -> str:
     files = {path: WHAT_IT_IS[path.name] for path in learned}
     if run.checkpoint:
         files[run.checkpoint] = "the checkpoint, to continue from"
-    files |= {folder / STEP_LOG: "loss and speed of each step", folder / TENSORBOARD: "the same, as curves"}
+    if run.best:
+        files[run.plan.config.run.checkpoints / BEST] = _describe_best(run.best, run)
+    files[folder / STEP_LOG] = "loss and speed of each step"
+    kinds = {"tensorboard": (TENSORBOARD, "the same, as curves"), "csv": (METRICS_CSV, "the same, as a table")}
+    files |= {folder / name: what for kind, (name, what) in kinds.items() if kind in run.plan.config.run.loggers}
     width = max(len(str(path)) for path in files)
     return "\n".join(["files", *(f"  {path!s:<{width}}  {what}" for path, what in files.items())])
+
+
+def _describe_best(best: Evaluation, run: Run) -> str:
+    whole = total(best.buckets)
+    if best.step == run.progress.step:
+        return f"the best by held-out loss: the last, {format_value(whole)} {unit_of(whole)}"
+    text = f"the best by held-out loss: step {best.step}, {format_value(whole)} {unit_of(whole)}"
+    last = run.measured if run.measured and run.measured.step == run.progress.step else None
+    return f"{text}; the last is worse, {format_value(total(last.buckets))}" if last else text
 
 
 def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
@@ -130,7 +161,10 @@ def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
         commands.append(["infctx", "generate", folder])
     if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that want a single file
         commands.append(["infctx", "export", folder, f"{folder}/merged.pth", "--form", "merged"])
-    commands.append(["tensorboard", "--logdir", f"{folder}/{TENSORBOARD}"])
+    if run.best and run.best.step != run.progress.step:
+        commands.append(["infctx", "export", f"{config.run.checkpoints}/{BEST}", f"{folder}/best.pth"])
+    if "tensorboard" in config.run.loggers:
+        commands.append(["tensorboard", "--logdir", f"{folder}/{TENSORBOARD}"])
     return [shlex.join([*_program(name), *words]) for name, *words in commands]
 
 

@@ -4,7 +4,8 @@
 
 A run is planned (plan/plan), opened (train/start), trained here, and finished (train/finish).  A step reads the next
 window of every lane (data/lanes), goes forward and then backward over its segments (train/window), clips the gradient
-and steps AdamW (distributed/engine), reports (train/metrics), and now and then saves a checkpoint (train/checkpoint).
+and steps AdamW (distributed/engine), reports (report/metrics), and now and then measures the held-out loss
+(train/evaluation) and saves a checkpoint (train/checkpoint).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from infctx.environment import started_by_launcher
 from infctx.errors import TrainingFailed
 from infctx.model.state import State
 from infctx.plan.plan import make_plan
+from infctx.report.metrics import Step, open_metrics
 from infctx.settings.config import Config
 from infctx.train.checkpoint import save_checkpoint
+from infctx.train.evaluation import evaluate_step, evaluation_is_due
 from infctx.train.failure import explain_failure, find_failure
 from infctx.train.finish import finish
-from infctx.train.metrics import Step, open_metrics
 from infctx.train.optimizer import set_learning_rate
 from infctx.train.run import Progress, Run
 from infctx.train.start import only_run_in, open_run
@@ -73,7 +75,8 @@ def train_steps(run: Run) -> bool:
             learned = engine.learned_state()
             done = Step(step, run.progress.num_tokens, loss.item(), learning_rate, norm.item(), run.carry, learned)
             metrics.report(done, reported[:, 2])
-            if stop or step == steps or step % config.run.save_every_steps == 0:
+            is_best = evaluation_is_due(config, step) and not stop and evaluate_step(run, metrics)
+            if stop or is_best or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save_checkpoint(run)
             if stop and step < steps:
                 why = received[0] if received else "a signal to another rank"

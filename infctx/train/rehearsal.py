@@ -184,6 +184,8 @@ def _run(config: Config, folder: Path, devices: int) -> dict[str, Any]:
         "device": "cpu" if asked.device == "cuda" and gpus < devices else asked.device,
         "save_every_steps": min(asked.save_every_steps, 2),
         "log_every_steps": 1,
+        "loggers": [name for name in asked.loggers if name in ("tensorboard", "csv")],  # a rehearsal is nobody's run
+        "evaluate_every_steps": asked.evaluate_every_steps and min(asked.evaluate_every_steps, 2),
         "evaluate_tokens": min(asked.evaluate_tokens, EVALUATED_TOKENS),
     }
 

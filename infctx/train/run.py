@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from infctx.data.lanes import Lanes
 from infctx.distributed.engine import Engine
+from infctx.evaluate.loss_by_position import Reading
+from infctx.evaluate.record import Evaluation
 from infctx.formats.checkpoint_folder import STATE_FILE
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
@@ -32,6 +34,9 @@ class Run:
     carry:      the state of this rank's lanes, carried from step to step
     tuned_over: fingerprint of the frozen weights that a state is tuned over; None if the weights learn
     checkpoint: the newest, None before the first
+    held_out:   what to read of each source of held-out documents
+    measured:   the newest evaluation of this start; None before the first
+    best:       the evaluation with the lowest loss that has a checkpoint
     """
 
     plan: Plan
@@ -42,3 +47,6 @@ class Run:
     progress: Progress
     tuned_over: str | None
     checkpoint: Path | None
+    held_out: dict[str, Reading] = field(default_factory=dict)
+    measured: Evaluation | None = None
+    best: Evaluation | None = None

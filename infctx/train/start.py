@@ -21,11 +21,12 @@ from infctx.distributed.ranks import Ranks
 from infctx.distributed.watchdog import Watchdog
 from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
-from infctx.evaluate.held_out import fine_tunes, measure_before
+from infctx.evaluate.held_out import fine_tunes, held_out_readings, measure_before
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
 from infctx.evaluate.record import HELD_OUT
 from infctx.files import atomic_file
 from infctx.formats.checkpoint_folder import (
+    BEST,
     LOCK,
     SETTINGS,
     STATE_FILE,
@@ -48,6 +49,7 @@ from infctx.settings.config import Config
 from infctx.settings.load import dump_config
 from infctx.small_texts import counted
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
+from infctx.train.evaluation import resume_evaluations
 from infctx.train.learn import freeze_weights, natural_units
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import STATE_FILES, Progress, Run
@@ -71,9 +73,9 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     too_large = plan.strategy == "zero3" and not config.model.freezes_weights
     device = torch.device("cpu") if too_large else fabric.device
     model = make_model(plan, checkpoint, device, ranks.join_time())
-    if config.data.held_out and config.run.evaluate_tokens:  # fail now, not when all the work is done
-        held_out, tokens = TokenStore(config.data.held_out), config.run.evaluate_tokens
-        ranks.from_first(lambda: refuse_tokens_beyond(held_out, model.sizes.vocab_size, tokens))
+    held_out = held_out_readings(config, model.sizes.vocab_size)
+    if held_out:  # fail now, not when all the work is done
+        ranks.from_first(lambda: refuse_tokens_beyond(held_out))
         if fine_tunes(config) and not checkpoint:
             open_lanes(config, model.sizes.vocab_size)  # find mistakes before spending minutes
             ranks.from_first(lambda: measure_before(plan, model, fabric.device, watchdog))
@@ -94,7 +96,9 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
         log.info("%s", devices.describe())
     if checkpoint:
         log.info("%s%s", _resumes(progress.step, config), _changes(checkpoint, config))
-    return Run(plan, model, engine, lanes, carry.to(fabric.device), progress, tuned_over, checkpoint)
+    run = Run(plan, model, engine, lanes, carry.to(fabric.device), progress, tuned_over, checkpoint, held_out)
+    run.best = ranks.from_first(lambda: resume_evaluations(config, progress.step)) if held_out else None
+    return run
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -104,6 +108,8 @@ def find_checkpoint(config: Config) -> Path | None:
     if config.run.resume == "never" and checkpoints(folder):
         raise InputError(f"{folder}: holds checkpoints, and run.resume is never; choose another run.folder, or auto")
     newest = newest_checkpoint(folder)
+    if newest is None:
+        (folder / BEST).unlink(missing_ok=True)
     learned = [name for name in (RUN_WEIGHTS, *STATE_FILES) if (config.run.folder / name).exists()]
     if newest is None and learned:
         raise InputError(

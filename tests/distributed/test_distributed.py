@@ -7,9 +7,9 @@ import torch
 
 import infctx
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.report.step_log import read_step_log
 from infctx.settings.load import load_config
 from infctx.train.loop import train_steps
-from infctx.train.metrics import read_step_log
 
 from ranks import run_ranks
 from runs import open_run, write_config, write_store

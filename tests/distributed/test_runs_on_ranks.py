@@ -12,7 +12,7 @@ import torch
 
 import infctx
 from infctx.formats.checkpoint_folder import checkpoints
-from infctx.train.metrics import read_step_log
+from infctx.report.step_log import read_step_log
 
 from ranks import free_port
 from runs import infctx_command, losses_of, start, wait_for_steps, write_config

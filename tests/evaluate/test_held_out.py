@@ -12,7 +12,7 @@ from infctx.data.token_store import TokenStore
 from infctx.distributed.beats import Beat
 from infctx.evaluate import held_out
 from infctx.evaluate.held_out import measure_before
-from infctx.evaluate.loss_by_position import evaluate_store
+from infctx.evaluate.loss_by_position import evaluate_reading, evaluate_store
 from infctx.formats.checkpoint_folder import checkpoints
 from infctx.settings.load import load_config
 from infctx.train.loop import train
@@ -86,9 +86,9 @@ def test_tuning_keeps_both_tables(tmp_path, weights):
 def test_measuring_does_not_affect_training(tmp_path, weights, monkeypatch):
     def and_draw(*arguments):
         torch.rand(3)
-        return evaluate_store(*arguments)
+        return evaluate_reading(*arguments)
 
-    monkeypatch.setattr(held_out, "evaluate_store", and_draw)
+    monkeypatch.setattr(held_out, "evaluate_reading", and_draw)
     runs = []
     for name, tokens in (("with", 1000), ("without", 0)):
         config = load_config(fine_tune_config(tmp_path, weights, run__folder=str(tmp_path / name)))

@@ -22,7 +22,7 @@ from infctx.distributed.ranks import Ranks
 from infctx.formats.weights import fingerprint
 from infctx.model.loss import SegmentLoss
 from infctx.plan.plan import Plan, make_plan
-from infctx.train.metrics import read_step_log
+from infctx.report.step_log import read_step_log
 from infctx.train.run import Run
 from infctx.train.start import open_run as open_run_on
 

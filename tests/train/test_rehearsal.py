@@ -16,7 +16,8 @@ MAY_CHANGE = {
     "data": {"store", "held_out", "document_tokens"},
     "window": {"segment_tokens", "window_tokens", "lanes", "lanes_per_pass", "gradient_segments"},
     "optimizer": {"steps", "warmup_steps"},
-    "run": {"folder", "device", "threads", "save_every_steps", "log_every_steps", "evaluate_tokens"},
+    "run": {"folder", "device", "threads", "save_every_steps", "log_every_steps", "evaluate_tokens"}
+    | {"loggers", "evaluate_every_steps"},
     "distributed": {"devices", "nodes", "time_ranks", "strategy", "gradient_reduction"},
 }
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from infctx.model.state import State
+from infctx.report import metrics
+from infctx.report.metrics import Metrics, Step
+from infctx.report.step_log import read_step_log
 from infctx.settings.load import load_config
-from infctx.train import metrics
 from infctx.train.loop import train, train_steps
-from infctx.train.metrics import Metrics, Step, read_step_log
 
 from runs import open_run, write_config
 
