@@ -27,6 +27,7 @@ from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
 from infctx.formats.state_file import is_state_file, read_state
 from infctx.prepare.prepare import prepare
+from infctx.report.csv_log import METRICS_CSV, CsvLog
 from infctx.report.step_log import STEP_LOG, read_step_log, reopen_step_log
 from infctx.settings.load import load_config
 from infctx.settings.optimizer import OptimizerSettings
@@ -127,6 +128,7 @@ CASES = [
     Case("units", f"tuned/{STEP}/carry.safetensors", lambda file: load_units(file.parent)),
     Case("saved settings", f"tuned/{STEP}/config.yaml", read_settings, "yaml"),
     Case("step log", f"log/{STEP_LOG}", read_log),
+    Case("metrics.csv", f"log/{METRICS_CSV}", lambda file: CsvLog(file, 5).close()),
     Case("store .idx", "train.idx", read_store),
     Case("store .bin", "train.bin", read_store),
     Case("store.json", "store.json", lambda file: TokenStore(file.with_name("train")), "json"),
@@ -153,6 +155,7 @@ def folder(tmp_path_factory):
         shutil.copytree(OLDER / source / "checkpoints" / STEP, folder / target / STEP)
     (folder / "log").mkdir()
     shutil.copy(OLDER / "trained" / STEP_LOG, folder / "log")
+    (folder / "log" / METRICS_CSV).write_text("step,loss\n1,2.5\n2,2.25\n")
     for file in ("trained.yaml", "trained/model.pth", "train.idx", "train.bin", *OLDER.glob("tuned-matrices/state.*")):
         shutil.copy(OLDER / file, folder)
     model = infctx.load_model(folder / "model.pth")

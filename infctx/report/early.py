@@ -92,7 +92,7 @@ def rise_by_position(documents: Sequence[DocumentLoss]) -> str | None:
 
 
 def _reaches(document: DocumentLoss, number: int) -> bool:
-    """Returns whether a document has enough targets in a bucket, and in the one before, for losses that say something."""
+    """Returns whether a document has enough targets in a bucket, and in the one before, for a loss to say something."""
     found = document.buckets[number - 1 : number + 1]
     return len(found) == 2 and all(bucket.num_tokens >= FIRST_BUCKET_TOKENS for bucket in found)
 

@@ -49,8 +49,8 @@ class RunSettings(Section):
     measures twice, before its first step and at the end; so does state tuning, with and without the state."""
     evaluate_every_steps: Positive | None = None
     """Steps between measurements of the held-out loss while the run trains; null: only before and after.  Each reads up
-    to `evaluate_tokens`, divided among the ranks, forward only: about the time of a step of a third as many tokens.
-    Training waits, and computes the same bits as without."""
+    to `evaluate_tokens`, divided among the ranks, forward only: a token takes a quarter of the time that it takes
+    in training.  Training waits, and computes the same bits as without."""
     keep_best: bool = True
     """Keeps the checkpoint with the lowest held-out loss, besides the last `keep_checkpoints`; `checkpoints/best` is
     a link to it.  Each time that the loss is the lowest so far, a checkpoint is saved at that step.  Needs

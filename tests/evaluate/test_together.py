@@ -9,8 +9,18 @@ import torch
 import infctx
 from infctx.data.token_store import TokenStore
 from infctx.evaluate import together
-from infctx.evaluate.loss_by_position import choose_documents, evaluate_reading, evaluate_store
-from infctx.evaluate.together import evaluate_together
+from infctx.evaluate.held_out import evaluation_of
+from infctx.evaluate.loss_by_position import (
+    Reading,
+    choose_documents,
+    evaluate_reading,
+    evaluate_store,
+    merge,
+    total,
+)
+from infctx.evaluate.record import held_out_loss, of_same_documents, read_record, write_record
+from infctx.evaluate.together import _deal, evaluate_together
+from infctx.report.evaluations import held_out_scalars, line_of
 from infctx.settings.load import load_config
 from infctx.train.loop import train_steps
 
@@ -32,6 +42,7 @@ TOGETHER = {
     "zero3 by segment": ["distributed.strategy=zero3", "distributed.gradient_reduction=segment"],
     "zero3 tuned": ["distributed.strategy=zero3", "distributed.time_ranks=2"],
 }
+FAST = ("time", "zero3")
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +114,32 @@ def test_evaluation_at_every_step_changes_no_bit(configs, name):
 
 @pytest.fixture(scope="module")
 def ranks(configs, tmp_path_factory):
-    return functools.cache(lambda: run_ranks(2, on_two_ranks, configs, TOGETHER, folder=tmp_path_factory.mktemp("two")))
+    """ranks(name): what each of two ranks found in a case; the fast cases run together, and so do the others."""
+
+    @functools.cache
+    def run(are_fast):
+        cases = {name: overrides for name, overrides in TOGETHER.items() if (name in FAST) == are_fast}
+        return run_ranks(2, on_two_ranks, configs, cases, folder=tmp_path_factory.mktemp("two"))
+
+    return lambda name: [rank[name] for rank in run(name in FAST)]
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in TOGETHER]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluation_on_two_ranks_changes_no_bit(ranks, name):
-    for rank in ranks():
-        check(rank[name])
+    for rank in ranks(name):
+        check(rank)
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_measure_what_one_process_does(configs, ranks, name):
     folder = configs["tuned" if "tuned" in name else "trained"].parent
     model = infctx.load_model(folder / f"{name} 1" / "checkpoints" / "step-000003")
     reading = choose_documents(TokenStore(folder / "held_out"), 257, 32, 262144)
     alone = evaluate_reading(model, reading)
-    results = [rank[name][0] for rank in ranks()]
+    results = [rank[0] for rank in ranks(name)]
     assert results[0][2:] == results[1][2:]  # the same bits on every rank
     _, _, measured, again = results[0]
     for one, other in zip(again["held_out"], alone, strict=True):
@@ -127,3 +148,35 @@ def test_two_ranks_measure_what_one_process_does(configs, ranks, name):
     for one, other in zip(measured.buckets, evaluate_store(model, reading.store, 32, 262144), strict=True):
         assert replace(one, nats=other.nats) == other
         assert one.nats == pytest.approx(other.nats, rel=1e-6)
+
+
+def test_several_sources_are_measured_each_and_together(tmp_path):
+    """Each gives its documents to both ranks' shares; the whole is the sum of the sources."""
+    stores = {name: write_store(tmp_path / name, lengths=lengths) for name, lengths in SOURCES.items()}
+    run = open_run(load_config(write_config(tmp_path)))
+    readings = {name: choose_documents(TokenStore(path), 257, 32, 1000) for name, path in stores.items()}
+    evaluation = evaluation_of(run.model, 5, evaluate_together(run.engine, readings))
+    for name, path in stores.items():
+        assert evaluation.sources[name] == evaluate_store(run.model, TokenStore(path), 32, 1000)
+    assert evaluation.buckets == merge(evaluation.sources.values())
+    write_record(tmp_path / "record.json", "both", 2000, [evaluation])
+    (again,) = read_record(tmp_path / "record.json", "both", 2000)
+    assert again.sources.keys() == SOURCES.keys() and of_same_documents(again, evaluation)
+    names = held_out_scalars(evaluation, run.plan.config)
+    assert {"held_out_of_code/bits_per_byte", "held_out_of_books_by_position/nats_per_token_0-255"} <= names.keys()
+    assert names["held_out/nats_per_token"] == held_out_loss(evaluation)
+    books, code = (total(evaluation.sources[name]).bits_per_byte for name in ("books", "code"))
+    assert line_of(evaluation, []).endswith(f" bits per byte, books {books:.3f}, code {code:.3f}")
+
+
+SOURCES = {"books": (300, 700), "code": (40, 50, 900)}
+
+
+def test_every_document_goes_to_one_rank():
+    readings = {name: Reading(None, dict(enumerate(lengths)), 32, 257) for name, lengths in SOURCES.items()}
+    shares = [_deal(readings, rank, 3) for rank in range(3)]
+    assert sorted(place for mine, _ in shares for place in mine) == [
+        (name, number) for name, lengths in SOURCES.items() for number in range(len(lengths))
+    ]
+    loads = [sum(readings[name].num_segments(number) for name, number in mine) for mine, _ in shares]
+    assert {most for _, most in shares} == {max(loads)}

@@ -88,6 +88,7 @@ def test_wandb_offline_has_what_tensorboard_and_csv_have_and_continues_one_run(t
         assert entry == {key: rows[entry["step"], key] for key in entry}
 
 
+@pytest.mark.slow
 def test_a_logger_that_dies_costs_one_line(tmp_path, monkeypatch):
     """The process that sends wandb's numbers is killed while the run trains.  wandb's own last words may follow."""
     config = write_config(tmp_path, run__evaluate_tokens=0, run__save_every_steps=1000)

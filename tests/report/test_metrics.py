@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
+from infctx.evaluate.loss_by_position import Bucket, DocumentLoss
+from infctx.evaluate.record import Evaluation
 from infctx.model.state import State
 from infctx.report import metrics
 from infctx.report.metrics import Metrics, Step
@@ -25,11 +27,11 @@ from runs import open_run, write_config
 
 
 @contextmanager
-def a_reader(monkeypatch, terminal=True):
+def a_reader(monkeypatch, columns=140):
     """A context in which standard error is a terminal or a pipe; afterward the list has everything shown there."""
-    reading, writing = os.openpty() if terminal else os.pipe()
-    if terminal:
-        fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 24, 140, 0, 0))  # rows, columns
+    reading, writing = os.openpty() if columns else os.pipe()
+    if columns:
+        fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     shown = []
 
     def read():
@@ -69,19 +71,41 @@ def test_tokens_and_seconds_continue_over_resumes(tmp_path):
     assert 0 < read_step_log(tmp_path / "run")[-1]["seconds"] < 100
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_progress_line_stays_within_100_columns(tmp_path, monkeypatch, terminal):
-    with a_reader(monkeypatch, terminal) as shown:
+@pytest.mark.parametrize("columns", [140, 80, 40, None])
+def test_the_progress_line_fits(tmp_path, monkeypatch, columns):
+    """In the terminal, and in 100 columns; the time left and the losses stay longest."""
+    with a_reader(monkeypatch, columns) as shown:
         monkeypatch.setattr(metrics, "peak_memory", lambda _device: 139_990_000_000)
         config = load_config(write_config(tmp_path), ["optimizer.steps=200000"])
         with Metrics(config, 100_000) as reports:
             reports.began = time.perf_counter() - 1.5
             reports.before = reports.began + 1.4999
+            reports.evaluations = [Evaluation(99_000, False, [Bucket(0, 256, 10, 19.32)])]
             time.sleep(0.11)
             reports.report(Step(100_000, 1, 10.0, 1e-3, 1.0, STATE, None), torch.tensor([1.0, 1.0, 9.0]))
     (line,) = {line for line in shown if line.strip()}
-    assert "step 100000/200000  loss 10.0000" in line and "slowest rank 2" in line and "left" in line
-    assert len(line) == 100 if terminal else 80 < len(line) <= 100
+    assert "step 100000/200000  loss 10.0000" in line
+    assert ("held-out 1.932" in line and " left" in line) == (columns != 40)
+    assert ("slowest rank 2" in line) == (columns != 40)
+    assert len(line) == min(columns, 100) if columns else 80 < len(line) <= 100
+
+
+def test_the_time_left_and_the_speed(tmp_path, monkeypatch):
+    """Half an hour for 100 steps leaves half an hour for 100 more; the time of an evaluation is not in the speed."""
+    config = load_config(write_config(tmp_path), ["optimizer.steps=200"])
+    with a_reader(monkeypatch, None) as shown, Metrics(config, 1) as reports:
+        reports.began -= 1800
+        reports.before -= 1000  # as if an evaluation had taken that long
+        evaluation = Evaluation(99, False, [Bucket(0, 256, 10, 19.32, 20)])
+        reports.report_held_out(evaluation, [DocumentLoss(evaluation.buckets, [(10, 19.32)])])
+        time.sleep(0.02)
+        reports.report(Step(100, 1, 2.0, 1e-3, 1.0, STATE, None, {"loss_of/books": 1.5}), torch.ones(1))
+    first, second = [line for line in shown if line.strip()]
+    assert first == "step 99/200  held-out loss 1.394 bits per byte"
+    assert "held-out 1.394" in second and "30:00 left" in second
+    (entry,) = read_step_log(tmp_path / "run")
+    assert 1000 < entry["tokens_per_second"] < 256 / 0.02
+    assert entry["loss_of/books"] == 1.5
 
 
 def test_after_ctrl_c_the_message_is_the_last_line(tmp_path, monkeypatch):

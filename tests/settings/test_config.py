@@ -126,6 +126,19 @@ MISTAKES = {
         "window.seam_store: 3 does not fit; choose 'auto', '",
     ),
     "fraction for a count": ("steps: 20", "steps: 2.5", 12, "optimizer.steps: 2.5 does not fit; give a whole number"),
+    "evaluation without documents": (
+        "  folder: runs/x",
+        "  folder: runs/x\n  evaluate_every_steps: 5",
+        16,
+        "run.evaluate_every_steps: 5 has no documents to measure; set data.held_out, or null here",
+    ),
+    "unknown logger": (
+        "  folder: runs/x",
+        "  folder: runs/x\n  loggers: [mlflow]",
+        16,
+        "'mlflow' does not fit; choose",
+    ),
+    "no list": ("  folder: runs/x", "  folder: runs/x\n  loggers: csv", 16, "loggers: 'csv' does not fit; give a list"),
     "number below the range": (
         "steps: 20",
         "steps: -3",
