@@ -93,9 +93,7 @@ def _link_best(folder: Path, best: Evaluation | None, is_new: bool) -> Path | No
         except OSError as error:  # a file system without links, or a copy of a checkpoint in its place
             temporary.unlink(missing_ok=True)
             if is_new:
-                log.warning(
-                    "%s: cannot become a link to %s (%s), which is the best so far", link, path.name, error.strerror
-                )
+                log.warning("%s: cannot become a link to %s, the best (%s)", link, path.name, error.strerror)
     return path
 
 

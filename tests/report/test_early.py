@@ -15,7 +15,7 @@ PIECE = 128
 
 
 def measured(random, lengths, level, noise=1.5, rise=0.0):
-    """Losses of documents: independent tokens around a level of its own for each document, plus `rise` per bucket.
+    """Losses of documents: independent tokens around a level for each document, plus `rise` per bucket.
 
     level: of each document, in nats per token
     """

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import infctx
-from infctx.data.token_store import TokenStoreWriter
+from infctx.data.store_writer import TokenStoreWriter
 from infctx.evaluate import together
 from infctx.formats.checkpoint_folder import checkpoints, find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
