@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from hub_server import running_hub
+
 torch.set_num_threads(1)
 
 MADE_ONCE = {
@@ -46,3 +48,21 @@ def rwkv_package(monkeypatch):
     from rwkv.model import RWKV
 
     return RWKV
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of the tests' own, which huggingface_hub takes for the real one; its cache is in tmp_path / "hub"."""
+    from huggingface_hub import constants
+
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield hub

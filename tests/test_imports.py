@@ -10,6 +10,7 @@ from places import ROOT
 ROOMS = (
     "leaves",
     "settings",
+    "hub",
     "documents",
     "data",
     "prepare",

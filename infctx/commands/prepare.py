@@ -17,7 +17,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         help=".txt, .md; .jsonl, .json, .csv, .tsv, .parquet with texts, prompts, instructions or chats; also .gz and "
-        ".zst; folders, globs, - for stdin, token stores such as data/books/train",
+        ".zst; folders, globs, - for stdin, token stores such as data/books/train, hf:OWNER/DATASET",
     )
     parser.add_argument("--output", required=True, type=Path, help="new folder for the stores train and held_out")
     parser.add_argument(
@@ -65,6 +65,9 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-tokenizer", choices=("world", "bytes"), help="of token stores that have no store.json beside them"
     )
+    parser.add_argument("--split", help="of a data set on the hub (default: train)")
+    parser.add_argument("--config", help="of a data set on the hub that holds several sets")
+    parser.add_argument("--limit", type=count, metavar="DOCUMENTS", help="read only the first of them (default: all)")
     parser.add_argument("--workers", type=count, help="processes (default: all cores)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
@@ -85,6 +88,9 @@ def run(options: argparse.Namespace) -> None:
         form=options.form,
         template=options.template,
         learn=options.learn,
+        split=options.split,
+        config=options.config,
+        limit=options.limit,
     )
     summary = prepare(
         options.inputs,

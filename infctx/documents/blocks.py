@@ -58,7 +58,7 @@ def blocks_of(source: Source, on_bytes: Callable[[int], object]) -> Generator[by
     counted = 0
     compression = source.compression
     try:
-        with nullcontext(sys.stdin.buffer) if source.path == STDIN else open(source.path, "rb") as file:
+        with nullcontext(sys.stdin.buffer) if source.path == STDIN else open(source.file, "rb") as file:
             on_disk = source.path != STDIN and file.seekable()  # and not a pipe
             if on_disk and not compression:
                 first = file.read(4)

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from infctx.errors import InputError
+
+if TYPE_CHECKING:
+    from infctx.hub.files import HubFile
 
 STDIN = "-"
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
@@ -28,6 +31,8 @@ class Reading:
     form: of records: a name in `infctx.documents.forms.FORMS`
     template: how chats become text: a name in `infctx.documents.templates.BUILT_IN`, or a file of the user's
     learn: what a model learns of records with roles: "answers", "all", or roles with commas between them
+    split, config: of data sets on the hub, hf:OWNER/DATASET (see `infctx.hub.datasets`)
+    limit: the most documents to read; files on the hub that are not needed for them are not downloaded
     """
 
     format: str | None = None
@@ -39,6 +44,9 @@ class Reading:
     form: str | None = None
     template: str | None = None
     learn: str = "answers"
+    split: str | None = None
+    config: str | None = None
+    limit: int | None = None
 
 
 AS_THEY_ARE = Reading()
@@ -53,6 +61,7 @@ class Source:
     compression: ".gz", ".zst" or ""
     named: whether the user named this very file, and not a folder or glob that it is in
     files: those of a repository, in order, or of a store
+    hub_file: the file on the hub that this is; it is downloaded when it is first opened
     """
 
     path: str
@@ -60,10 +69,22 @@ class Source:
     compression: str
     named: bool
     files: list[Path] = field(default_factory=list)
+    hub_file: HubFile | None = None
+
+    @property
+    def file(self) -> Path:
+        """Returns the file to open; one on the hub is downloaded first, so ask only when it is needed."""
+        if self.hub_file is None:
+            return Path(self.path)
+        from infctx.hub.files import download  # it loads huggingface_hub
+
+        return download(self.hub_file)
 
     @property
     def num_bytes(self) -> int:
-        """Returns the bytes on disk; 0 for standard input, and for what has gone since."""
+        """Returns the bytes on disk or on the hub; 0 for standard input, and for what has gone since."""
+        if self.hub_file is not None:
+            return self.hub_file.num_bytes or 0
         sizes = 0
         for path in self.files or ([] if self.path == STDIN else [Path(self.path)]):
             with suppress(OSError):

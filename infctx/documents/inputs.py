@@ -17,6 +17,7 @@ from infctx.documents.blocks import check_encoding, first_bytes, not_text
 from infctx.documents.document import AS_THEY_ARE, FORMATS, REPOSITORY, STDIN, STORE, Reading, Source
 from infctx.documents.folders import BINARY, HIDDEN, IGNORED, JSON, LINK, OTHER, OnBad, files_below, repository_files
 from infctx.errors import InputError
+from infctx.hub.names import PREFIX
 from infctx.small_texts import counted, quoted
 
 SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
@@ -52,7 +53,7 @@ def find_sources(
     inputs: Sequence[str], reading: Reading = AS_THEY_ARE, on_bad: OnBad | None = None
 ) -> tuple[list[Source], list[str]]:
     """Returns the files that `inputs` name, in their order, each folder and glob sorted by name; and lines for the user
-    about files left out or named twice.
+    about files left out or named twice, and about data sets on the hub.
 
     reading: its format is that of standard input, of named files, and of files with any other suffix
     on_bad: called with the error of each file and folder that cannot be read; without it, the first one is raised
@@ -60,6 +61,7 @@ def find_sources(
     """
     _check(inputs, reading)
     found: dict[str, Source] = {}  # by real path
+    about_hub: list[str] = []
     left_out: dict[str, tuple[str, str]] = {}  # by real path: the reason, and the kind of file
     bad: set[str] = set()
     twice: list[str] = []
@@ -67,6 +69,11 @@ def find_sources(
     for name in inputs:
         if name == STDIN:
             found[STDIN] = _standard_input(reading.format)
+            continue
+        if name.startswith(PREFIX):
+            sources, line = _of_hub(name, reading)
+            found |= {source.path: source for source in sources}
+            about_hub.append(line)
             continue
         if store := _store(name):
             found[os.path.realpath(store.path)] = store
@@ -89,7 +96,22 @@ def find_sources(
                 raise InputError(f"{name}: holds token stores, not texts; name one, such as {inside.with_suffix('')}")
             lines = _left_out_lines(left_out[file.real] for file in files)
             raise InputError(f"{name}: nothing in there to read; {'; '.join(lines) or 'check the path'}")
-    return list(found.values()), [*_left_out_lines(left_out.values()), *_twice_lines(twice)]
+    return list(found.values()), [*about_hub, *_left_out_lines(left_out.values()), *_twice_lines(twice)]
+
+
+def _of_hub(name: str, reading: Reading) -> tuple[list[Source], str]:
+    """Returns the files of a data set on the hub, none downloaded yet, and a line about them."""
+    from infctx.hub.datasets import dataset_files, kind_of  # they load huggingface_hub
+    from infctx.hub.files import describe_bytes
+
+    sources = []
+    for file in dataset_files(name, reading.split, reading.config):
+        suffix = kind_of(file.path)
+        compression = Path(file.path).suffix.lower()
+        compression = compression if compression in COMPRESSIONS else ""
+        sources.append(Source(str(file), reading.format or SUFFIXES[suffix], compression, True, hub_file=file))
+    size = describe_bytes(sum(source.num_bytes for source in sources))
+    return sources, f"{name}: {counted(len(sources), 'file')} of {suffix}, {size}, downloaded as they are read"
 
 
 def _check(inputs: Sequence[str], reading: Reading) -> None:
@@ -102,6 +124,9 @@ def _check(inputs: Sequence[str], reading: Reading) -> None:
         raise InputError("nothing to read; name files, folders, globs, or - for standard input")
     if list(inputs).count(STDIN) > 1:
         raise InputError("standard input (-) is named twice; it can be read only once")
+    for option, value in (("--split", reading.split), ("--config", reading.config)):
+        if value is not None and not any(name.startswith(PREFIX) for name in inputs):
+            raise InputError(f"{option}: is for data sets on the hub, {PREFIX}OWNER/DATASET; leave it out")
 
 
 def _raise(error: InputError) -> None:

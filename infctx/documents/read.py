@@ -84,6 +84,8 @@ def read_documents(
         for document in _documents_of(source, reading, log):
             count += 1
             yield document
+            if count == reading.limit:
+                return
     if not count:
         names = ", ".join(name_of(source) for source in sources[:3])
         reason = f"all is left out, the first for this: {log.first_bad[0]}" if log.first_bad else "check the inputs"
@@ -116,7 +118,11 @@ def _documents_of(source: Source, reading: Reading, log: ReadLog) -> Iterator[Do
         yield Document(name, iter([Part(_repository_text(source, reading, log))]))
     elif source.format == "text":
         # Once a piece of a text is passed on it cannot be taken back, so all of it is checked before.
-        if reading.skip_bad and Path(source.path).is_file() and (problem := _problem(source, reading)):
+        if (
+            reading.skip_bad
+            and (source.hub_file or Path(source.path).is_file())
+            and (problem := _problem(source, reading))
+        ):
             log.leave_out(problem)
             return
         blocks = _blocks_with_content(source, log)

@@ -70,7 +70,7 @@ def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], 
         raise InputError(f"{source.path}: a compressed parquet file; decompress it first, for it is compressed inside")
     try:
         # Read in small blocks: without a buffer, a whole column of a row group is read at once.
-        with pyarrow.parquet.ParquetFile(source.path, buffer_size=PARQUET_BLOCK_BYTES, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(source.file, buffer_size=PARQUET_BLOCK_BYTES, pre_buffer=False) as file:
             columns = needed_columns(file.schema_arrow.names, source.path, reading)
             batches = file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False)
             yield from _rows(batches, source, file.metadata.num_rows, on_bytes)
@@ -166,7 +166,7 @@ def _rows(batches: Iterator[Any], source: Source, num_rows: int, on_bytes: Calla
 
 def _damaged(source: Source, error: Exception) -> InputError:
     message = " ".join(quoted(str(error), 160).split())
-    with suppress(OSError), open(source.path, "rb") as file:
+    with suppress(OSError), open(source.file, "rb") as file:
         if file.read(4) != b"PAR1":
             return InputError(f"{source.path}: not a parquet file; name it by what it holds, or give its --format")
     return InputError(f"{source.path}: a damaged parquet file ({message}); copy it again")

@@ -10,6 +10,7 @@ import torch
 
 from infctx.errors import InputError
 from infctx.formats.hub_folder import CODE, write_hub_folder
+from infctx.formats.hub_models import fetch_model
 from infctx.formats.model_files import find_model, find_state, tuned_over_others
 from infctx.formats.other_names import NAMINGS
 from infctx.formats.published import refuse_stopped_download
@@ -45,6 +46,7 @@ def export(
     dtype:  of the weights (None: bf16, as in the published files), or of a state of form pth (None: fp32)
     state:  a state file to merge with the weights, instead of the state of `source`
     """
+    source = fetch_model(source)
     refuse_stopped_download(source)
     as_folder = names != "official" and _is_folder(output)
     output = Path(output)

@@ -17,10 +17,12 @@ from infctx.formats.checkpoint_folder import (
     newest_checkpoint,
     saved_settings,
 )
+from infctx.formats.hub_models import fetch_model
 from infctx.formats.published import refuse_stopped_download
 from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
+from infctx.hub.names import hub_name
 from infctx.model.rwkv import RWKV, Compute
 from infctx.small_texts import quoted
 
@@ -48,7 +50,7 @@ def load_model(
 
     path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
     Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a run, a checkpoint, or a model in
-    Hugging Face's layout, in one file or several
+    Hugging Face's layout, in one file or several; or a name on the hub, OWNER/REPO:FILE, which is downloaded once
     `blocks.N.att.time_state` tensors, or the tuned state of a run, become the model's initial state.
 
     Raises InputError naming the file and the tensor for anything else.
@@ -70,7 +72,7 @@ def open_model(
     """
     files = path if isinstance(path, ModelFiles) else find_model(path)
     model = read_model(open_weights(files.weights), dtype, device, compute)
-    state = state or files.state
+    state = fetch_model(state) if state else files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
         if tuned_over_others(state, model):
@@ -92,8 +94,9 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
 
     hashes: reads all of that checkpoint to check that it is complete, see `newest_checkpoint`
     seen: state checkpoints that led here, each tuned over the weights of the next
-    Raises InputError if there is no model.
+    What is on the hub is downloaded, unless it is in the cache.  Raises InputError if there is no model.
     """
+    path = fetch_model(path)
     if not path.is_dir():
         refuse_stopped_download(path)
         if path.is_file() and is_state_file(path):
@@ -109,7 +112,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
         if not isinstance(named, str) or not named:
             raise InputError(f"{path}: holds a state, and its settings do not say over which weights; copy it again")
         weights = Path(named)
-        if len(named) > MOST_PATH or not weights.exists():
+        if len(named) > MOST_PATH or not (weights.exists() or hub_name(weights)):
             raise InputError(
                 f"{path}: holds a state tuned over {quoted(named, 200)}, and that is not there; run this where it is, "
                 f"or name the model and give {path / STATE_FILE} with --state"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infctx.errors import InputError
+from infctx.hub.names import HubName
 
 FINCH, EAGLE = "BlinkDL/rwkv-6-world", "BlinkDL/rwkv-5-world"
 """Repositories on the Hugging Face hub."""
@@ -65,6 +66,7 @@ PUBLISHED_FOLDERS = (
 _OTHER_VERSIONS = (
     (r"RWKV-5-World-.*-v1-.*\.pth", "RWKV-5.0 or 5.1"),
     (r"(?i)rwkv-?7-.*|RWKV-x070-.*", "RWKV-7"),
+    (r"(?i)rwkv-?4-.*", "RWKV-4"),
 )
 """Name patterns of published files of other architectures, and the architecture."""
 
@@ -79,10 +81,21 @@ def missing_weights(path: Path) -> str:
     file = published_file(path)
     if file is not None:
         return f"there is no {path} ({file.gigabytes}); get it with\n  {file.download_command(path.parent)}"
-    for pattern, version in _OTHER_VERSIONS:
-        if re.fullmatch(pattern, path.name):
-            return f"there is no {path}, and by its name it is {version}; infctx reads the files in docs/models.md"
+    version = _other_version(path.name)
+    if version is not None:
+        return f"there is no {path}, and by its name it is {version}; infctx reads the files in docs/models.md"
     return f"there is no {path}; train it, download it (docs/models.md), or name another file"
+
+
+def refuse_other_version(name: HubName) -> None:
+    """Raises InputError for weights on the hub that are of another architecture by their name, before a download."""
+    version = _other_version(Path(name.file or name.repository).name)
+    if version is not None:
+        raise InputError(f"{name}: is {version} by its name; infctx reads the files in docs/models.md")
+
+
+def _other_version(name: str) -> str | None:
+    return next((version for pattern, version in _OTHER_VERSIONS if re.fullmatch(pattern, name)), None)
 
 
 def refuse_stopped_download(path: Path) -> None:

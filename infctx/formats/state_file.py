@@ -20,6 +20,7 @@ import torch
 
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import STATE_FILE
+from infctx.formats.hub_models import fetch_model
 from infctx.formats.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
 from infctx.formats.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 from infctx.model.rwkv import RWKV
@@ -90,8 +91,9 @@ def save_state(
 def read_state(path: Path) -> State:
     """Reads the state from a file of any form, in the file's sizes: B = 1, fp32 (fp64 if stored as that).
 
-    path: the file, or the folder of a run or a checkpoint with a STATE_FILE
+    path: the file, or the folder of a run or a checkpoint with a STATE_FILE, or a name on the hub, OWNER/REPO:FILE
     """
+    path = fetch_model(path)
     path = path / STATE_FILE if path.is_dir() else path
     if not path.is_file():
         raise InputError(

@@ -11,8 +11,10 @@ from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
 from infctx.exits import LESS_MEMORY
 from infctx.formats.checkpoint_folder import LOCK, SETTINGS, STATE_FILE, checkpoints
+from infctx.formats.hub_models import to_download
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.published import missing_weights
+from infctx.hub.names import hub_name
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
@@ -26,14 +28,12 @@ NOT_OTHERS |= {"tensorboard", "metrics.csv", "run_id", "wandb"}
 
 
 def missing_files(config: Config) -> list[str]:
-    """Returns a line for each file that the run reads and that does not exist."""
+    """Returns a line for each file that the run reads and that does not exist, here or on the hub."""
     missing: list[str] = []
-    weights = config.model.weights
-    resumes = checkpoints(config.run.checkpoints)
-    if weights is not None and (config.model.freezes_weights or not resumes) and not weights.exists():
+    weights, state = _files_to_read(config)
+    if weights is not None and not weights.exists() and not hub_name(weights):
         missing.append(f"model.weights: {missing_weights(weights)}")
-    state = config.model.initial_state
-    if state is not None and not state.exists() and not resumes:
+    if state is not None and not state.exists() and not hub_name(state):
         missing.append(f"model.initial_state: there is no {state}; name another file, or remove the setting for zeros")
     for name in ("store", "held_out"):
         store = getattr(config.data, name)
@@ -50,6 +50,18 @@ def missing_loggers(config: Config) -> list[str]:
         for name in ("wandb", "trackio")
         if name in config.run.loggers and find_spec(name) is None
     ]
+
+
+def files_to_download(config: Config) -> list[Path]:
+    """Returns the names of what the run reads from the hub and the cache does not have yet."""
+    return [path for path in _files_to_read(config) if path is not None and to_download(path)]
+
+
+def _files_to_read(config: Config) -> tuple[Path | None, Path | None]:
+    """Returns the weights and the initial state that this start of the run reads; a checkpoint may have them."""
+    resumes = bool(checkpoints(config.run.checkpoints))
+    weights = config.model.weights if config.model.freezes_weights or not resumes else None
+    return weights, None if resumes else config.model.initial_state
 
 
 def refuse_folder(folder: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.formats.hub_models import cached_model, fetch_model
 from infctx.formats.model_files import ModelFiles, find_model
 from infctx.formats.weights import read_sizes
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
-from infctx.plan.missing import missing_devices, missing_files, missing_loggers, refuse_folder
+from infctx.plan.missing import files_to_download, missing_devices, missing_files, missing_loggers, refuse_folder
 from infctx.plan.strategy import resolve_strategy
 from infctx.settings.config import Config
 
@@ -46,7 +47,8 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
     """Makes the plan of a run; raises InputError with a line for everything that this machine does not have.
 
     Files are found but not read: `whole_weights` checks a checkpoint that model.weights names.
-    refuse: False if the process that started this one has already checked the machine
+    What the run needs from the hub is downloaded once nothing else is missing.
+    refuse: False if the process that started this one has already checked the machine, and downloaded
     """
     if refuse:
         refuse_folder(config.run.folder)
@@ -56,6 +58,10 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
         missing += missing_devices(config, sizes)
         if missing:
             raise InputError("this machine does not have everything the run needs", *missing, REHEARSE)
+        if downloads := files_to_download(config):
+            for path in downloads:
+                fetch_model(path)
+            weights, sizes = find_weights(config)
     device = pick_device(config.run.device)
     resolved = resolve_strategy(config, sizes, device.type, device_memory(device.type, config.distributed.devices))
     reduction = resolved.distributed.gradient_reduction
@@ -72,13 +78,15 @@ def make_plan(config: Config, refuse: bool = True) -> Plan:
 def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
     """Returns the files that model.weights names, if they exist, and the sizes of the model, if they are known.
 
+    Nothing is downloaded: what is on the hub, and not in the cache, does not exist yet.
     Raises InputError if these contradict the configuration.
     """
     settings = config.model
     named = published_sizes(settings.size, "model.size: ") if settings.size else None
-    if settings.weights is None or not settings.weights.exists():
+    path = settings.weights and cached_model(settings.weights)
+    if path is None or not path.exists():
         return None, named or (_own_sizes(settings.sizes) if settings.sizes else None)
-    files = find_model(settings.weights, hashes=False)
+    files = find_model(path, hashes=False)
     found = read_sizes(files.weights)
     if named not in (None, found):
         raise InputError(
@@ -107,4 +115,4 @@ def whole_weights(plan: Plan) -> ModelFiles | None:
     are_read = settings.freezes_weights or not checkpoints(plan.config.run.checkpoints)
     if plan.weights is None or settings.weights is None or not are_read:
         return plan.weights
-    return find_model(settings.weights)
+    return find_model(cached_model(settings.weights))

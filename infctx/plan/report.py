@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from infctx.errors import InputError
+from infctx.hub.names import hub_name
 from infctx.machine import device_memory, host_memory
 from infctx.model.sizes import Sizes, describe
 from infctx.plan.memory import (
@@ -47,9 +48,14 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
     """
     _, sizes = find_weights(config)
     if sizes is None:
+        weights = config.model.weights
+        if weights is not None and hub_name(weights):
+            raise InputError(
+                f"model.weights: {weights} is not downloaded yet, so its sizes are unknown; set model.size, such as "
+                "finch-3b (docs/models.md)"
+            )
         raise InputError(
-            f"model.weights: there is no {config.model.weights} to read the sizes from; name another file, or set "
-            "model.size"
+            f"model.weights: there is no {weights} to read the sizes from; name another file, or set model.size"
         )
     device_type, memory = real_device(config, device_gb)
     own = resolve_strategy(config, sizes, device_type, memory)

@@ -95,7 +95,7 @@ def prepare(
 ) -> PrepareSummary:
     """Turns texts into a folder of token stores, in memory that does not grow with the texts.
 
-    inputs: files, folders, globs or "-" (see `infctx.documents.inputs`)
+    inputs: files, folders, globs, "-" (see `infctx.documents.inputs`) or data sets on the hub, hf:OWNER/DATASET
     output: the folder to make
     tokenizer: "world" or "bytes"
     held_out: the share of the documents (0 to 0.5) that go to the held-out split: of every 1 / held_out documents, one
@@ -122,7 +122,7 @@ def prepare(
     summary = PrepareSummary(Path(output), encoder.name, encoder.vocab_size, notes=notes)
     with (
         atomic_folder(place) as folder,
-        _progress_bar(sources, progress) as bar,
+        _progress_bar(sources, reading, progress) as bar,
         _SkippedFile(folder / SKIPPED_FILE) as skipped,
     ):
         read_log = ReadLog(bar.update, skipped.add, tally)
@@ -169,8 +169,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: exists already; choose another output folder, or add --overwrite")
 
 
-def _progress_bar(sources: Sequence[Source], progress: bool) -> tqdm:
-    known = all(source.path != STDIN for source in sources)
+def _progress_bar(sources: Sequence[Source], reading: Reading, progress: bool) -> tqdm:
+    known = reading.limit is None and all(source.path != STDIN for source in sources)
     total = sum(source.num_bytes for source in sources) if known else None
     return tqdm(total=total, unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty()))
 

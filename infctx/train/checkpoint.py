@@ -39,6 +39,7 @@ from infctx.formats.checkpoint_folder import (
     write_manifest,
 )
 from infctx.formats.state_file import save_state
+from infctx.hub.names import hub_name
 from infctx.model.state import State
 from infctx.recurrence.precision import state_dtype
 from infctx.settings.config import Config
@@ -128,7 +129,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
 def _found_anywhere(config: Config) -> Config:
     """Makes the path of frozen weights absolute, so that a tuned run can be used as a model from any folder."""
-    if not config.model.freezes_weights or config.model.weights is None:
+    if not config.model.freezes_weights or config.model.weights is None or hub_name(config.model.weights):
         return config
     model = config.model.model_copy(update={"weights": config.model.weights.absolute()})
     return config.model_copy(update={"model": model})

@@ -27,7 +27,7 @@ from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.weights import save_weights
 from infctx.model.build import new_model
 from infctx.model.sizes import Sizes, describe, make_sizes
-from infctx.plan.missing import missing_files, refuse_folder
+from infctx.plan.missing import files_to_download, missing_files, refuse_folder
 from infctx.plan.plan import find_weights
 from infctx.plan.report import plan_report, real_device
 from infctx.plan.strategy import resolve_strategy
@@ -90,6 +90,7 @@ def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = N
 def describe_real_run(config: Config, command: str, device_gb: float | None = None) -> list[str]:
     """Returns the command for the real machine, the files still missing here, and the plan."""
     missing = missing_files(config)
+    missing += [f"{name}: from the hub, downloaded when the run starts" for name in files_to_download(config)]
     lines = ["What would run on the real machine:", f"  {command}"]
     if missing:
         lines += ["Not here yet:", *(f"  {line}" for problem in missing for line in problem.splitlines())]
