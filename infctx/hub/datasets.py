@@ -28,7 +28,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Names of splits, and the words that stand for them in the names of files."""
+"""Names of splits, and the words for them in the names of files."""
 CARD = "README.md"
 DEFAULT = "default"
 MOST_CARD_CHARS = 1 << 20

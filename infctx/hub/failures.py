@@ -25,7 +25,7 @@ from infctx.errors import InputError
 from infctx.small_texts import quoted
 
 TOKEN = "`hf auth login`, or HF_TOKEN"
-AGAIN = "run the same command again: it goes on from there"
+AGAIN = "run the same command again: it continues from there"
 
 
 class Unreachable(InputError):

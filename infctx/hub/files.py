@@ -1,7 +1,7 @@
 """One file of a repository: its place in huggingface_hub's cache, where it is downloaded to once.
 
 huggingface_hub finds the file, sends the token and knows the cache.  Since its version 1.18 an interrupted process
-loses what it has of a file, so here the beginning is kept beside the finished files, and the next try goes on from
+loses what it has of a file, so here the beginning is kept beside the finished files, and the next try continues from
 there.  The hash that the hub names a file by is compared before the file takes its place.
 """
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 PREFIX = "hf:"
 """Marks a name as one on the hub; needed for data, and for weights only where a name could be a path."""
 FOLDERS = ("checkpoints", "configs", "data", "models", "runs", "weights")
-"""What people call folders of their own: `runs/books` is no repository."""
+"""What people call their folders: `runs/books` is no repository."""
 FILES = (".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors", ".st", ".state", ".txt", ".yaml")
 """Suffixes of files: `mine/x.pth` is no repository."""
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 import threading
@@ -15,8 +16,8 @@ from infctx.errors import InputError
 from infctx.hub import files
 from infctx.hub.files import HubFile, cached, download
 
-from forked import Forked, run_infctx
 from hub_server import COMMIT, environment
+from runs import infctx_command
 
 REPOSITORY = "some-owner/some.models"
 FILE = HubFile(REPOSITORY, "weights/a b.pth")
@@ -74,7 +75,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(served):
     assert ranges == [None, "bytes=100000-", "bytes=200000-"]
 
 
-def test_another_process_goes_on_where_one_was_stopped(served, monkeypatch):
+def test_another_process_continues_where_one_was_stopped(served, monkeypatch):
     served.break_connections(after=0)
 
     def killed(*arguments, **options):
@@ -89,7 +90,7 @@ def test_another_process_goes_on_where_one_was_stopped(served, monkeypatch):
     assert beginning.stat().st_size == 123_456
     said, _ = refused()
     assert said.startswith("the connection broke after 123,456 bytes of 300,001 bytes (")
-    assert said.endswith("; run the same command again: it goes on from there")
+    assert said.endswith("; run the same command again: it continues from there")
     served.break_connections(after=None)
     served.requests.clear()
     assert download(FILE).read_bytes() == CONTENT
@@ -211,17 +212,15 @@ def test_a_full_disk(served, monkeypatch):
 
 
 def test_the_variables_of_huggingface_hub_count(served, tmp_path):
-    """As a user sets them, in a process of its own: endpoint, cache, token and offline mode."""
+    """As a user sets them, in a separate process: endpoint, cache, token and offline mode."""
     served.add("who/texts", "train.jsonl", json.dumps({"text": "two\n\nlines"}), kind="datasets")
     served.token = "hf_secret"
     prepare = ["prepare", "hf:who/texts", "--tokenizer", "bytes", "--output"]
 
     def run(output, **variables):
-        process = Forked(
-            run_infctx, [*prepare, str(tmp_path / output)], env=environment(served, tmp_path / "home") | variables
-        )
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
+        variables = os.environ | environment(served, tmp_path / "home") | variables
+        code, _, errors = infctx_command(*prepare, tmp_path / output, env=variables)
+        return code, errors
 
     code, errors = run("a", HF_TOKEN="hf_secret")
     assert code == 0, errors
