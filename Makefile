@@ -18,6 +18,7 @@ PROMPT ?= def
 ARGS ?=
 GPUS ?=
 DEVICES = $(if $(GPUS),distributed.devices=$(GPUS))
+BOOKS = $(if $(findstring data.store=,$(ARGS))$(findstring --rehearse,$(ARGS)),,$(if $(filter configs/%k.yaml,$(TRAIN_CONFIG)),data/pg19/store.json))
 GPU_PYTHON = $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -39,7 +40,7 @@ prepare: $(VENV)/installed  ## turns text into a token store: make prepare INPUT
 inspect: $(VENV)/installed  ## shows what is in a token store: make inspect STORE=data/books/train ARGS="--document 0"
 	@$(INFCTX) inspect "$$STORE" $(ARGS)
 
-train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes it
+train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json) $(BOOKS)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes it
 	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
 tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml, GPUS=1
@@ -99,6 +100,10 @@ $(VENV)/installed-test: $(VENV)/installed
 # The documents of the default runs: the Python installation's own long sources, and the C++ headers of torch.
 data/python/store.json data/cpp/store.json: data/%/store.json: tools/example_documents.py | $(VENV)/installed
 	@$(VENV)/bin/python tools/example_documents.py $* | $(INFCTX) prepare - --format jsonl --tokenizer bytes --held-out 0.1 --output data/$* --overwrite
+
+# Long documents for the published models: 2,000 books of PG-19, a copy of it in parquet on the Hugging Face Hub.
+data/pg19/store.json: | $(VENV)/installed
+	@$(INFCTX) prepare hf:emozilla/pg19 --split train --limit 2000 --held-out 0.02 --output data/pg19
 
 runs/finch-tiny/model.pth: | $(VENV)/installed data/python/store.json
 	@echo 'Training the model first: make train'

@@ -1,5 +1,6 @@
 """Settings for all tests: pinned threads, so that numbers and times do not depend on load, and the rwkv package."""
 
+import os
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from hub_server import running_hub
 
 torch.set_num_threads(1)
+# Read when huggingface_hub is imported: a test without a hub meets an empty cache and no network.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 MADE_ONCE = {
     "test_distributed.py",

@@ -119,7 +119,6 @@ ELSEWHERE = {
     "make test",
     # what a shell does
     "source .venv/bin/activate",
-    "pip install huggingface_hub",
     # its file is in the page: tests/tools/test_pages.py
     "infctx train books.yaml optimizer.steps=1000 run.folder=runs/books-longer data.held_out=null",
 }

@@ -14,34 +14,39 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 OPENING = """\
 # Published models
-infctx continues training from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). It does not download them: get
-a file once from the Hugging Face Hub, put it in `models/`, and name it with `model.weights`. The files listed here are
-in bf16 and under the Apache-2.0 license.
+infctx continues training from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). Name them as they are on the
+Hugging Face Hub, `OWNER/REPOSITORY:FILE`, wherever infctx takes a model. They are downloaded once, at first use. The
+files listed here are in bf16 and under the Apache-2.0 license.
 
-```sh
-pip install huggingface_hub    # brings the command hf
-{command}
+```yaml
+model:
+  weights: {name}
+  size: {size}
 ```
 
-If a download stops, run the same command again: it continues where it stopped. Before training, infctx checks the size
-of each file listed here, so it catches a download that stopped halfway. To download from a mirror, set `HF_ENDPOINT` to
-its address.
+`size` can be left out. With it, `infctx plan` shows the memory of the run before anything is downloaded.
+
+- Downloads go to the cache that all programs of the hub share, `~/.cache/huggingface/hub`, or below `HF_HOME` if you
+  set that. What is there is used without asking the hub, so a run resumes without a network.
+- If a download stops, run the same command again: it continues where it stopped. The finished file's SHA-256 is
+  compared with the hub's.
+- `OWNER/REPOSITORY@REVISION:FILE` takes the file of a commit, a branch or a tag.
+- `OWNER/REPOSITORY` is enough where a repository holds one model. Otherwise infctx lists what it holds.
+- For a private repository, or one with conditions of use, log in once with `hf auth login`, or set `HF_TOKEN`.
+- To download from a mirror, set `HF_ENDPOINT` to its address. With `HF_HUB_OFFLINE=1` nothing is downloaded.
+- A path that exists on your machine always comes first. A file that you downloaded otherwise is named by its path.
 
 (Written by `python tools/models_page.py` from infctx/formats/published.py.)
 
 ## Files
-Each repository has many more files than these, so copy the name exactly. The last column lists the files in
-[configs](../configs) that start from it.
+Each repository has many more files than these, so copy the name exactly, after the repository and a colon. The last
+column lists the files in [configs](../configs) that start from it.
 """
 FOLDERS = """\
 ## Folders in Hugging Face's layout
 These repositories have the weights as `model.safetensors` or `pytorch_model.bin`, whole or in parts, under Hugging
-Face's own names. Download a whole repository, and name its folder with `model.weights`. infctx never runs the Python
-code in it.
-
-```sh
-hf download RWKV/v6-Finch-3B-HF --local-dir models/v6-Finch-3B-HF
-```
+Face's own names. Name the repository alone, as in `weights: RWKV/v6-Finch-3B-HF`, or a folder on your machine that has
+such a model. infctx never runs the Python code in it.
 
 {folders}
 
@@ -51,7 +56,7 @@ infctx also reads folders and files with the tensor names of flash-linear-attent
 - RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: these are other architectures.
 - RWKV-7, such as the files of `BlinkDL/rwkv7-g1`: not supported yet.
 
-infctx refuses such a file when it opens it, and the message names the tensor that gave it away.
+infctx refuses such a file by its name, before it is downloaded, or when it opens it, by its tensors.
 
 ## Back to other programs
 `infctx export MODEL OUTPUT` writes files for other programs. MODEL is a run's folder, a checkpoint or a weights file.
@@ -88,7 +93,7 @@ def main() -> None:
 def models_page() -> str:
     """Returns the whole page as Markdown."""
     used = _configurations()
-    parts = [OPENING.format(command=PUBLISHED_FILES[1].download_command(Path("models")))]
+    parts = [OPENING.format(name=PUBLISHED_FILES[1].hub_name, size=PUBLISHED_FILES[1].size)]
     for repository, architecture in ((FINCH, "Finch (RWKV-6)"), (EAGLE, "Eagle (RWKV-5.2)")):
         parts.append(f"{architecture}, in `{repository}`:\n")
         parts.append("| `model.size` | file | GB | configs |\n|---|---|---:|---|")
@@ -107,7 +112,7 @@ def _configurations() -> dict[str, list[str]]:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         weights = load_config(path).model.weights
         if weights is not None:
-            used.setdefault(weights.name, []).append(path.stem)
+            used.setdefault(weights.name.rpartition(":")[2], []).append(path.stem)
     return used
 
 

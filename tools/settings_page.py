@@ -20,7 +20,7 @@ choose the model.
 
 ```yaml
 model:
-  weights: models/RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth
+  weights: BlinkDL/rwkv-6-world:RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth
 data:
   store: data/books/train
 window:

@@ -13,7 +13,8 @@ def describe_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         type=Path,
-        help="a .pth, a .safetensors, a folder in Hugging Face's layout, a checkpoint or a run's folder",
+        help="a .pth, a .safetensors, a folder in Hugging Face's layout, a checkpoint or a run's folder; or a name on "
+        "the hub, OWNER/REPO:FILE",
     )
 
 
@@ -27,7 +28,9 @@ def describe_device(parser: argparse.ArgumentParser) -> None:
 
 
 def describe_state(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", type=Path, help="a state file of any form, for documents to start from")
+    parser.add_argument(
+        "--state", type=Path, help="a state file of any form, or its name on the hub, for documents to start from"
+    )
 
 
 def describe_sampling(parser: argparse.ArgumentParser) -> None:

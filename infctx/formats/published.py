@@ -31,6 +31,11 @@ class PublishedFile(NamedTuple):
         """Formats the size for people: 6.2 GB, with a GB of 1e9 bytes."""
         return f"{self.num_bytes / 1e9:.1f} GB"
 
+    @property
+    def hub_name(self) -> str:
+        """Returns the name for model.weights."""
+        return f"{self.repository}:{self.name}"
+
     def download_command(self, folder: Path) -> str:
         """Returns the shell command that downloads the file into a folder."""
         return f"hf download {self.repository} {self.name} --local-dir {shlex.quote(str(folder))}"
@@ -72,15 +77,15 @@ _OTHER_VERSIONS = (
 
 
 def published_file(path: Path) -> PublishedFile | None:
-    """Returns the published file of this name, in whatever folder."""
-    return next((file for file in PUBLISHED_FILES if file.name == path.name), None)
+    """Returns the published file of this name, in whatever folder or repository."""
+    return next((file for file in PUBLISHED_FILES if file.name == path.name.rpartition(":")[2]), None)
 
 
 def missing_weights(path: Path) -> str:
     """Returns a message that this file or folder does not exist, and how to get it if it is published."""
     file = published_file(path)
     if file is not None:
-        return f"there is no {path} ({file.gigabytes}); get it with\n  {file.download_command(path.parent)}"
+        return f"there is no {path} ({file.gigabytes}); name it on the hub, {file.hub_name}, and it is downloaded once"
     version = _other_version(path.name)
     if version is not None:
         return f"there is no {path}, and by its name it is {version}; infctx reads the files in docs/models.md"

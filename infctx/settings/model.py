@@ -14,7 +14,8 @@ class ModelSettings(Section):
 
     weights: PathSetting | None = None
     """Weights to start from: a `.pth` or `.safetensors` file, a folder in Hugging Face's layout, a checkpoint, or the
-    folder of another run.  The version and all sizes come from there; docs/models.md lists the published files."""
+    folder of another run; or a name on the Hugging Face Hub, `OWNER/REPOSITORY:FILE`, downloaded once, when the run
+    starts.  The version and all sizes come from there; docs/models.md lists the published files."""
     size: str | None = None
     """A published size such as `finch-3b` (docs/models.md lists them).  With `weights`, the file must have this size,
     and `infctx plan` can compute the memory before you download it.  Without `weights`, it means new random weights of
@@ -44,7 +45,8 @@ class ModelSettings(Section):
     matrices that each document starts from, with the weights frozen (state tuning); `infctx tune` sets this.
     `initial_state_and_shifts`: the shift vectors too, which only infctx can load."""
     initial_state: PathSetting | None = None
-    """State file to start from, in any form that `infctx export` writes; null: the state in `weights`, or zeros."""
+    """State file to start from, in any form that `infctx export` writes, here or on the hub; null: the state in
+    `weights`, or zeros."""
     recompute_blocks: bool = False
     """Keeps only the input of each block and recomputes the rest in the backward pass.  Costs a third more time and
     needs at most a tenth of the memory for activations."""

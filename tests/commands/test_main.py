@@ -97,7 +97,7 @@ def test_disk_full_while_exporting(tmp_path, tiny_weights):
 
 def test_everything_missing_is_reported_together(capfd):
     line = refused(capfd, "train", ROOT / "configs" / "finch-3b-64k.yaml")
-    for thing in ("model.weights: there is no ", "data.store: there is no ", "finds no GPU here", "GB"):
+    for thing in ("data.store: there is no ", "data.held_out: there is no ", "finds no GPU here", "GB"):
         assert thing in line
 
 

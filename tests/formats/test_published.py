@@ -42,8 +42,8 @@ def test_the_shipped_configurations_name_published_files(path):
     if model.size is None:
         return
     file = published_file(model.weights)
-    assert (file.size, model.weights.parent) == (model.size, Path("models"))
-    comment = f"# Published weights from {file.repository}, {file.gigabytes}: docs/models.md"
+    assert (file.size, file.hub_name) == (model.size, str(model.weights))
+    comment = f"# Published weights of {file.gigabytes}, downloaded from the Hugging Face Hub once"
     assert comment in path.read_text(encoding="utf-8")
 
 
@@ -52,10 +52,9 @@ def test_the_shipped_configurations_name_published_files(path):
     [
         (
             f"models/{FINCH_3B}",
-            f"there is no models/{FINCH_3B} (6.2 GB); get it with\n  hf download BlinkDL/rwkv-6-world {FINCH_3B} "
-            "--local-dir models",
+            f"there is no models/{FINCH_3B} (6.2 GB); name it on the hub, BlinkDL/rwkv-6-world:{FINCH_3B}, and it is "
+            "downloaded once",
         ),
-        (f"/my disk/{FINCH_3B}", f"{FINCH_3B} --local-dir '/my disk'"),
         ("mine.pth", "there is no mine.pth; train it, download it (docs/models.md), or name another file"),
         ("m/RWKV-5-World-0.1B-v1-20230803-ctx4096.pth", "ctx4096.pth, and by its name it is RWKV-5.0 or 5.1; infctx"),
         ("m/rwkv7-g1j-2.9b-20260831-ctx16384.pth", "by its name it is RWKV-7; infctx reads the files in docs/models"),

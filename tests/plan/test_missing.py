@@ -14,10 +14,11 @@ from plans import planned_bytes
 
 def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config(CONFIGS / "finch-3b-64k.yaml")
+    name = load_config(CONFIGS / "finch-3b-64k.yaml").model.weights.name.partition(":")[2]
+    config = load_config(CONFIGS / "finch-3b-64k.yaml", [f"model.weights=models/{name}"])
     weights = config.model.weights
     assert any(
-        line.startswith(f"model.weights: there is no {weights} (6.2 GB); get it") for line in missing_files(config)
+        line.startswith(f"model.weights: there is no {weights} (6.2 GB); name it") for line in missing_files(config)
     )
     weights.parent.mkdir()
     weights.write_bytes(b"PK and no more")
@@ -29,7 +30,7 @@ def test_a_download_that_stopped_is_reported_before_it_is_read(tmp_path, monkeyp
 
 def test_a_frozen_model_is_read_by_a_resumed_run_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config(CONFIGS / "eagle-1b5-tune-state.yaml")
+    config = load_config(CONFIGS / "eagle-1b5-tune-state.yaml", ["model.weights=models/gone.pth"])
     (tmp_path / config.run.checkpoints / "step-000100").mkdir(parents=True)
     assert any(line.startswith("model.weights: there is no ") for line in missing_files(config))
 

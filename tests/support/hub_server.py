@@ -174,7 +174,7 @@ def git_hash(content):
 
 def environment(hub, home):
     """Returns the variables that lead huggingface_hub to this hub, with an empty cache in `home`."""
-    return {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
+    return {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
 
 @contextmanager

@@ -45,7 +45,7 @@ SMALLER = {
     "optimizer.steps=60": "optimizer.steps=4",
     "optimizer.steps=140": "optimizer.steps=3",
 }
-ASSUMED = ("data/python/store.json", "data/cpp/store.json", "runs/finch-tiny/model.pth")
+ASSUMED = ("data/python/store.json", "data/cpp/store.json", "data/pg19/store.json", "runs/finch-tiny/model.pth")
 NEEDS_GPU = "this machine does not have everything the run needs"
 
 
