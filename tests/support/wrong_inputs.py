@@ -7,6 +7,8 @@ under the published name NAME.
 
 from typing import NamedTuple
 
+from wrong_names import NAMES
+
 
 class Row(NamedTuple):
     """A mistake, the command that makes it, and the lines of the message."""
@@ -285,21 +287,6 @@ a folder without a model = generate books
     books: ... give a .pth, a .safetensors, a checkpoint or a run's folder
 a tuned run without checkpoints = generate emptied-tuned
     emptied-tuned: ... give a .pth, a .safetensors, a checkpoint or a run's folder
-half a download, plan = plan tune.yaml model.weights=HALF
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, train = train tune.yaml model.weights=HALF
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, evaluate = evaluate HALF books/held_out
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, generate = generate HALF
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
-half a download, export = export HALF out.pth
-    HALF: ... 3,199,845,663; get it again, or, if it is a file of your own, rename it
-    hf download BlinkDL/rwkv-6-world NAME --local-dir models
 more words than there are places for = generate finch.pth tokens
     tokens: ... leave them out; see infctx generate --help
 # Evaluate and generate.
@@ -397,4 +384,4 @@ a seed of words = prepare texts --output out --seed x
     argument --seed: x is not a whole number from 0 to 2^63 - 1
 """
 
-ROWS = read_table(TABLE)
+ROWS = read_table(TABLE + NAMES)
