@@ -52,7 +52,7 @@ CARD = """configs:
         (["train.jsonl", "valid.jsonl"], "validation", None, ["valid.jsonl"]),
         (["train/b.txt", "train/a.txt", "dev/c.txt"], "train", None, ["train/a.txt", "train/b.txt"]),
         (["books.jsonl.gz", "LICENSE.txt", "dataset_infos.json"], None, None, ["books.jsonl.gz"]),
-        (["constrained.txt", "test.txt"], None, None, ["test.txt"]),  # "train" inside a word is none
+        (["constrained.txt", "contest.txt", "test.txt"], None, None, ["test.txt"]),  # whole words
         (["train.parquet", "train.jsonl.zst", "train.csv"], None, None, ["train.parquet"]),
         (["en/train.jsonl", "de/train.jsonl"], None, "de", ["de/train.jsonl"]),
         ([".cache/train.jsonl", "my-train-1.csv"], None, None, ["my-train-1.csv"]),
