@@ -118,11 +118,8 @@ def _documents_of(source: Source, reading: Reading, log: ReadLog) -> Iterator[Do
         yield Document(name, iter([Part(_repository_text(source, reading, log))]))
     elif source.format == "text":
         # Once a piece of a text is passed on it cannot be taken back, so all of it is checked before.
-        if (
-            reading.skip_bad
-            and (source.hub_file or Path(source.path).is_file())
-            and (problem := _problem(source, reading))
-        ):
+        can_be_read_twice = source.hub_file is not None or Path(source.path).is_file()
+        if reading.skip_bad and can_be_read_twice and (problem := _problem(source, reading)):
             log.leave_out(problem)
             return
         blocks = _blocks_with_content(source, log)

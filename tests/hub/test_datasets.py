@@ -4,7 +4,9 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
@@ -133,6 +135,19 @@ def test_prepare_downloads_no_more_files_than_it_reads(books, tmp_path, limit, n
     assert note.endswith(" bytes, downloaded as they are read")
     first = bytes(store.tokens(0, 0, store.length(0) - 1).astype(np.uint8) - 1)
     assert first.decode() == "book 0.0 " + "🙂 long " * 20
+
+
+def test_a_set_in_parquet_as_pg19_is(hub, tmp_path):
+    texts = [f"book {i} " + "🙂 long " * 20 for i in range(15)]
+    for number in range(3):
+        rows = pyarrow.table({"short_book_title": list("abcde"), "text": texts[5 * number : 5 * number + 5]})
+        parquet.write_table(rows, tmp_path / "part.parquet")
+        hub.add(NAME, PG19[number], (tmp_path / "part.parquet").read_bytes(), "datasets")
+    prepare([f"hf:{NAME}"], tmp_path / "out", tokenizer="bytes", reading=Reading(limit=6))
+    store = TokenStore(tmp_path / "out" / "train")
+    documents = [store.tokens(i, 0, store.length(i) - 1).astype(np.uint8) - 1 for i in range(store.num_documents)]
+    assert [bytes(ids).decode() for ids in documents] == texts[:6]
+    assert hub.downloads() == {path.rpartition("/")[2]: 1 for path in PG19[:2]}
 
 
 def test_the_same_store_as_from_files_here_and_beside_them(books, tmp_path):
