@@ -65,14 +65,18 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-tokenizer", choices=("world", "bytes"), help="of token stores that have no store.json beside them"
     )
-    parser.add_argument("--split", help="of a data set on the hub (default: train)")
-    parser.add_argument("--config", help="of a data set on the hub that holds several sets")
-    parser.add_argument("--limit", type=count, metavar="DOCUMENTS", help="read only the first of them (default: all)")
+    _describe_hub(parser)
     parser.add_argument("--workers", type=count, help="processes (default: all cores)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output folder once the new one is complete"
     )
+
+
+def _describe_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="of a data set on the hub (default: train)")
+    parser.add_argument("--config", help="of a data set on the hub that holds several sets")
+    parser.add_argument("--limit", type=count, metavar="DOCUMENTS", help="read only the first of them (default: all)")
 
 
 def run(options: argparse.Namespace) -> None:
