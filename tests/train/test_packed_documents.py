@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from infctx.data.lanes import Lanes
-from infctx.data.store_writer import TokenStoreWriter
+from infctx.prepare.store_writer import TokenStoreWriter
 from infctx.data.token_store import TokenStore
 from infctx.train.window import window_backward
 
