@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from infctx.prepare.store_writer import TokenStoreWriter
 
 from infctx.data.lanes import Lanes
-from infctx.prepare.store_writer import TokenStoreWriter
 from infctx.data.token_store import TokenStore
 from infctx.train.window import window_backward
 
