@@ -20,6 +20,7 @@ MOST_YAML_BYTES = 1 << 20
 MOST_JSON_BYTES = 1 << 26
 """Limit for a manifest or an index; an index of 100,000 tensors has 10 MB."""
 MOST_DIGITS = 40
+MOST_DEPTH = 3  # of settings: data, sources[1], weight
 MOST_QUOTED = 80
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -59,7 +60,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
         problem = quoted(str(error).splitlines()[0], 200)
         raise InputError(f"{source}: not YAML ({problem}); name a file of settings") from None
     except RecursionError:
-        raise InputError(f"{source}: nested too deeply; sections hold settings, and nothing deeper") from None
+        raise InputError(f"{source}: nested too deeply; no setting is") from None
     except ValueError as error:  # an impossible date
         raise InputError(f"{source}: {quoted(str(error))}; quote what is text") from None
     finally:
@@ -68,11 +69,16 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], str]]:
     places: dict[tuple[str, ...], str] = {(): source}
 
     def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode) and len(path) < 2:
+        if isinstance(node, yaml.MappingNode) and len(path) < MOST_DEPTH:
             for key, value in node.value:
                 place = (*path, key.value)
                 places[place] = f"{source}:{key.start_mark.line + 1}"
                 walk(value, place)
+        elif isinstance(node, yaml.SequenceNode) and 0 < len(path) < MOST_DEPTH:
+            for number, item in enumerate(node.value):
+                place = (*path[:-1], f"{path[-1]}[{number}]")
+                places[place] = f"{source}:{item.start_mark.line + 1}"
+                walk(item, place)
 
     walk(node, ())
     return content, places

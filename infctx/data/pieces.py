@@ -9,7 +9,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from infctx.data.lanes import Store
+from infctx.data.mixture import Store
 from infctx.errors import InputError
 
 
@@ -24,7 +24,8 @@ class Pieces:
         if piece_tokens < 1:
             raise InputError(f"{store.path}: pieces of {piece_tokens} tokens are too short; give at least 1")
         self.path, self.num_tokens = store.path, store.num_tokens
-        self._store, self.document_tokens = store, piece_tokens
+        self._store, self.piece_tokens = store, piece_tokens
+        self.limits = {**store.limits, "document_tokens": piece_tokens}
         self._ends = array("q")  # pieces of documents 0..i
         count = 0
         for document in range(store.num_documents):
@@ -40,7 +41,7 @@ class Pieces:
     def length(self, i: int) -> int:
         """Returns the number of tokens in piece i, its last target included."""
         document, begin = self._place(i)
-        return min(self.document_tokens + 1, self._store.length(document) - begin)
+        return min(self.piece_tokens + 1, self._store.length(document) - begin)
 
     def tokens(self, i: int, begin: int, end: int) -> np.ndarray:
         """Returns tokens begin..end-1 of piece i."""
@@ -65,4 +66,4 @@ class Pieces:
         """Returns the document of piece i, and the place of the piece's first token in it."""
         document = bisect_right(self._ends, i)
         before = self._ends[document - 1] if document else 0
-        return document, (i - before) * self.document_tokens
+        return document, (i - before) * self.piece_tokens

@@ -43,8 +43,6 @@ class TokenStore:
     tokenizer: the name of the tokenizer that made the ids, from the store.json beside the store; None without one
     """
 
-    document_tokens = None  # documents are whole, see infctx.data.pieces
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = store_prefix(path)
         self.idx_path, self.bin_path = file_of(self.path, ".idx"), file_of(self.path, ".bin")
@@ -60,6 +58,11 @@ class TokenStore:
         self._mask = TargetMask(mask, self.num_tokens) if mask.exists() else None
         self.num_targets = self._mask.num_targets if self._mask else self.num_tokens - self.num_documents
         self.tokenizer = _tokenizer_of(self.path)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Returns the settings that leave out documents or cut them: none, see data/selection and data/pieces."""
+        return {}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 def held_out_sources(config: Config) -> dict[str, Path]:
     """Returns the stores of held-out documents by the names of their sources; none if the run measures nothing."""
-    return {"held_out": config.data.held_out} if config.data.held_out and config.run.evaluate_tokens else {}
+    return dict(config.data.held_out_stores) if config.run.evaluate_tokens else {}
 
 
 def held_out_readings(config: Config, vocab_size: int) -> dict[str, Reading]:

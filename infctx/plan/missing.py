@@ -35,10 +35,9 @@ def missing_files(config: Config) -> list[str]:
         missing.append(f"model.weights: {missing_weights(weights)}")
     if state is not None and not state.exists() and not hub_name(state):
         missing.append(f"model.initial_state: there is no {state}; name another file, or remove the setting for zeros")
-    for name in ("store", "held_out"):
-        store = getattr(config.data, name)
-        prefix = None if store is None else store_prefix(store)
-        if prefix and not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
+    for name, store in config.data.named_stores:
+        prefix = store_prefix(store)
+        if not all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".idx", ".bin")):
             missing.append(f"data.{name}: there is no {prefix}.idx with its .bin; make it with `infctx prepare`")
     return missing
 

@@ -69,4 +69,15 @@ class Config(Section):
             problems.append(
                 f"run.evaluate_every_steps: {every} has no documents to measure; set {missing}, or null here"
             )
+        if window.carry == "lane" and distributed.time_ranks > 1:
+            problems.append("window.carry: lane needs whole segments on each rank; set distributed.time_ranks to 1")
+        if window.carry == "lane" and self.model.freezes_weights:
+            problems.append("window.carry: in lane, documents never start from the state that learns; use document")
+        for name in ("from_tokens", "to_tokens") if self.data.curriculum else ():
+            tokens, unit = getattr(self.data.curriculum, name), window.segment_tokens
+            if tokens % unit:
+                problems.append(
+                    f"data.curriculum.{name}: {tokens} is not a multiple of window.segment_tokens {unit}; "
+                    f"{max(1, round(tokens / unit)) * unit} would work"
+                )
         return refuse(self, problems)

@@ -7,9 +7,10 @@ the line, the setting, the value and what would work.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from infctx.errors import InputError
 from infctx.settings.config import Config
+from infctx.settings.data import FORMS
 from infctx.small_texts import quoted, read_yaml
 
 COMMAND_LINE = "command line"
@@ -80,10 +82,10 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
 def _explained(error: ValidationError, path: Path, content: Any, places: dict[tuple[str, ...], str]) -> InputError:
     """Returns one error with all problems of a validation, each with its place and remedy."""
     problems = error.errors()
-    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    unknown = [_where(problem) for problem in problems if problem["type"] == "extra_forbidden"]
     # A misspelled setting is also missing under its right name: report it once.
-    explained = [(*where[:-1], _nearest(tuple(map(str, where)))) for where in unknown]
-    problems = [problem for problem in problems if problem["type"] != "missing" or problem["loc"] not in explained]
+    explained = [(*where[:-1], _nearest(where)) for where in unknown]
+    problems = [problem for problem in problems if problem["type"] != "missing" or _where(problem) not in explained]
     lines = [line for problem in problems for line in _describe(problem, path, places)]
     if len(lines) == 1:
         return InputError(lines[0])
@@ -93,7 +95,7 @@ def _explained(error: ValidationError, path: Path, content: Any, places: dict[tu
 
 def _describe(problem: ErrorDetails, path: Path, places: dict[tuple[str, ...], str]) -> list[str]:
     """Returns a line for a problem, or one for each setting when several do not fit together."""
-    where = tuple(str(part) for part in problem["loc"])
+    where = _where(problem)
     if problem["type"] != "value_error":
         return [_line(where, _remedy(problem, where), path, places)]
     lines = []
@@ -101,11 +103,22 @@ def _describe(problem: ErrorDetails, path: Path, places: dict[tuple[str, ...], s
         setting, _, rest = text.partition(": ")
         if not where:  # two sections that do not fit together
             lines.append(_line(tuple(setting.split(".")), rest, path, places))
-        elif setting in _settings_of(where[0]):
-            lines.append(_line((*where, setting), rest, path, places))
+        elif re.split(r"[.\[]", setting)[0] in _settings_of(where):
+            lines.append(_line((*where, *setting.split(".")), rest, path, places))
         else:
             lines.append(_line(where, text, path, places))
     return lines
+
+
+def _where(problem: ErrorDetails) -> tuple[str, ...]:
+    """Returns the path of a setting, without the forms that it could have: data, sources[1], weight."""
+    path: list[str] = []
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            path[-1] += f"[{part}]"
+        elif part not in FORMS:
+            path.append(str(part))
+    return tuple(path)
 
 
 def _line(where: tuple[str, ...], remedy: str, path: Path, places: dict[tuple[str, ...], str]) -> str:
@@ -122,6 +135,10 @@ WANTED = {
     "string_type": "give text; quote what is text",
     "path_type": "give a file or folder",
     "list_type": "give a list",
+    "too_short": "give at least {min_length}",
+    "string_too_short": "give a short word",
+    "string_too_long": "give at most {max_length} letters",
+    "string_pattern_mismatch": "give a word without a slash",
     "literal_error": "choose {expected}",
     "greater_than_equal": "give at least {ge}",
     "greater_than": "give more than {gt}",
@@ -156,14 +173,24 @@ def _nearest(where: tuple[str, ...]) -> str | None:
 
 
 def _known(where: tuple[str, ...]) -> Mapping[str, FieldInfo]:
-    return Config.model_fields if len(where) == 1 else _settings_of(where[0])
+    return _settings_of(where[:-1])
 
 
 def _no_section(value: object) -> str:
     return f"{quoted(repr(value))} is not a section; put settings below the name, indented"
 
 
-def _settings_of(section: str) -> Mapping[str, FieldInfo]:
-    kind = Config.model_fields[section].annotation
-    assert isinstance(kind, type) and issubclass(kind, BaseModel)
-    return kind.model_fields
+def _settings_of(where: tuple[str, ...]) -> Mapping[str, FieldInfo]:
+    """Returns the settings of a section, or of one inside it."""
+    section: type[BaseModel] = Config
+    for name in where:
+        section = next(_sections_in(section.model_fields[name.partition("[")[0]].annotation))
+    return section.model_fields
+
+
+def _sections_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yields the sections that a type has in it: for list[SourceSettings] | None, SourceSettings."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for inner in get_args(kind):
+        yield from _sections_in(inner)

@@ -28,6 +28,12 @@ class WindowSettings(Section):
     lanes_per_pass: Positive | None = None
     """Lanes that a device computes together; null: all of them.  Fewer need less memory and give the same gradient,
     added up pass by pass."""
+    carry: Literal["document", "lane"] = "document"
+    """What a document starts from.  `document`: the initial state, so that documents know nothing of each other.
+    `lane`: the state that the document before it in its lane left behind, padding included, with no gradient back into
+    that document.  Models that only ever started from the initial state forget or break far behind the lengths they
+    were trained on; some hundred steps with `lane` repair that (arXiv 2507.02782).  The first document of a lane starts
+    from the initial state.  Costs a call of the WKV op and a kept state for each start."""
     seam_store: Literal["auto", "device", "host"] = "auto"
     """Where to keep the states between segments.  `device`: in the device's memory; `host`: in main memory, copied
     while the GPU computes; `auto`: `host` for a GPU.  A state of Finch 3B is 21.6 MB per lane."""

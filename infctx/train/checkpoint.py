@@ -179,7 +179,7 @@ class _SavedProgress(BaseModel):
     """The content of progress.json; infctx.data.lanes gives the position its meaning."""
 
     step: Size
-    position: dict[ShortText, bool | WholeNumber | ShortText | list[WholeNumber] | None] | None
+    position: dict[ShortText, bool | WholeNumber | ShortText | list[WholeNumber] | list[ShortText] | None] | None
     num_tokens: Size
 
 

@@ -87,7 +87,7 @@ def _first_bad(
     return found or (None, [True] * state.batch_size)
 
 
-def _documents(documents: list[list[list[int]]], finite: list[list[bool]] | None, engine: Engine) -> str:
+def _documents(documents: list[list[list[str]]], finite: list[list[bool]] | None, engine: Engine) -> str:
     """Lists the documents of the lanes that are not finite; finite: by rank and lane, None if no lane is."""
     lanes = []
     for rank in range(0, engine.ranks.world_size, engine.ranks.time_ranks):
@@ -98,6 +98,6 @@ def _documents(documents: list[list[list[int]]], finite: list[list[bool]] | None
     return "; ".join(lanes)
 
 
-def _numbers(documents: list[int], most: int = 8) -> str:
-    shown = ", ".join(str(number) for number in documents[:most])
+def _numbers(documents: list[str], most: int = 8) -> str:
+    shown = ", ".join(documents[:most])
     return shown + (f" and {len(documents) - most} more" if len(documents) > most else "")

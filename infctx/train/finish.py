@@ -56,7 +56,7 @@ def finish(run: Run) -> None:
             try:
                 print(_measure(run, model))
                 if config.model.freezes_weights:
-                    _show_samples(model, TokenStore(config.data.held_out))
+                    _show_samples(model, TokenStore(config.data.held_out_stores[0][1]))
             except BrokenPipeError:  # nobody reads our output anymore
                 raise
             except UNMEASURABLE as error:
@@ -156,7 +156,7 @@ def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
     folder, commands = str(config.run.folder), []
     if not measured:
         tokens = str(config.run.evaluate_tokens)
-        commands.append(["infctx", "evaluate", folder, str(config.data.held_out), "--max-tokens", tokens])
+        commands.append(["infctx", "evaluate", folder, str(config.data.held_out_stores[0][1]), "--max-tokens", tokens])
     if tokenizer_for_vocab(model.sizes.vocab_size):
         commands.append(["infctx", "generate", folder])
     if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that want a single file

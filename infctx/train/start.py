@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from infctx.data.curriculum import Curriculum
 from infctx.data.lanes import Lanes
-from infctx.data.pieces import Pieces
+from infctx.data.sources import describe_sources, open_sources
 from infctx.data.token_store import TokenStore
-from infctx.data.tokenizer import refuse_other_tokenizer
 from infctx.distributed.devices import Devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
@@ -92,6 +92,8 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
     ranks.from_first(lambda: write_settings(config))
     log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
+    for line in describe_sources(config, lanes.mixture):
+        log.info("%s", line)
     if ranks.world_size > 1:
         log.info("%s", devices.describe())
     if checkpoint:
@@ -191,16 +193,16 @@ def open_lanes(
     config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
 ) -> Lanes:
     """Returns the windows of the configured documents after `position`, for all lanes or a rank's."""
-    store = TokenStore(config.data.store)
-    refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
+    curriculum = config.data.curriculum
     return Lanes(
-        Pieces(store, config.data.document_tokens) if config.data.document_tokens else store,
+        open_sources(config, vocab_size),
         num_lanes=config.window.lanes,
         window_tokens=config.window.window_tokens,
         seed=config.run.seed,
         vocab_size=vocab_size,
         shuffle=config.data.shuffle,
         lanes=ranks.lanes(config.window.lanes) if ranks else None,
+        curriculum=curriculum and Curriculum(**curriculum.model_dump(), unit_tokens=config.window.segment_tokens),
         position=position,
     )
 

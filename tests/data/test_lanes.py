@@ -1,7 +1,6 @@
 import json
 import random
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,49 +10,23 @@ from hypothesis import strategies as st
 
 from infctx.data.document_stream import DocumentStream
 from infctx.data.lanes import Lanes
+from infctx.data.mixture import Source
 from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
 
-
-class ListStore:
-    """Documents in memory with the store interface that lanes need; counts the tokens read.
-
-    masked: whether random runs of tokens are no targets
-    """
-
-    path = Path("memory/store")
-
-    def __init__(self, lengths, seed=0, masked=False):
-        rng = np.random.default_rng(seed)
-        self.documents = [np.append(rng.integers(1, 257, max(n - 1, 0)), 0)[:n] for n in lengths]
-        self.document_tokens, self.fingerprint = None, "of no file"
-        self.num_documents = len(self.documents)
-        self.num_tokens = sum(lengths)
-        self.num_read = 0
-        flips = [np.cumsum(rng.random(n) < 0.1) % 2 > 0 if masked else np.ones(n, bool) for n in lengths]
-        self.masks = [np.append(False, mask[1:])[: len(mask)] for mask in flips]  # the first is never a target
-
-    def number(self, i):
-        return i
-
-    def length(self, i):
-        return len(self.documents[i])
-
-    def tokens(self, i, begin, end):
-        assert 0 <= begin <= end <= len(self.documents[i])
-        self.num_read += end - begin
-        return self.documents[i][begin:end].astype(np.int64)
-
-    def count_targets(self, i, begin, end):
-        return int(self.targets(i, begin, end).sum())
-
-    def targets(self, i, begin, end):
-        return self.masks[i][begin:end]
+from list_store import ListStore
 
 
 def make(store, num_lanes=3, window_tokens=64, seed=1, vocab_size=257, **rest):
-    return Lanes(store, num_lanes=num_lanes, window_tokens=window_tokens, seed=seed, vocab_size=vocab_size, **rest)
+    return Lanes(
+        [Source("one", store)],
+        num_lanes=num_lanes,
+        window_tokens=window_tokens,
+        seed=seed,
+        vocab_size=vocab_size,
+        **rest,
+    )
 
 
 def same(a, b):
@@ -130,8 +103,8 @@ def test_a_window_by_hand():
     assert window.tokens[1].tolist() == c[:-1] + [0] * 9
     assert window.targets[1].tolist() == c[1:] + [-100] * 9
     assert window.starts.tolist() == [[True, False, True], [True, False, False]]
-    assert (window.documents, window.num_targets, window.epoch) == ([[0, 1], [3]], 19 + 2 + 39, 0)
-    assert position["next"] == 4
+    assert (window.documents, window.num_targets, window.epoch) == ([["0", "1"], ["3"]], 19 + 2 + 39, 0)
+    assert position["next"] == [4]
     assert next(lanes)[0].epoch == 1
 
 
@@ -146,7 +119,7 @@ def targets_of_each_document(store, lanes, num_windows):
                 if begins or place == 0:
                     if begins and lane in open_documents:
                         done.append(open_documents.pop(lane))
-                    number = next(documents)
+                    number = int(next(documents))
                     if begins:
                         open_documents[lane] = (number, [])
                     assert open_documents[lane][0] == number
@@ -186,7 +159,7 @@ def test_a_long_document_continues_in_its_lane():
     inputs = torch.cat([window.tokens[0] for window in windows])
     assert inputs.tolist() == store.documents[0][:960].tolist()
     assert [bool(window.starts[0].any()) for window in windows] == [True] + [False] * 14
-    assert all(window.documents[0] == [0] for window in windows)
+    assert all(window.documents[0] == ["0"] for window in windows)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -328,7 +301,7 @@ def test_a_position_of_something_else(change, message):
     "damage",
     [
         {"next": None},
-        {"next": -1, "indices": [-1, -1, -1], "begins": [0, 0, 0]},
+        {"next": [-1], "indices": [-1, -1, -1], "begins": [0, 0, 0]},
         {"indices": [0, 1]},
         {"indices": "012"},
         {"indices": [0, 1, 2.5]},
@@ -338,6 +311,14 @@ def test_a_position_of_something_else(change, message):
         {"begins": [0, 0, 16000]},
         {"begins": [0, 0, -16]},
         {"begins": None},
+        {"sources": [0, 1, 0]},
+        {"sources": [0, -1, 0]},
+        {"cuts": [48, -1, -1]},
+        {"cuts": [-1, 72, -1]},
+        {"cuts": [-1, -1, 16000]},
+        {"taken": [-1]},
+        {"windows": [-1]},
+        {"windows": 1},
     ],
 )
 def test_a_damaged_position(damage):

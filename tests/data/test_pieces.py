@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from infctx.data.lanes import Lanes
+from infctx.data.mixture import Source
 from infctx.data.pieces import Pieces
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
@@ -50,17 +51,33 @@ def test_pieces_of_nothing(store):
 
 
 def test_each_piece_starts_from_the_initial_state(store):
-    lanes = Lanes(Pieces(store, 64), num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False)
+    lanes = Lanes(
+        [Source("one", Pieces(store, 64))], num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False
+    )
     window, position = next(lanes)
     assert window.starts[:, 0].all()  # two pieces of the first document
-    assert window.documents == [[0], [0]]  # numbers of documents, not pieces
+    assert window.documents == [["0"], ["0"]]  # numbers of documents, not pieces
     assert torch.equal(window.tokens[1], torch.from_numpy(store.tokens(0, 64, 128)).long())
     again = Lanes(
-        Pieces(store, 64), num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False, position=position
+        [Source("one", Pieces(store, 64))],
+        num_lanes=2,
+        window_tokens=64,
+        seed=1,
+        vocab_size=257,
+        shuffle=False,
+        position=position,
     )
     assert torch.equal(next(lanes)[0].tokens, next(again)[0].tokens)
     with pytest.raises(InputError, match="data.document_tokens: 64 when the checkpoint was saved"):
-        Lanes(store, num_lanes=2, window_tokens=64, seed=1, vocab_size=257, shuffle=False, position=position)
+        Lanes(
+            [Source("one", store)],
+            num_lanes=2,
+            window_tokens=64,
+            seed=1,
+            vocab_size=257,
+            shuffle=False,
+            position=position,
+        )
 
 
 def test_the_setting(tmp_path):

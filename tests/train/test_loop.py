@@ -12,6 +12,7 @@ import torch
 
 import infctx
 from infctx.data.lanes import Lanes
+from infctx.data.mixture import Source
 from infctx.data.token_store import TokenStore
 from infctx.errors import TrainingFailed
 from infctx.formats.checkpoint_folder import checkpoints
@@ -55,7 +56,9 @@ def test_a_step_equals_plain_torch_over_whole_documents(tmp_path):
     train(config)
     model = infctx.build_model(**config.model.sizes, seed=3)
     optimizer = make_optimizer(model, config.optimizer)
-    lanes = Lanes(TokenStore(tmp_path / "train"), num_lanes=2, window_tokens=128, seed=3, vocab_size=257)
+    lanes = Lanes(
+        [Source("one", TokenStore(tmp_path / "train"))], num_lanes=2, window_tokens=128, seed=3, vocab_size=257
+    )
     state, expected = None, []
     for step in range(1, 5):
         window, _ = next(lanes)
@@ -230,7 +233,7 @@ def test_a_loss_that_is_not_finite_names_its_first_layer_and_documents(tmp_path,
         run.model.embedding.weight[poisoned] = math.inf
     where = find_failure(run.engine, window, run.carry, run.plan.config)
     assert where.place == "layer 0, segment 0"
-    assert where.documents == "lane 1: " + ", ".join(map(str, window.documents[1][:8])) + (
+    assert where.documents == "lane 1: " + ", ".join(window.documents[1][:8]) + (
         f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""
     )
 
