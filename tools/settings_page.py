@@ -69,8 +69,11 @@ def _setting(name: str, setting: dict[str, Any]) -> str:
 
 def _kind(setting: dict[str, Any]) -> str:
     """Describes the allowed values: whole number from 1; auto, cpu, cuda; ..."""
-    if "anyOf" in setting:
-        return " or ".join(_kind(choice) for choice in setting["anyOf"])
+    choices = setting.get("anyOf") or setting.get("oneOf")
+    if choices:
+        return " or ".join(_kind(choice) for choice in choices)
+    if "$ref" in setting:
+        return "settings"
     if setting.get("type") == "array":
         return f"list of {_kind(setting['items'])}"
     if "enum" in setting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
+from infctx.recurrence.lane_segment import LaneLayerSegment, borders_of
 from infctx.recurrence.layer_segment import LayerSegment
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import Received, SharedLayerSegment, TimeRanks
@@ -30,12 +31,14 @@ class Compute:
     recompute_blocks: keeps only the inputs of the blocks and recomputes the rest in the backward pass
     backend:          of the WKV op, see `infctx.wkv`
     time_ranks:       the ranks that share a segment, each with a slice of it; None: this rank has the whole segment
+    carry:            what documents start from: the initial state, or the state that their lane is in, detached
     """
 
     dtype: torch.dtype | None = None
     recompute_blocks: bool = False
     backend: str = "auto"
     time_ranks: TimeRanks | None = None
+    carry: Literal["document", "lane"] = "document"
 
 
 class InitialParts(NamedTuple):
@@ -74,7 +77,7 @@ class RWKV(nn.Module):
 
         tokens:   (B, T) int64; any T >= 1, with time_ranks a multiple of 16 on every rank but the last
         state:    after the previous segment; None for the initial state (with time_ranks it must be given)
-        starts:   (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
+        starts:   (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from what Compute.carry says
         received: with time_ranks, keeps the values received in this segment; passed again, the segment is recomputed
                   and nothing is sent; None if it runs only once
         Returns hidden (B, T, D), normalized for the head; and the state after the last token of the segment.
@@ -108,7 +111,8 @@ class RWKV(nn.Module):
         return embedded.to(self.compute.dtype or self.embedding.weight.dtype)
 
     def _learns_start(self, starts: Tensor | None) -> bool:
-        return starts is not None and any(part is not None for part in self.initial_parts())
+        from_initial = starts is not None and self.compute.carry == "document"
+        return from_initial and any(part is not None for part in self.initial_parts())
 
     def _layer_segments(
         self, starts: Tensor | None, initial: State | None, received: Received | None
@@ -116,6 +120,9 @@ class RWKV(nn.Module):
         """Returns the segment of each block, for its recurrence; initial: None for zeros."""
         firsts = [None] * len(self.blocks) if initial is None else initial.layers()
         ranks = self.compute.time_ranks
+        if self.compute.carry == "lane" and starts is not None:
+            borders = borders_of(starts)
+            return [LaneLayerSegment(starts, borders) for _ in firsts]
         if ranks is None:
             return [LayerSegment(starts, first) for first in firsts]
         received = Received() if received is None else received

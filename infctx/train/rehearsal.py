@@ -109,7 +109,8 @@ def _shrink(
     settings["window"] |= _window(config, distributed)
     settings["optimizer"] |= _optimizer(config)
     settings["run"] |= _run(config, folder, distributed["devices"])
-    data, notes = _data(config, folder, settings["window"]["window_tokens"])
+    window = settings["window"]
+    data, notes = _data(config, folder, window["window_tokens"], window["segment_tokens"])
     settings["data"] |= data
     vocab_size = 257 if notes or sizes is None else sizes.vocab_size
     small = _sizes(config, sizes, vocab_size)
@@ -191,20 +192,52 @@ def _run(config: Config, folder: Path, devices: int) -> dict[str, Any]:
     }
 
 
-def _data(config: Config, folder: Path, window_tokens: int) -> tuple[dict[str, Any], list[str]]:
+def _data(config: Config, folder: Path, window_tokens: int, segment_tokens: int) -> tuple[dict[str, Any], list[str]]:
     """Uses the stores that exist, or small ones of documents that every machine has, and lines about those."""
     asked, notes = config.data, []
     data: dict[str, Any] = {}
     if asked.document_tokens is not None:
         share = asked.document_tokens * window_tokens / config.window.window_tokens
         data["document_tokens"] = max(16, round(share / 16) * 16)
+    if asked.curriculum is not None:
+        data["curriculum"] = _curriculum(config, segment_tokens)
     if any(line.startswith("data.") for line in missing_files(config)):
         documents = [text for _, text in islice(python_documents(), NUM_DOCUMENTS)]
-        _write_store(folder / "train", documents[:-2])
-        _write_store(folder / "held_out", documents[-2:])
-        data |= {"store": str(folder / "train"), "held_out": asked.held_out and str(folder / "held_out")}
+        data |= _other_stores(asked.model_dump(mode="json"), folder, documents)
+        data |= {"min_tokens": None, "max_tokens": None}  # of documents that are not here
         notes = ["documents: yours are not here -> the Python installation's long sources, one token per byte"]
     return data, notes
+
+
+def _curriculum(config: Config, segment_tokens: int) -> dict[str, Any]:
+    """Keeps the numbers of segments, up to a limit."""
+    asked, unit = config.data.curriculum, config.window.segment_tokens
+    assert asked is not None
+    first, last = (min(tokens // unit, MOST_SEGMENTS) for tokens in (asked.from_tokens, asked.to_tokens))
+    steps = max(1, min(asked.steps, STEPS // 2))
+    return {"from_tokens": first * segment_tokens, "to_tokens": last * segment_tokens, "steps": steps}
+
+
+def _other_stores(data: dict[str, Any], folder: Path, documents: list[str]) -> dict[str, Any]:
+    """Writes stores of documents, and returns the settings that name them instead of all stores of the run."""
+    changed: dict[str, Any] = {}
+    for setting, name, texts in (
+        ("store", "train", documents[:-2]),
+        ("sources", "train", documents[:-2]),
+        ("held_out", "held_out", documents[-2:]),
+    ):
+        asked = data[setting]
+        each = asked if isinstance(asked, list) else [{}] if asked else []
+        paths = [str(folder / f"{name}{f'-{i}' if i else ''}") for i in range(len(each))]
+        for number, path in enumerate(paths):
+            _write_store(Path(path), texts[number % len(texts) :: len(paths)] or texts)
+        named = [
+            one | {"store": path, "name": one["name"] or Path(one["store"]).parent.name or None}
+            for one, path in zip(each, paths, strict=True)
+            if one
+        ]
+        changed[setting] = named or (paths[0] if paths else None)
+    return changed
 
 
 def _write_store(path: Path, documents: list[str]) -> None:

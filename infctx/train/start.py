@@ -86,7 +86,7 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     kind = Engine if plan.strategy == "ddp" else ZeroEngine
     engine = kind(devices, SegmentLoss(model, config.optimizer.l2wrap), optimizer, config.optimizer.clip_norm)
     engine.watchdog = watchdog
-    carry, progress = _new_carry(config, model), Progress(step=0, position=None, num_tokens=0)
+    carry, progress = _new_carry(config, engine), Progress(step=0, position=None, num_tokens=0)
     if checkpoint:
         carry, progress = load_progress(checkpoint, engine)
     lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
@@ -140,7 +140,7 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
     if checkpoint and (STATE_FILE in (listed_files(checkpoint) or ())) != settings.freezes_weights:
         raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
     low = torch.bfloat16 if config.run.precision == "bf16" else None
-    compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks)
+    compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks, config.window.carry)
     if checkpoint or plan.weights:
         model = _open_model(plan, checkpoint, low or torch.float32, device, compute)
     else:
@@ -153,6 +153,10 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
         )
     if settings.freezes_weights:
         freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
+    if config.window.carry == "lane":  # no document starts from the initial state, so it cannot learn
+        for part in model.initial_parts():
+            if part is not None:
+                part.requires_grad_(False)
     return model
 
 
@@ -224,10 +228,14 @@ def only_run_in(folder: Path, ranks: Ranks) -> Iterator[None]:
             raise
 
 
-def _new_carry(config: Config, model: RWKV) -> State:
-    """Returns zeros: every lane's first document starts from the initial state."""
-    weight = model.embedding.weight
-    return State.zeros(model.sizes, config.rank_lanes, state_dtype(weight.dtype), "cpu")
+def _new_carry(config: Config, engine: Engine) -> State:
+    """Returns what the first document of each lane finds: the initial state where lanes carry it on, else any."""
+    sizes, dtype = engine.model.sizes, state_dtype(engine.model.embedding.weight.dtype)
+    zeros = State.zeros(sizes, config.rank_lanes, dtype, "cpu")
+    initial = engine.learned_state()
+    if config.window.carry == "document" or initial is None:
+        return zeros
+    return State(*(part.to("cpu", dtype).expand_as(zero).clone() for part, zero in zip(initial, zeros, strict=True)))
 
 
 def _resumes(step: int, config: Config) -> str:

@@ -73,6 +73,7 @@ def window_backward(
     gradient_segments: cuts the window into stretches of this many segments: the gradient is exact within a stretch,
                        and none flows between them.  None: the whole window is one stretch; 1: truncated BPTT.
     starts:            (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from the initial state
+                       (or the lane's, if model.compute.carry says so)
     state:             the state before the window; None: documents start at its first token, from the initial state.
                        If it requires gradients, it receives them.
     Returns the mean loss over the unmasked targets (0 if there are none) and the detached state after the window.
@@ -82,7 +83,7 @@ def window_backward(
     if state is None:
         begin = torch.arange(_starts_shape(tokens)[1], device=tokens.device).expand(_starts_shape(tokens)) == 0
         starts = begin if starts is None else starts | begin
-        state = State(*(torch.zeros_like(part) for part in model.initial_state(tokens.shape[0])))
+        state = model.initial_state(tokens.shape[0]).detach()  # read only where a lane carries it on
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)
     backward = PlainBackward(1 / num_targets)

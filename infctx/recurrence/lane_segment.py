@@ -1,0 +1,57 @@
+"""A segment whose documents start from the state that their lane is in, with no gradient back (window.carry: lane).
+
+The WKV op has one state for all starts of a segment.  So it runs from border to border: between two places where a
+document starts in some lane.  At a border the state goes on as it is; where a document starts, it is detached.  All of
+this is inside a layer, so the modules of the model run once, on every rank alike.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from infctx.conventions import START_SPACING
+from infctx.recurrence.layer_segment import LayerSegment, Shift
+from infctx.recurrence.wkv import wkv
+
+
+class LaneLayerSegment(LayerSegment):
+    """A whole segment on one rank.
+
+    starts:  (B, ceil(T / 16)) bool: a document starts at this 16-token boundary
+    borders: the places of the boundaries where one starts in any lane, see `borders_of`
+    """
+
+    def __init__(self, starts: Tensor, borders: list[int]) -> None:
+        super().__init__()
+        self.fresh, self.borders = starts, borders
+
+    def token_shift(self, shift: Shift, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerSegment.token_shift`; documents see the vector before them, detached."""
+        num_tokens = x.shape[1]
+        both = torch.cat([last.to(x.dtype)[:, None], x], dim=1)  # (B, T + 1, D)
+        firsts = both[:, :num_tokens:START_SPACING]  # (B, ceil(T / 16), D)
+        both[:, :num_tokens:START_SPACING] = torch.where(self.fresh[..., None], firsts.detach(), firsts)
+        shifted, new_last = both.split([num_tokens, 1], dim=1)
+        return shifted, new_last[:, 0].to(last.dtype)
+
+    def wkv(
+        self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """See `LayerSegment.wkv`."""
+        results = []
+        for begin, end in pairwise(sorted({0, *self.borders, r.shape[1]})):
+            if begin in self.borders:
+                fresh = self.fresh[:, begin // START_SPACING, None, None, None]  # (B, 1, 1, 1)
+                state = torch.where(fresh, state.detach(), state)
+            parts = (x[:, begin:end] for x in (r, k, v, w))
+            y, state = wkv(*parts, u, state, backend=backend)
+            results.append(y)
+        return torch.cat(results, dim=1), state
+
+
+def borders_of(starts: Tensor) -> list[int]:
+    """Returns the places, in tokens, where a document starts in any lane; on a GPU, this waits for it."""
+    return [START_SPACING * place for place in starts.any(0).nonzero().flatten().tolist()]
