@@ -235,7 +235,7 @@ class Lanes:
             "next": list(self.mixture.next),
             "taken": list(self.mixture.taken),
             "sources": [lane.drawn.source for lane in lanes],
-            "indices": [lane.drawn.index for lane in lanes],
+            "indices": [lane.drawn.place for lane in lanes],
             "begins": [lane.begin for lane in lanes],
             "cuts": [NO_CUT if lane.cut is None else lane.cut for lane in lanes],
         }

@@ -51,10 +51,10 @@ class Source(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A document of the order: its source, its stream index there, its number in the store."""
+    """A document of the order: its source, its place in the stream of that source, its number in the store."""
 
     source: int
-    index: int
+    place: int
     document: int
 
 

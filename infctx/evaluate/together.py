@@ -57,7 +57,8 @@ class _Share:
 
     def _run(self, tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
         self.segments_left -= 1
-        return self.engine.segment_loss(Segment(tokens, targets), state, each_token=True)
+        losses, state, _ = self.engine.segment_loss(Segment(tokens, targets), state, each_token=True)
+        return losses, state
 
     def _run_rest(self) -> None:
         """Runs as many segments as the other ranks, if each of them gathers the weights from all ranks at once."""

@@ -30,30 +30,33 @@ class Segment(NamedTuple):
     targets: (B, T) int64, -100 where there is no loss; None to compute only the state, without head and loss
     starts:  (B, number of 16-token boundaries inside the segment) bool, None if no document starts
     offset:  place of the first token on the 16-token grid of the window, 0..15; 0 if time is shared over ranks
+    sources: (B, T) int64, the number of each token's source of documents; None if there is only one
     """
 
     tokens: Tensor
     targets: Tensor | None
     starts: Tensor | None = None
     offset: int = 0
+    sources: Tensor | None = None
 
 
 class SegmentLoss(nn.Module):
-    """The module that a window runs: model, head and loss of a segment."""
+    """The module that a window runs: model, head and loss of a segment, whose tokens are of num_sources sources."""
 
-    def __init__(self, model: RWKV, l2wrap: bool = False) -> None:
+    def __init__(self, model: RWKV, l2wrap: bool = False, num_sources: int = 1) -> None:
         super().__init__()
-        self.model, self.l2wrap = model, l2wrap
+        self.model, self.l2wrap, self.num_sources = model, l2wrap, num_sources
 
     def forward(
         self, segment: Segment, state: State | None, received: Received | None = None, each_token: bool = False
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State, Tensor]:
         """Runs a segment from `state`, None for the initial one; received: see `RWKV.forward`.
 
-        Returns the sum of the cross entropies over unmasked targets, fp32 or fp64, and the state.
-        each_token: returns `token_losses` instead of their sum
+        Returns the sum of the cross entropies over unmasked targets, fp32 or fp64; the state; and the sum of each
+        source (num_sources,), without a gradient.
+        each_token: returns `token_losses` instead of their sum, and nothing of the sources
         """
-        tokens, targets, starts, offset = segment
+        tokens, targets, starts, offset, sources = segment
         on_grid = -offset % 16  # tokens before the first boundary
         if starts is None or on_grid == 0:
             hidden, state = self.model(tokens, state, starts, received)
@@ -64,24 +67,32 @@ class SegmentLoss(nn.Module):
             after, state = self.model(tokens[:, on_grid:], state, starts)
             hidden = torch.cat([before, after], dim=1)
         if targets is None:
-            return hidden.new_zeros(()), state
+            return hidden.new_zeros(()), state, hidden.new_zeros(self.num_sources)
         if each_token:
-            return token_losses(hidden, self.model.head.weight, targets), state
-        return cross_entropy_sum(hidden, self.model.head.weight, targets, self.l2wrap), state
+            return token_losses(hidden, self.model.head.weight, targets), state, hidden.new_zeros(self.num_sources)
+        of_sources = None if sources is None else (sources, self.num_sources)
+        loss_sum, by_source = cross_entropy_sum(hidden, self.model.head.weight, targets, self.l2wrap, of_sources)
+        return loss_sum, state, by_source
 
 
-def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool = False) -> Tensor:
-    """Returns the sum of -log softmax(hidden head^T)[target] over unmasked targets, a scalar in fp32 (fp64 with fp64).
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool = False, sources: tuple[Tensor, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the sum of -log softmax(hidden head^T)[target] over unmasked targets, a scalar in fp32 (fp64 with fp64),
+    and the same sum for each source (S,), without a gradient.
 
     hidden:  (B, T, D)
     head:    (V, D), computed in the dtype of hidden
     targets: (B, T), -100 = masked
     l2wrap:  adds RWKV-LM's L2Wrap to the gradient, not to the value: the gradient of 0.5e-4 max_logit^2 per target.
              It has the same denominator as the loss, so its weight does not depend on how a step is cut.
+    sources: the number of each target's source (B, T), and how many there are; None for one
     """
     if not torch.is_grad_enabled():  # a Function's forward cannot see this
         hidden, head = hidden.detach(), head.detach()
-    return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap)
+    numbers, count = sources or (None, 1)
+    numbers = None if numbers is None else numbers.flatten()
+    return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap, numbers, count)
 
 
 @torch.no_grad()
@@ -107,14 +118,30 @@ def _slices(hidden: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[sli
 class _SlicedCrossEntropy(torch.autograd.Function):
     """Computes the gradient of a slice while its logits exist, so that the head is never applied twice."""
 
+    # Seven parameters: autograd hands them over one by one.
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        l2wrap: bool,
+        sources: Tensor | None,
+        num_sources: int,
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head) if needs_head else None
         loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))
+        by_source = loss_sum.new_zeros(num_sources)
         for rows, logits, wanted in _slices(hidden, head, targets):
-            loss_sum += F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="sum")
+            if sources is None:
+                loss_sum += F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="sum")
+            else:
+                losses = F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="none")
+                loss_sum += losses.sum()
+                # Not index_add, which adds in any order on a GPU.
+                by_source += losses @ F.one_hot(sources[rows], num_sources).to(losses.dtype)
             if d_hidden is None and d_head is None:
                 continue
             d_logits = _logit_gradient(logits, wanted, l2wrap).to(hidden.dtype)
@@ -125,16 +152,19 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             elif d_head is not None:
                 d_head += d_logits.T @ hidden[rows]
         ctx.save_for_backward(d_hidden, d_head)
-        return loss_sum
+        if sources is None:
+            by_source += loss_sum
+        ctx.mark_non_differentiable(by_source)
+        return loss_sum, by_source
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         d_hidden, d_head = (
             None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in (d_hidden, d_head)
         )
-        return d_hidden, d_head, None, None
+        return d_hidden, d_head, None, None, None, None
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:

@@ -46,8 +46,8 @@ class LaneLayerSegment(LayerSegment):
             if begin in self.borders:
                 fresh = self.fresh[:, begin // START_SPACING, None, None, None]  # (B, 1, 1, 1)
                 state = torch.where(fresh, state.detach(), state)
-            parts = (x[:, begin:end] for x in (r, k, v, w))
-            y, state = wkv(*parts, u, state, backend=backend)
+            here = slice(begin, end)
+            y, state = wkv(r[:, here], k[:, here], v[:, here], w[:, here], u, state, backend=backend)
             results.append(y)
         return torch.cat(results, dim=1), state
 

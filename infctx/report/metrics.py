@@ -46,6 +46,16 @@ class Step(NamedTuple):
     more: Mapping[str, float] = MappingProxyType({})
 
 
+def loss_by_source(config: Config, losses: list[float], num_targets: list[int]) -> dict[str, float]:
+    """Returns the mean loss of each source with a target in the step, by name; nothing if there is only one source.
+
+    losses, num_targets: the sums of each source, over all ranks
+    """
+    names = [f"loss_by_source/{source.called}" for source in config.data.all_sources]
+    found = zip(names, losses, num_targets, strict=True)
+    return {name: loss / count for name, loss, count in found if count} if len(names) > 1 else {}
+
+
 def open_metrics(config: Config, first_step: int, reports: bool) -> Metrics | NoMetrics:
     """Returns the reporter of a run from first_step on; reports: whether this is the rank that reports."""
     return Metrics(config, first_step) if reports else NoMetrics()

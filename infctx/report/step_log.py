@@ -13,7 +13,8 @@ STEP_LOG = "steps.jsonl"
 
 def read_step_log(folder: Path) -> list[dict[str, Any]]:
     """Returns a dict per step: step, tokens (seen so far), seconds (of training so far, resumes included), loss,
-    learning_rate, gradient_norm, tokens_per_second, peak_memory_gb.  Before 0.2 there were no tokens and seconds."""
+    learning_rate, gradient_norm, tokens_per_second, peak_memory_gb, and loss_by_source/NAME for each of several
+    sources.  Before 0.2 there were no tokens and seconds."""
     return [parse_json(line) for line in (folder / STEP_LOG).read_text(encoding="utf-8").splitlines()]
 
 

@@ -25,7 +25,7 @@ from infctx.environment import started_by_launcher
 from infctx.errors import TrainingFailed
 from infctx.model.state import State
 from infctx.plan.plan import make_plan
-from infctx.report.metrics import Step, open_metrics
+from infctx.report.metrics import Step, loss_by_source, open_metrics
 from infctx.settings.config import Config
 from infctx.train.checkpoint import save_checkpoint
 from infctx.train.evaluation import evaluate_step, evaluation_is_due
@@ -64,17 +64,21 @@ def train_steps(run: Run) -> bool:
             learning_rate = set_learning_rate(engine.optimizer, config.optimizer, step)
             came_in = run.carry
             engine.begin_step(step, window.num_targets, config.rank_backwards)
-            loss_sum, run.carry = gradients_of_step(run, window)
-            reported = ranks.gather_numbers([loss_sum.item(), bool(received), engine.busy_seconds], engine.device)
-            loss, stop = reported[:, 0].sum() / max(window.num_targets, 1), bool(reported[:, 1].any())
+            mine, run.carry = gradients_of_step(run, window)
+            reported = ranks.gather_numbers([*mine.tolist(), bool(received), engine.busy_seconds], engine.device)
+            losses, stop = reported[:, :-2].sum(0), bool(reported[:, -2].any())
+            loss = losses.sum() / max(window.num_targets, 1)
             norm = engine.step() if loss.isfinite() else loss
             if not norm.isfinite():
                 where = find_failure(engine, window, came_in, config)
                 raise TrainingFailed(*explain_failure(where, loss, step, run.checkpoint))
             run.progress = Progress(step, position, run.progress.num_tokens + config.step_tokens)
             learned = engine.learned_state()
-            done = Step(step, run.progress.num_tokens, loss.item(), learning_rate, norm.item(), run.carry, learned)
-            metrics.report(done, reported[:, 2])
+            sources = loss_by_source(config, losses.tolist(), window.source_targets)
+            done = Step(
+                step, run.progress.num_tokens, loss.item(), learning_rate, norm.item(), run.carry, learned, sources
+            )
+            metrics.report(done, reported[:, -1])
             is_best = evaluation_is_due(config, step) and not stop and evaluate_step(run, metrics)
             if stop or is_best or step == steps or step % config.run.save_every_steps == 0:
                 run.checkpoint = save_checkpoint(run)
@@ -89,26 +93,28 @@ def train_steps(run: Run) -> bool:
 def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
     """Adds the gradient of one step, one group of lanes after another.
 
-    Returns the sum of this rank's losses and the state to carry into the next step.
+    Returns the sum of this rank's losses for each source, and the state to carry into the next step.
     """
     config, engine = run.plan.config, run.engine
     settings = config.window
     tokens, targets, starts = (part.to(engine.device) for part in (window.tokens, window.targets, window.starts))
+    sources = None if window.sources is None else window.sources.to(engine.device)
     time = engine.ranks.time_rank, engine.ranks.time_ranks
-    loss_sum, carries = torch.zeros((), device=engine.device), []
+    losses, carries = torch.zeros((), device=engine.device), []
     for begin in range(0, config.rank_lanes, config.pass_lanes):
         group = slice(begin, begin + config.pass_lanes)
-        loss, carry = backward_through_window(
+        of = None if sources is None else sources[group]
+        here, carry = backward_through_window(
             engine.segment_loss,
-            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens, *time),
+            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens, *time, of),
             run.carry.lanes(group),
             engine,
             settings.gradient_segments,
             settings.seam_store,
         )
-        loss_sum = loss_sum + loss
+        losses = losses + here
         carries.append(carry)
-    return loss_sum, State.join_lanes(carries)
+    return losses, State.join_lanes(carries)
 
 
 @contextmanager

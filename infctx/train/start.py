@@ -14,7 +14,6 @@ import torch
 from infctx.data.curriculum import Curriculum
 from infctx.data.lanes import Lanes
 from infctx.data.sources import describe_sources, open_sources
-from infctx.data.token_store import TokenStore
 from infctx.distributed.devices import Devices
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
@@ -84,7 +83,8 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
     optimizer = make_optimizer(model, config.optimizer)
     kind = Engine if plan.strategy == "ddp" else ZeroEngine
-    engine = kind(devices, SegmentLoss(model, config.optimizer.l2wrap), optimizer, config.optimizer.clip_norm)
+    segment_loss = SegmentLoss(model, config.optimizer.l2wrap, len(config.data.all_sources))
+    engine = kind(devices, segment_loss, optimizer, config.optimizer.clip_norm)
     engine.watchdog = watchdog
     carry, progress = _new_carry(config, engine), Progress(step=0, position=None, num_tokens=0)
     if checkpoint:
@@ -197,7 +197,7 @@ def open_lanes(
     config: Config, vocab_size: int, position: dict[str, Any] | None = None, ranks: Ranks | None = None
 ) -> Lanes:
     """Returns the windows of the configured documents after `position`, for all lanes or a rank's."""
-    curriculum = config.data.curriculum
+    asked, unit = config.data.curriculum, config.window.segment_tokens
     return Lanes(
         open_sources(config, vocab_size),
         num_lanes=config.window.lanes,
@@ -206,7 +206,7 @@ def open_lanes(
         vocab_size=vocab_size,
         shuffle=config.data.shuffle,
         lanes=ranks.lanes(config.window.lanes) if ranks else None,
-        curriculum=curriculum and Curriculum(**curriculum.model_dump(), unit_tokens=config.window.segment_tokens),
+        curriculum=Curriculum(asked.from_tokens, asked.to_tokens, asked.steps, unit) if asked else None,
         position=position,
     )
 

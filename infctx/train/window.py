@@ -87,12 +87,12 @@ def window_backward(
     num_targets = max(int((targets != MASKED).sum()), 1)
     segments = cut_window(tokens, targets, starts, segment_tokens)
     backward = PlainBackward(1 / num_targets)
-    loss_sum, state = backward_through_window(SegmentLoss(model), segments, state, backward, gradient_segments)
-    return loss_sum / num_targets, state
+    losses, state = backward_through_window(SegmentLoss(model), segments, state, backward, gradient_segments)
+    return losses.sum() / num_targets, state
 
 
 def backward_through_window(
-    segment_loss: Callable[..., tuple[Tensor, State]],
+    segment_loss: Callable[..., tuple[Tensor, State, Tensor]],
     segments: list[Segment],
     state: State,
     backward: Backward,
@@ -101,21 +101,21 @@ def backward_through_window(
 ) -> tuple[Tensor, State]:
     """Does the work of window_backward, with one call of `backward` per segment.
 
-    Returns the sum of the losses (unscaled) and the state after the window, both detached.
+    Returns the sum of the losses (unscaled) of each source (S,), and the state after the window, both detached.
     """
     if state.wkv.device.type == "cpu":
         keep_freed_memory()
     length = gradient_segments or len(segments)
-    loss_sum = torch.zeros((), device=state.wkv.device)
+    losses = torch.zeros((), device=state.wkv.device)
     for begin in range(0, len(segments), length):
         stretch = range(begin, min(begin + length, len(segments)))
-        loss, state = _backward_through_stretch(segment_loss, segments, stretch, state, backward, seam_store)
-        loss_sum = loss_sum + loss
-    return loss_sum, state
+        here, state = _backward_through_stretch(segment_loss, segments, stretch, state, backward, seam_store)
+        losses = losses + here
+    return losses, state
 
 
 def _backward_through_stretch(
-    segment_loss: Callable[..., tuple[Tensor, State]],
+    segment_loss: Callable[..., tuple[Tensor, State, Tensor]],
     segments: list[Segment],
     stretch: range,
     state: State,
@@ -131,27 +131,28 @@ def _backward_through_stretch(
             seams.put(index, state)
             if index < stretch[-1]:
                 backward.enter(index, "forward")
-                _, state = segment_loss(segments[index]._replace(targets=None), state, received)
+                _, state, _ = segment_loss(segments[index]._replace(targets=None), state, received)
             seams.put_received(index, received)
 
-    loss_sum = torch.zeros((), device=came_in.wkv.device)
+    losses = torch.zeros((), device=came_in.wkv.device)
     last_state, gradient = None, None
     for index in reversed(stretch):
         backward.enter(index, "backward")
         state = seams.get(index).leaf()
-        loss, next_state = segment_loss(segments[index], state, seams.get_received(index))
+        loss, next_state, by_source = segment_loss(segments[index], state, seams.get_received(index))
         if gradient is None:  # the last segment: no gradient comes from beyond it
             last_state = next_state.detach()
             gradient = State(*(torch.zeros_like(part) for part in last_state))
         backward.backward(loss * backward.scale + next_state.dot(gradient))
         gradient = state.gradient()
-        loss_sum = loss_sum + loss.detach()
+        losses = losses + by_source
     assert last_state is not None and gradient is not None  # a stretch has at least one segment
     if any(part.requires_grad for part in came_in):
         backward.backward(came_in.dot(gradient))
-    return loss_sum, last_state
+    return losses, last_state
 
 
+# Seven parameters: a window has four parts now, and is cut in two ways.
 def cut_window(
     tokens: Tensor,
     targets: Tensor,
@@ -159,11 +160,13 @@ def cut_window(
     segment_tokens: int,
     time_rank: int = 0,
     time_ranks: int = 1,
+    sources: Tensor | None = None,
 ) -> list[Segment]:
     """Cuts (B, T) into segments of `segment_tokens` without copying; the last may be shorter.
 
     time_rank, time_ranks: which slice of each segment to return, out of how many; slices have equal lengths, a multiple
                            of 16
+    sources: (B, T) the number of each token's source, None for one
     """
     slice_tokens = segment_tokens // time_ranks
     assert time_ranks == 1 or (segment_tokens % (START_SPACING * time_ranks) == tokens.shape[1] % segment_tokens == 0)
@@ -171,7 +174,8 @@ def cut_window(
     for begin in range(time_rank * slice_tokens, tokens.shape[1], segment_tokens):
         end = min(begin + slice_tokens, tokens.shape[1])
         here = None if starts is None else starts[:, -(-begin // START_SPACING) : -(-end // START_SPACING)]
-        segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING))
+        of = None if sources is None else sources[:, begin:end]
+        segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING, of))
     return segments
 
 

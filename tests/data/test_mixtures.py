@@ -96,7 +96,7 @@ def test_every_target_is_trained_once_an_epoch_of_its_source(seed, count, masked
             break
 
     def draws(place):
-        return mixture.at(*place)._replace(index=0)
+        return mixture.at(*place)._replace(place=0)
 
     places = zip(position["sources"], position["indices"], strict=True)
     unfinished = Counter(draws(place) for place in places if place[1] >= 0)
@@ -125,7 +125,7 @@ def test_shares_are_those_of_the_weights(weights):
     assert np.abs(np.array(mixture.taken) / sum(mixture.taken) - wanted).max() < 0.01
     # The order within a source is the one it has alone.
     alone = Mixture(sources[-1:], seed=4, shuffle=True)
-    assert [alone.draw().index for _ in range(mixture.next[-1])] == list(range(mixture.next[-1]))
+    assert [alone.draw().place for _ in range(mixture.next[-1])] == list(range(mixture.next[-1]))
     assert alone.at(0, 77).document == mixture.at(len(weights) - 1, 77).document
 
 

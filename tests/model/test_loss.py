@@ -45,11 +45,27 @@ def test_value_and_gradients(slices, masked, l2wrap):
     assert (targets == MASKED).any() == bool(masked)
     value, regularised = judge(hidden, head, targets, 1e-4 * l2wrap)
     truth = torch.autograd.grad(3 * regularised, (hidden, head))
-    found = cross_entropy_sum(hidden, head, targets, l2wrap)
+    found = cross_entropy_sum(hidden, head, targets, l2wrap)[0]
     assert found.dtype == torch.float64
     assert torch.allclose(found, value, rtol=1e-13)  # L2Wrap does not change the value
     for gradient, wanted in zip(torch.autograd.grad(3 * found, (hidden, head)), truth, strict=True):
         assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_the_sums_of_sources(slices):
+    """They add up to the loss, and change no gradient."""
+    hidden, head, targets = random_case(masked=0.3)
+    sources = torch.randint(4, targets.shape, generator=torch.Generator().manual_seed(5))
+    sources[sources == 2] = 3  # one has nothing here
+    found, sums = cross_entropy_sum(hidden, head, targets, sources=(sources, 4))
+    assert not sums.requires_grad
+    for source in range(4):
+        wanted = judge(hidden, head, targets.masked_fill(sources != source, MASKED))[0]
+        assert torch.allclose(sums[source], wanted, rtol=1e-13) and bool(sums[source]) == (source != 2)
+    plain, alone = cross_entropy_sum(hidden, head, targets)
+    assert torch.equal(alone, plain.detach()[None]) and torch.allclose(found, plain, rtol=1e-14)
+    for gradient, wanted in zip(*(torch.autograd.grad(loss, (hidden, head)) for loss in (found, plain)), strict=True):
+        assert torch.equal(gradient, wanted)
 
 
 def test_l2wrap_is_seen_by_the_test_above():
@@ -60,7 +76,7 @@ def test_l2wrap_is_seen_by_the_test_above():
 
 def test_all_masked(slices):
     hidden, head, targets = random_case()
-    loss = cross_entropy_sum(hidden, head, torch.full_like(targets, MASKED), l2wrap=True)
+    loss = cross_entropy_sum(hidden, head, torch.full_like(targets, MASKED), l2wrap=True)[0]
     loss.backward()
     assert loss.item() == 0
     assert not hidden.grad.any()
@@ -69,7 +85,7 @@ def test_all_masked(slices):
 
 def test_huge_logits_stay_finite(slices):
     hidden, head, targets = random_case(dtype=torch.float32)
-    loss = cross_entropy_sum(hidden * 1e4, head, targets)
+    loss = cross_entropy_sum(hidden * 1e4, head, targets)[0]
     loss.backward()
     assert all(x.isfinite().all() for x in (loss, hidden.grad, head.grad))
 
@@ -81,7 +97,7 @@ def test_bfloat16(slices, head_dtype):
     precise = [x.detach().double().requires_grad_() for x in (hidden, head)]
     value, _ = judge(*precise, targets)
     truth = torch.autograd.grad(value / 16, precise)
-    loss = cross_entropy_sum(hidden, head, targets)
+    loss = cross_entropy_sum(hidden, head, targets)[0]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(value.item(), rel=5e-3)
     (loss / 16).backward()
@@ -111,7 +127,7 @@ def test_no_tensor_holds_all_logits(monkeypatch, l2wrap):
     monkeypatch.setattr(loss_module, "SLICE_LOGITS", 4 * V)
     hidden, head, targets = random_case()
     with Shapes() as shapes:
-        cross_entropy_sum(hidden, head, targets, l2wrap).backward()
+        cross_entropy_sum(hidden, head, targets, l2wrap)[0].backward()
     assert (4, V) in shapes.seen
     largest = max(math.prod(shape) for shape in shapes.seen)
     assert largest == max(4 * V, B * T * D)  # a slice of logits, or the hidden vectors
@@ -124,21 +140,21 @@ def test_nothing_is_computed_for_what_is_frozen():
     hidden, head, targets = random_case()
     head.requires_grad_(False)
     with Shapes() as shapes:
-        cross_entropy_sum(hidden, head, targets).backward()
+        cross_entropy_sum(hidden, head, targets)[0].backward()
     assert (V, D) not in shapes.seen
     assert hidden.grad.any()
     assert head.grad is None
     wanted = hidden.grad.clone()
     head.requires_grad_()
     hidden.grad = None
-    cross_entropy_sum(hidden, head, targets).backward()
+    cross_entropy_sum(hidden, head, targets)[0].backward()
     assert torch.equal(hidden.grad, wanted)
     with Shapes() as shapes, torch.no_grad():
         cross_entropy_sum(hidden, head, targets)
     assert not shapes.seen & {(B * T, D), (V, D)}
     head.grad = None
     with Shapes() as shapes:
-        cross_entropy_sum(hidden.detach(), head, targets).backward()
+        cross_entropy_sum(hidden.detach(), head, targets)[0].backward()
     assert (V, D) in shapes.seen
     assert (B * T, D) not in shapes.seen
     assert torch.allclose(head.grad, torch.autograd.grad(judge(hidden, head, targets)[0], head)[0], rtol=1e-12)
@@ -166,7 +182,7 @@ def test_a_segment_begins_anywhere_on_the_grid(version, offset):
         state = model.initial_state(2).detach()
         boundaries = [place for place in range(num_tokens) if (offset + place) % 16 == 0]
         starts = torch.arange(2 * len(boundaries)).view(2, -1) % 2 == 1  # at every other boundary
-        loss, last = segment_loss(Segment(tokens, targets, starts, offset), state)
+        loss, last, _ = segment_loss(Segment(tokens, targets, starts, offset), state)
         truth, states = 0.0, []
         for row in range(2):
             borders = [0, *(b for b, start in zip(boundaries, starts[row], strict=True) if start and b), num_tokens]
@@ -186,6 +202,6 @@ def test_a_segment_begins_anywhere_on_the_grid(version, offset):
 def test_without_targets_there_is_only_the_state():
     model = random_model(6)
     tokens = random_tokens(1, 20)
-    loss, state = SegmentLoss(model)(Segment(tokens, None), model.initial_state(1))
+    loss, state, _ = SegmentLoss(model)(Segment(tokens, None), model.initial_state(1))
     assert loss.item() == 0
     assert all(torch.equal(*pair) for pair in zip(state, model(tokens)[1], strict=True))
