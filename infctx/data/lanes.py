@@ -9,7 +9,7 @@ the same order on any number of ranks.
 A document d_0 .. d_{n-1} (d_{n-1} ends it) gives n - 1 places with input d_i and target d_{i+1}, padded to a multiple
 of 16 with input 0 and target -100. Where d_{i+1} is not to be learned, the target is -100 too.
 
-A curriculum (data/curriculum) cuts long documents: what is left continues right behind in the same lane, as another
+A curriculum (data/curriculum) cuts long documents: what is left comes next in the same lane, as another
 document. The last target before a cut is the first input after it, so every target is still there exactly once.
 """
 

@@ -1,9 +1,9 @@
 """Mixtures: sources of documents and their shares in; an endless order of all their documents out.
 
-The next document always comes from the source that is furthest behind its share of the tokens so far: the largest
-share * tokens - its tokens.  So the shares hold within about a document at any time, whatever the lengths.  Within a
-source, documents come in the order of its own stream, epoch after epoch, as if it were alone.  A document with nothing
-to learn is passed over.
+The next document always comes from the source whose tokens so far are furthest below its share: the one with the
+largest share * tokens - its tokens.  So the shares hold within about a document at any time, whatever the lengths.
+Within a source, documents come in the same order as without the others, epoch after epoch.  A document with nothing to
+learn is passed over.
 """
 
 from collections.abc import Sequence
@@ -89,10 +89,10 @@ class Mixture:
         """Returns the next document."""
         so_far = sum(self.taken)
 
-        def behind(i: int) -> tuple[float, int]:
+        def missing(i: int) -> tuple[float, int]:
             return self.shares[i] * so_far - self.taken[i], self._among_equals[i]
 
-        source = max(range(len(self.sources)), key=behind)
+        source = max(range(len(self.sources)), key=missing)
         store = self.sources[source].store
         while True:
             drawn = self.at(source, self.next[source])

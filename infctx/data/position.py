@@ -51,7 +51,7 @@ def read_position(saved: dict[str, Any], identity: dict[str, Any], paths: list[A
 
 
 def whole_numbers(position: dict[str, Any], name: str, count: int) -> list[int]:
-    """Returns a list of the position; InputError if it is no list of so many whole numbers."""
+    """Returns a list of the position; InputError if it is no list of `count` whole numbers."""
     values = position.get(name)
     if not isinstance(values, list) or len(values) != count or not all(type(value) is int for value in values):
         raise damaged(f"holds {quoted(repr(values))}, not {count} whole numbers")

@@ -19,8 +19,9 @@ def open_sources(config: Config, vocab_size: int) -> list[Source]:
     for settings in data.all_sources:
         store = Selection(settings.store, data.min_tokens, data.max_tokens)
         refuse_other_tokenizer(str(store.path), store.tokenizer, vocab_size)
-        # A mask does not count: where little is learned, the rest is still read.
-        weight = float(max(store.kept().tokens, 1)) if settings.weight is None else settings.weight
+        weight = settings.weight or 1.0
+        if settings.weight is None and len(data.all_sources) > 1:
+            weight = float(max(store.kept().tokens, 1))  # without its mask: what is not learned is still read
         chosen = Pieces(store, data.document_tokens) if data.document_tokens else store
         sources.append(Source(settings.called, chosen, weight))
     return sources

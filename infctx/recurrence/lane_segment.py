@@ -1,7 +1,7 @@
 """A segment whose documents start from the state that their lane is in, with no gradient back (window.carry: lane).
 
 The WKV op has one state for all starts of a segment.  So it runs from border to border: between two places where a
-document starts in some lane.  At a border the state goes on as it is; where a document starts, it is detached.  All of
+document starts in some lane.  A border changes no state; where a document starts, the state is detached.  All of
 this is inside a layer, so the modules of the model run once, on every rank alike.
 """
 

@@ -61,7 +61,7 @@ class DataSettings(Section):
     sources: Annotated[list[SourceSettings], Field(min_length=1)] | None = None
     """Several token stores to train on, instead of `store`: a list of `{store: PATH, weight: NUMBER, name: WORD}`.
     Weights are shares of the tokens, in any unit; without them, all stores last equally long.  The shares hold at any
-    time to within about a document, and each source has epochs of its own.  The log shows the loss of each source."""
+    time to within about a document, and each source has separate epochs.  The log shows the loss of each source."""
     held_out: StoreOrList | None = None
     """Token store of held-out documents, for the table of loss by position at the end of the run; null: no table.  Or a
     list of `{store: PATH, name: WORD}`; the table is of the first."""
@@ -78,7 +78,7 @@ class DataSettings(Section):
     curriculum: CurriculumSettings | None = None
     """Begins with short documents: `{from_tokens: NUMBER, to_tokens: NUMBER, steps: NUMBER}`.  In the first step,
     documents are cut at `from_tokens`; the limit grows by a segment at a time to `to_tokens` over `steps` steps, and
-    after them documents are whole.  Both are multiples of `window.segment_tokens`.  What is behind a cut comes next in
+    after them documents are whole.  Both are multiples of `window.segment_tokens`.  What follows a cut comes next in
     the same lane, as another document: no token is lost or seen twice.  null: whole documents from the start."""
     shuffle: bool = True
     """Shuffles the documents anew each epoch; false keeps the order of the store."""

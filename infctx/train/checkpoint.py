@@ -118,13 +118,14 @@ def _write_share(folder: Path, run: Run, learned: State | None) -> dict[str, tup
 
 def changed_settings(path: Path, config: Config) -> list[str]:
     """Returns the settings that have changed since a checkpoint was saved, as `section.setting old -> new`."""
-    before, now = saved_settings(path), _found_anywhere(config).model_dump(mode="json")
-    return [
-        f"{section}.{name} {quoted(str(before.get(section, {}).get(name)))} -> {value}"
-        for section, settings in now.items()
-        for name, value in settings.items()
-        if before.get(section, {}).get(name) != value
-    ]
+    before, now, changed = saved_settings(path), _found_anywhere(config).model_dump(mode="json"), []
+    for section, settings in now.items():
+        fields = type(getattr(config, section)).model_fields
+        for name, value in settings.items():
+            old = before.get(section, {}).get(name, fields[name].default)  # an older infctx did not know all of them
+            if old != value:
+                changed.append(f"{section}.{name} {quoted(str(old))} -> {value}")
+    return changed
 
 
 def _found_anywhere(config: Config) -> Config:

@@ -109,6 +109,27 @@ def test_every_target_is_trained_once_an_epoch_of_its_source(seed, count, masked
     assert set(found) <= set(wanted)
 
 
+def test_the_order_stays_on_two_ranks_then_one_then_four():
+    sources = numbered_sources(random.Random(8), 3, masked=True)
+    curriculum = Curriculum(32, 64, 10, 16)
+    whole = [window for window, _ in islice(make(sources, curriculum=curriculum), 12)]
+    position, found = None, []
+    for ranks in (2, 1, 4):
+        shares = [range(rank * 4 // ranks, (rank + 1) * 4 // ranks) for rank in range(ranks)]
+        each = [make(sources, curriculum=curriculum, lanes=share, position=position) for share in shares]
+        for _ in range(4):
+            windows, positions = zip(*map(next, each), strict=True)
+            found.append(windows)
+        position = json.loads(json.dumps(positions[-1]))
+    for window, windows in zip(whole, found, strict=True):
+        for name in ("tokens", "targets", "starts", "sources"):
+            assert torch.equal(torch.cat([getattr(each, name) for each in windows]), getattr(window, name))
+        assert sum((each.documents for each in windows), []) == window.documents
+        assert {(each.num_targets, *each.source_targets) for each in windows} == {
+            (window.num_targets, *window.source_targets)
+        }
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3), (1, 20), (5, 3, 2), (0.01, 0.01, 1, 0.5)])
 def test_shares_are_those_of_the_weights(weights):
     """Within 1% after 2,000 documents, and within a document or so all along, though lengths differ."""

@@ -1,4 +1,4 @@
-"""A small configuration to change, and what is said about it when it is refused."""
+"""A small configuration to change, and the problems for which it is refused."""
 
 import pytest
 
