@@ -33,8 +33,8 @@ class WindowSettings(Section):
     `lane`: the last state of the document before it in its lane, padding included, with no gradient back into that
     document.  Models that only ever started from the initial state get worse far beyond the lengths they were trained
     on; some hundred steps with `lane` repair that (arXiv 2507.02782).  The first document of a lane starts from the
-    initial state, which does not learn.  Costs a call of the WKV op and a kept state for each start: on a CPU 5% more time
-    with documents of 300 tokens, 16% with 64 (six layers of width 384, one lane)."""
+    initial state, which does not learn.  Costs a call of the WKV op and a kept state for each start: on a CPU 5% more
+    time with documents of 300 tokens, 16% with 64 (six layers of width 384, one lane)."""
     seam_store: Literal["auto", "device", "host"] = "auto"
     """Where to keep the states between segments.  `device`: in the device's memory; `host`: in main memory, copied
     while the GPU computes; `auto`: `host` for a GPU.  A state of Finch 3B is 21.6 MB per lane."""
