@@ -14,7 +14,7 @@ from infctx.documents.records import needed_columns
 from infctx.errors import InputError
 from infctx.small_texts import counted, quoted
 
-BATCH_ROWS = 64  # of a parquet file that are in memory at once
+BATCH_BYTES, MOST_BATCH_ROWS = 8 << 20, 1024  # of a parquet file that are in memory at once
 PARQUET_BLOCK_BYTES = 1 << 20
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}
 
@@ -58,7 +58,10 @@ def csv_records(blocks: Iterator[bytes], name: str, format: str, reading: Readin
 
 
 def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], object]) -> Records:
-    """Yields the rows of a parquet file as records, or an error for each that cannot be read."""
+    """Yields the rows of a parquet file as records, or an error for each that cannot be read.
+
+    A few rows are in memory at once, and a page of the file: about 1 MiB, or up to 1024 rows if they are long.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -72,7 +75,7 @@ def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], 
         # Read in small blocks: without a buffer, a whole column of a row group is read at once.
         with pyarrow.parquet.ParquetFile(source.file, buffer_size=PARQUET_BLOCK_BYTES, pre_buffer=False) as file:
             columns = needed_columns(file.schema_arrow.names, source.path, reading)
-            batches = file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False)
+            batches = file.iter_batches(_batch_rows(file.metadata), columns=list(columns), use_threads=False)
             yield from _rows(batches, source, file.metadata.num_rows, on_bytes)
     except OSError as error:
         if error.errno and error.strerror:
@@ -141,6 +144,12 @@ def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
     if twice is not None:
         raise InputError(f"{place}: two columns are named {quoted(twice)}; rename one of them")
     needed_columns(columns, place, reading)
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Returns how many rows of an average size fit into a batch."""
+    num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES * metadata.num_rows // max(1, num_bytes)))
 
 
 def _rows(batches: Iterator[Any], source: Source, num_rows: int, on_bytes: Callable[[int], object]) -> Records:
