@@ -7,6 +7,7 @@ import pytest
 
 import infctx.data.token_store as token_store
 from infctx.data.lanes import Lanes
+from infctx.data.mixture import Source
 from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer
@@ -65,7 +66,7 @@ def test_the_padding_is_that_of_the_windows(tmp_path):
             writer.end_document()
     # In one lane without shuffling, whole epochs fill whole windows here and there: count the places of one epoch.
     places = sum(-(-(length - 1) // 16) * 16 for length in lengths)
-    lanes = Lanes(TokenStore(tmp_path / "a"), num_lanes=1, window_tokens=places, seed=0, vocab_size=9)
+    lanes = Lanes([Source("a", TokenStore(tmp_path / "a"))], num_lanes=1, window_tokens=places, seed=0, vocab_size=9)
     window, _ = next(lanes)
     padding = (window.targets == -100).float().mean().item()
     assert f"padding: {padding:.1%} of the places" in describe_store(TokenStore(tmp_path / "a"))

@@ -11,6 +11,7 @@ from infctx.data.lanes import Lanes
 from infctx.data.mixture import Source
 from infctx.model.loss import token_losses
 
+from chats import prepared, random_chats
 from list_store import ListStore
 from tiny_models import random_model
 
@@ -74,3 +75,12 @@ def test_a_changed_document_changes_no_other_loss_by_a_bit():
         window.tokens[lane, span] = kept
         assert torch.equal(after[~here], before[~here])
         assert len(kept) < 5 or not torch.equal(after[here], before[here])
+
+
+def test_padding_of_chats_of_300_tokens_is_below_3_percent(tmp_path):
+    store = prepared(tmp_path, [{"messages": chat} for chat in random_chats(400, seed=1, words=(4, 19))])
+    assert 280 < store.num_tokens / store.num_documents < 320
+    lanes = Lanes([Source("chats", store)], num_lanes=4, window_tokens=4096, seed=0, vocab_size=257)
+    windows = [next(lanes)[0] for _ in range(6)]
+    padding = sum(int((window.tokens == 0).sum()) for window in windows)  # no input is the end of a document
+    assert 0.01 < padding / sum(window.tokens.numel() for window in windows) < 0.03
