@@ -63,8 +63,8 @@ class DataSettings(Section):
     Weights are shares of the tokens, in any unit; without them, all stores last equally long.  The shares hold at any
     time to within about a document, and each source has separate epochs.  The log shows the loss of each source."""
     held_out: StoreOrList | None = None
-    """Token store of held-out documents, for the table of loss by position at the end of the run; null: no table.  Or a
-    list of `{store: PATH, name: WORD}`; the table is of the first."""
+    """Token store of held-out documents, for the loss by position (`run.evaluate_tokens`); null: none.  Or a list of
+    `{store: PATH, name: WORD}`: the table is of all of them together, and a line has the loss of each."""
     document_tokens: Positive | None = None
     """The most tokens a document may have.  Longer ones are cut, and each part starts from the initial state like a
     separate document.  null: never cut.  For state tuning, where only document starts train the state, set it to at

@@ -40,7 +40,7 @@ def test_every_setting_has_its_docstring_and_its_place_on_the_page():
 @pytest.mark.parametrize(
     "line",
     [
-        "- **store** (path; *required*): ",
+        "- **folder** (path; *required*): ",
         "- **lanes** (whole number from 1; default `1`): ",
         "- **clip_norm** (number above 0 or `null`; default `1.0`): ",
         "- **shuffle** (`true` or `false`; default `true`): ",
