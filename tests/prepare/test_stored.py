@@ -72,7 +72,7 @@ def test_documents_and_masks_survive_another_tokenizer(tmp_path, monkeypatch, be
 
 
 def test_a_text_that_is_learned_as_a_whole_has_the_tokens_of_the_text(tmp_path):
-    text = "".join(random.Random(3).choices(WORDS, k=500))
+    text = "words " + "".join(random.Random(3).choices(WORDS, k=500))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     prepare([str(tmp_path / "a.txt")], tmp_path / "bytes", tokenizer="bytes")
     prepare([str(tmp_path / "a.txt")], tmp_path / "world", tokenizer="world")
