@@ -1,9 +1,11 @@
 """The README and the pages of docs/, as typed in by a newcomer.
 
-`commands` are the lines of a page's sh blocks, `snippets` its Python blocks.  `Newcomer` runs them in a copy of the
-repository, in order and in this process; for a `make` target it first gets the target's commands.
+`commands` are the lines of a page's sh blocks, `snippets` its Python blocks, `files` the blocks with a file's name.
+`Newcomer` runs commands in a copy of the repository, in order and in this process; for a `make` target it first gets
+the target's commands.
 """
 
+import io
 import os
 import re
 import shlex
@@ -11,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from itertools import islice
+
+import pytest
 
 from infctx.documents.example_documents import cpp_documents, python_documents
 from infctx.formats.published import PUBLISHED_FILES, PUBLISHED_FOLDERS
@@ -46,6 +50,8 @@ SMALLER = {
     "optimizer.steps=140": "optimizer.steps=3",
 }
 ASSUMED = ("data/python/store.json", "data/cpp/store.json", "data/pg19/store.json", "runs/finch-tiny/model.pth")
+MESSAGE = "When do you cross?\n"
+"""What a newcomer types into a chat."""
 NEEDS_GPU = "this machine does not have everything the run needs"
 
 
@@ -59,6 +65,11 @@ def commands(page):
 def snippets(page):
     """Returns the Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+
+
+def files(page):
+    """Returns (name, content) of each block of a page that is a file: its first line names it, as in ```json a.json."""
+    return re.findall(r"^```\w+ (\S+)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
 
 
 class Newcomer:
@@ -85,6 +96,13 @@ class Newcomer:
                 (texts / f"{number}.txt").write_text(text, encoding="utf-8")
             prepare([str(texts)], self.place / "data" / name, tokenizer="bytes", held_out=0.5, progress=False)
 
+    def write(self, page):
+        """Writes the files of a page."""
+        for name, content in files(page):
+            path = self.place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+
     def type(self, command):
         """Runs a command to its end; returns (exit code, output)."""
         words = shlex.split(_smaller(command))
@@ -94,7 +112,9 @@ class Newcomer:
         return self.run(words[1:]) if words[0] in ("infctx", ".venv/bin/infctx") else (None, words)
 
     def run(self, arguments):
-        code, output, errors = infctx_here(*arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(MESSAGE))
+            code, output, errors = infctx_here(*arguments)
         return code, output + errors
 
     def _commands_of_make(self, words):
