@@ -1,4 +1,5 @@
 import random
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infctx.data.tokenizer import WorldTokenizer, get_tokenizer, tokenizer_for_vocab
+from infctx.documents.example_documents import python_documents
 from infctx.errors import InputError
 
 NAMES = ("world", "bytes")
@@ -64,6 +66,21 @@ def test_world_equals_the_rwkv_package_on_random_texts(judge):
         ids = get_tokenizer("world").encode(text)
         assert ids.tolist() == judge.encode(text)
         assert get_tokenizer("world").decode(ids) == judge.decodeBytes(ids.tolist())
+
+
+@pytest.mark.slow
+def test_world_equals_the_rwkv_package_on_20_megabytes(judge):
+    """Python's sources and its help pages, and characters and tokens of all languages among them."""
+    rng = random.Random(2)
+    num_bytes = 0
+    for _, source in cycle(python_documents(min_bytes=1000)):
+        text = source + random_text(rng, len(source) // 12)
+        ids = get_tokenizer("world").encode(text)
+        assert ids.tolist() == judge.encode(text)
+        assert get_tokenizer("world").decode(ids) == text.encode()
+        num_bytes += len(text.encode())
+        if num_bytes > 20_000_000:
+            return
 
 
 @pytest.mark.parametrize("name", NAMES)
