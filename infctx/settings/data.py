@@ -90,10 +90,10 @@ class DataSettings(Section):
 
     @property
     def held_out_stores(self) -> list[tuple[str, Path]]:
-        """The name and path of each held-out store."""
-        found = self.held_out if isinstance(self.held_out, list) else [self.held_out]
-        stores = [NamedStore(store=store) if isinstance(store, Path) else store for store in found if store is not None]
-        return [(store.called, store.store) for store in stores]
+        """The name and path of each held-out store; a single one is called held_out."""
+        if isinstance(self.held_out, list):
+            return [(each.called, each.store) for each in self.held_out]
+        return [] if self.held_out is None else [("held_out", self.held_out)]
 
     @property
     def named_stores(self) -> list[tuple[str, Path]]:

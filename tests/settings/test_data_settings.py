@@ -57,7 +57,7 @@ def test_lists_of_stores(tmp_path):
     again = write(tmp_path, text=dump_config(load_config(tmp_path / "run.yaml")))
     assert load_config(again).data == data
     data = load_config(write(tmp_path), ["data.held_out=data/books/held_out"]).data
-    assert data.held_out_stores == [("books", Path("data/books/held_out"))]
+    assert data.held_out_stores == [("held_out", Path("data/books/held_out"))]
     assert data.named_stores == [("store", Path("data/train")), ("held_out", Path("data/books/held_out"))]
     listed = ["data.store=null", "data.sources=[{store: a/train}, {store: b/train}]"]
     assert [each.called for each in load_config(write(tmp_path), listed).data.all_sources] == ["a", "b"]
