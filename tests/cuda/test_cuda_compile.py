@@ -166,7 +166,8 @@ def test_damaged_files_are_built_again(build, tmp_path, caplog, damage):
     file.write_bytes(damage(good))
     again = build()
     assert again.cubin == first.cubin and build.compilations == 2
-    assert [r.message for r in caplog.records] == [f"{file} is damaged; its kernels are compiled again"]
+    warnings = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warnings == [f"{file} is damaged; its kernels are compiled again"]
     content = file.read_bytes()
     assert content[:64] == hashlib.sha256(content[65:]).hexdigest().encode()
     build()

@@ -100,7 +100,7 @@ an override that is none = train config.yaml steps=5
 an override of a section = train config.yaml optimizer=5
     optimizer=5: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4
 an empty path = train config.yaml data.store=
-    command line: data.store: ... give a file or folder
+    command line: data.store: is missing; set it in the file or as an override
 a number as path = train config.yaml data.store=5
     command line: data.store: ... give a file or folder
 a word for a number = train config.yaml optimizer.steps=many

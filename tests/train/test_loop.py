@@ -244,7 +244,7 @@ def test_tensorboard_has_every_scalar(tmp_path):
     train(load_config(write_config(tmp_path, optimizer__steps=3), ["run.evaluate_tokens=0"]))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    names = {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"}
+    names = {"tokens", "seconds", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gb"}
     assert set(events.Tags()["scalars"]) == names | {f"carried_state_rms/layer_{layer}" for layer in range(2)}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path / "run"))

@@ -54,7 +54,7 @@ def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest)
     freeze_weights(model)
     starts = torch.arange(SEGMENTS + 1).expand(BATCH, -1) == 0
     settings = WindowSettings(segment_tokens=SEGMENT_TOKENS, window_tokens=SEGMENT_TOKENS * (SEGMENTS + 1))
-    model.set_initial_units(natural_units(model, Window(tokens, tokens, starts, [], 1, 0), settings))
+    model.set_initial_units(natural_units(model, Window(tokens, tokens, starts, None, [], 1, [1], 0), settings))
     optimizer = torch.optim.AdamW([model.initial_wkv], lr=0.3, weight_decay=0)
     for _ in range(60):
         tokens, targets = unmarked_batch(random, value)
