@@ -115,7 +115,7 @@ INFCTX_DEVICE float first_of(uint32 packed) { return bits_float(packed << 16); }
 INFCTX_DEVICE float second_of(uint32 packed) { return bits_float(packed & 0xffff0000u); }
 
 // A register for mma_tf32: 8 bits of exponent, 10 of mantissa, ties away from zero.  The 13 lowest bits are
-// unspecified; `tf32_value` clears them, for x = large + small as a sum of two tf32.
+// unspecified; `tf32_value` clears them.
 INFCTX_DEVICE uint32 to_tf32(float x) {
 #ifdef INFCTX_EMULATOR
     return emulator::float_to_tf32(x);

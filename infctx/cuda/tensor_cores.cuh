@@ -41,7 +41,8 @@ INFCTX_DEVICE void mma_bf16(SumFragment& sum, const LeftFragment& left, const Ri
 #endif
 }
 
-// sum += left right, 16 x 8 by 8 x 8: operands from to_tf32.
+// sum += left right, 16 x 8 by 8 x 8: operands are tf32.  PTX does not say what the 13 lowest bits of a register do; an
+// H100 ignores them.
 INFCTX_DEVICE void mma_tf32(SumFragment& sum, const LeftFragment& left, const RightFragment& right INFCTX_AND_PLACE) {
 #ifdef INFCTX_EMULATOR
     emulator::mma_tf32(sum.x, left.x, right.x, {file, line});

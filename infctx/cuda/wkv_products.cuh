@@ -24,10 +24,11 @@ INFCTX_DEVICE Split split(float x) {
     // Tensor cores cut off all bits after the 11th, 2^-11 / (2 ln 2) of a number on average; this compensates
     // beforehand.
     if (precision == rounded) return {float_bits(x * 1.00035222f), 0};
-    // Tensor cores ignore the 13 lowest bits.  Adding half of the last bit that they use rounds x; the rest is small,
-    // of either sign, and exact.  If a NaN turns into a number here, the small part is still NaN.
-    const uint32 large = float_bits(x) + 0x1000u;
-    return {large, float_bits(x - tf32_value(large))};
+    // Adding half of the last bit of a tf32 and then clearing the 13 bits below rounds x; the rest is small, of either
+    // sign, and exact.  PTX does not say what tensor cores do with those 13 bits, so a large part has none.  If a NaN
+    // turns into a number here, the small part is still NaN.
+    const float large = tf32_value(float_bits(x) + 0x1000u);
+    return {float_bits(large), float_bits(x - large)};
 }
 
 template <Precision precision>

@@ -36,18 +36,19 @@ def emulated(
     source_folder: Path = SOURCES,
     cache: Path | None = None,
     arguments: dict[str, Sequence[Argument]] | None = None,
+    tf32: str = "cut off",
 ) -> Iterator[list[str]]:
     """A context in which `wkv_cuda` runs on the emulator; yields the names of the kernels that were launched.
 
     `processors` decides the number of spans, `order` is the emulator's order of threads.  Kernels may come from another
-    folder, with another cache.  `arguments` collects each kernel's last arguments.  `infctx.wkv` accepts the backend
-    cuda on a CPU inside."""
+    folder, with another cache.  `arguments` collects each kernel's last arguments.  `tf32` is the emulator's model of an
+    operand.  `infctx.wkv` accepts the backend cuda on a CPU inside."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
         defines = [option.removeprefix("-D") for option in options]
         emulation = build(source_folder / file_name, defines, (source_folder,), sanitize, cache)
-        return _Launcher(emulation, order, launched, {} if arguments is None else arguments)
+        return _Launcher(emulation, order, tf32, launched, {} if arguments is None else arguments)
 
     _machine.append(wkv_cuda.Machine(load, processors))
     wkv.ONLY_ON["cuda"] = "cpu"
@@ -63,13 +64,14 @@ def emulated(
 class _Launcher:
     emulation: Emulation
     order: str
+    tf32: str
     launched: list[str]
     arguments: dict[str, Sequence[Argument]]
 
     def launch(self, name, grid, block, shared_bytes=0, arguments=()):
         self.launched.append(name)
         self.arguments[name] = arguments
-        self.emulation.launch(name, grid, block, shared_bytes, arguments, self.order)
+        self.emulation.launch(name, grid, block, shared_bytes, arguments, self.order, tf32=self.tf32)
 
 
 def values_and_gradients(

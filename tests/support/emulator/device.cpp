@@ -218,7 +218,17 @@ void multiply_bf16(Exchange* const* lanes) {
     multiply<16>(lanes, left, right);
 }
 
-float tf32_of(unsigned bits) { return bits_float(bits & 0xffffe000u); }
+// What becomes of an operand's 13 low bits: PTX does not say.  These are the models in the order of emulator.py's TF32.
+struct Tf32 {
+    unsigned added, kept;
+};
+constexpr Tf32 tf32_models[] = {{0, 0xffffe000u}, {0x1000u, 0xffffe000u}, {0, 0xfffff000u}, {0, 0xffffffffu}};
+Tf32 tf32 = tf32_models[0];
+
+float tf32_of(unsigned bits) {
+    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    return bits_float((finite ? bits + tf32.added : bits) & tf32.kept);
+}
 
 void multiply_tf32(Exchange* const* lanes) {
     float left[16][8], right[8][8];
@@ -274,6 +284,8 @@ void load(const char* name, Operation operation, unsigned* x, int matrices, cons
 void mma_bf16(float* sum, const unsigned* left, const unsigned* right, Place place) {
     mma("mma_bf16", multiply_bf16, sum, left, right, place);
 }
+
+void set_tf32(int model) { tf32 = tf32_models[model]; }
 
 void mma_tf32(float* sum, const unsigned* left, const unsigned* right, Place place) {
     mma("mma_tf32", multiply_tf32, sum, left, right, place);

@@ -345,9 +345,10 @@ void add_kernel(const Kernel& kernel) { kernels().push_back(kernel); }
 }  // namespace emulator
 
 extern "C" int emulator_launch(const char* name, const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                               void** arguments, int order, unsigned long long seed, char* message,
+                               void** arguments, int order, unsigned long long seed, int tf32, char* message,
                                size_t message_bytes) {
     using emulator::launch;
+    emulator::set_tf32(tf32);
     launch.arguments = arguments;
     launch.order = static_cast<emulator::Order>(order);
     launch.random.seed(seed);

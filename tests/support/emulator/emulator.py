@@ -36,6 +36,9 @@ PRIMITIVES = HERE.parents[2] / "infctx" / "cuda"
 
 ORDERS = ("forward", "reverse", "random")
 
+TF32 = ("cut off", "rounded", "one more bit", "all bits")
+"""What tensor cores may do with the 13 low bits of a tf32 operand; PTX leaves it open, an H100 cuts them off."""
+
 COMPILER = ("g++", "-std=c++17", "-DINFCTX_EMULATOR", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 COMPILER += ("-fno-gnu-unique", "-U_FORTIFY_SOURCE")
 """Two libraries in a process share no symbol; a longjmp to another stack is meant, which _FORTIFY_SOURCE forbids."""
@@ -98,8 +101,9 @@ class Emulation:
         arguments: Sequence[Argument] = (),
         order: str = "forward",
         seed: int = 0,
+        tf32: str = "cut off",
     ) -> None:
-        """Runs a kernel to its end; `seed` is for the random order.  Raises EmulatorError."""
+        """Runs a kernel to its end; `seed` is for the random order, `tf32` one of TF32.  Raises EmulatorError."""
         if kernel not in self.kernels:
             raise EmulatorError(f"no kernel {kernel}; there are: {', '.join(self.kernels)}")
         parameters = re.findall("..", self.kernels[kernel])
@@ -115,7 +119,8 @@ class Emulation:
                 places.append((numbers.index(storage), argument.data_ptr() - regions[storage].low))
             else:
                 places.append((-1, _bits(f"{kernel}, argument {position}", parameter, argument)))
-        self._run(_Launch(kernel, _three(grid), _three(block), shared_bytes, order, seed), [*regions.values()], places)
+        launch = _Launch(kernel, _three(grid), _three(block), shared_bytes, order, seed, tf32)
+        self._run(launch, [*regions.values()], places)
 
     def _run(self, launch: _Launch, regions: list[_Region], places: list[tuple[int, int]]) -> None:
         raise NotImplementedError
@@ -129,6 +134,7 @@ class _Launch:
     shared_bytes: int
     order: str
     seed: int
+    tf32: str
 
 
 class _PlainEmulation(Emulation):
@@ -147,10 +153,11 @@ class _PlainEmulation(Emulation):
         message = ctypes.create_string_buffer(4096)
         grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
         order, seed = ORDERS.index(launch.order), ctypes.c_ulonglong(launch.seed)
+        tf32 = TF32.index(launch.tf32)
         shared, room = ctypes.c_size_t(launch.shared_bytes), ctypes.c_size_t(len(message))
         with self._running:
             failed = self._library.emulator_launch(
-                launch.kernel.encode(), grid, block, shared, pointers, order, seed, message, room
+                launch.kernel.encode(), grid, block, shared, pointers, order, seed, tf32, message, room
             )
         if failed:
             raise EmulatorError(message.value.decode())
@@ -176,6 +183,7 @@ class _SanitizedEmulation(Emulation):
 
     def _run(self, launch: _Launch, regions: list[_Region], places: list[tuple[int, int]]) -> None:
         numbers = [*launch.grid, *launch.block, launch.shared_bytes, ORDERS.index(launch.order), launch.seed]
+        numbers.append(TF32.index(launch.tf32))
         lines = [" ".join(map(str, (launch.kernel, *numbers, len(regions), len(places))))]
         lines += [f"{region.offset} {region.size}" for region in regions]
         lines += [f"{buffer} {x}" for buffer, x in places]

@@ -50,7 +50,9 @@ struct Copies {
 
 Copies& this_thread_copies();
 
-// ---- shared memory: device.cpp ----
+// ---- device.cpp ----
+
+void set_tf32(int model);
 
 void prepare_shared(size_t bytes);
 void poison_shared();
@@ -63,9 +65,10 @@ std::string place_beside_shared(const void* address);
 
 #define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Runs a kernel to its end; 0, or 1 with a message.  `order`: 0 forward, 1 reverse, 2 random.
+// Runs a kernel to its end; 0, or 1 with a message.  `order`: 0 forward, 1 reverse, 2 random; `tf32` is the model of an
+// operand.
 EMULATOR_EXPORT int emulator_launch(const char* name, const unsigned* grid, const unsigned* block, size_t shared_bytes,
-                                    void** arguments, int order, unsigned long long seed, char* message,
+                                    void** arguments, int order, unsigned long long seed, int tf32, char* message,
                                     size_t message_bytes);
 
 // One line per kernel: its name and parameters.

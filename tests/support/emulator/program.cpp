@@ -57,10 +57,10 @@ int main(int argc, char** argv) {
     char name[256], message[4096];
     unsigned grid[3], block[3];
     size_t shared_bytes, num_buffers, num_arguments;
-    int order;
+    int order, tf32;
     unsigned long long seed;
-    require(scanf("%255s %u %u %u %u %u %u %zu %d %llu %zu %zu", name, &grid[0], &grid[1], &grid[2], &block[0],
-                  &block[1], &block[2], &shared_bytes, &order, &seed, &num_buffers, &num_arguments) == 12);
+    require(scanf("%255s %u %u %u %u %u %u %zu %d %llu %d %zu %zu", name, &grid[0], &grid[1], &grid[2], &block[0],
+                  &block[1], &block[2], &shared_bytes, &order, &seed, &tf32, &num_buffers, &num_arguments) == 13);
     std::vector<Buffer> buffers(num_buffers);
     for (Buffer& buffer : buffers) require(scanf("%zu %zu", &buffer.offset, &buffer.bytes) == 2);
     // An argument is a place in a buffer, or bits (-1 and a number).
@@ -78,7 +78,7 @@ int main(int argc, char** argv) {
             values[i] = buffers.at(buffer).start + number;
         arguments[i] = &values[i];
     }
-    if (emulator_launch(name, grid, block, shared_bytes, arguments.data(), order, seed, message, sizeof message))
+    if (emulator_launch(name, grid, block, shared_bytes, arguments.data(), order, seed, tf32, message, sizeof message))
         stop(message);
     for (const Buffer& buffer : buffers) require(fwrite(buffer.start, 1, buffer.bytes, stdout) == buffer.bytes);
     return fflush(stdout);
