@@ -183,7 +183,8 @@ def _gpu(device: int) -> Machine:
 def _forward_shapes(r, k, v, w, u, state, starts, initial, keep):
     B, T, H, N = r.shape
     kept = kept_shape(B, T, H, N, r.dtype) if keep else (0,)
-    return torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state), state.new_empty(kept)
+    y = torch.empty_like(r, memory_format=torch.contiguous_format)
+    return y, state.new_empty(state.shape), state.new_empty(kept)
 
 
 @torch.library.register_fake("infctx::wkv_backward", lib=_library)
@@ -241,11 +242,12 @@ def forward(
         ends = (states, row_states, state_step)
         _launch_join(kernels, "wkv_join_spans", layout, state, sums, decays, *ends)
     y = layout.tokens_like(r)
-    final = torch.empty_like(state)
+    final = state.new_empty(state.shape)
     arguments = (r, k, v, w, u, states, starts, initial, y, final, kept if keep else None, *numbers)
     arguments = (*arguments, row_states, state_step)
     grid, block = layout.rows * layout.spans, 32 * layout.warps
-    kernels.launch("wkv_forward", grid, block, forward_shared_bytes(layout), arguments)
+    if grid:  # the driver refuses an empty launch
+        kernels.launch("wkv_forward", grid, block, forward_shared_bytes(layout), arguments)
     return layout.whole(y), layout.unpadded(final), kept
 
 
@@ -281,13 +283,15 @@ def backward(
     dw = layout.tokens_like(r, dtype=torch.float32)
     chunks = -(-layout.tokens // CHUNK_TOKENS)
     du = r.new_empty((layout.batch * chunks, *u.shape), dtype=torch.float32)
-    dstate = torch.empty_like(dfinal)
+    dstate = dfinal.new_empty(dfinal.shape)
     size = layout.head_size
     matrices = (layout.batch, layout.heads, layout.spans, size, size)
     dinitial = dfinal.new_zeros(matrices) if learns and starts is not None else None
     arguments = (r, k, v, w, u, dy, gradients, starts, initial, kept, dr, dk, dv, dw, du, dstate, dinitial)
+    arguments = (*arguments, *numbers, initial_heads)
     grid, block = layout.rows * layout.spans, 64 * layout.warps
-    kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), (*arguments, *numbers, initial_heads))
+    if grid:
+        kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), arguments)
     dr, dk, dv, dw = (layout.whole(x) for x in (dr, dk, dv, dw))
     du = du.sum(0)[..., : layout.channels].contiguous()
     if learns:

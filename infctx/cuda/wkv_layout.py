@@ -158,7 +158,7 @@ def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.
 def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
     """Cuts time into as many spans as give every processor a block of threads, within the limit of memory traffic."""
     units = -(-tokens // SPAN_TOKENS)
-    blocks = batch * heads
+    blocks = max(1, batch * heads)
 
     def layout(spans: int) -> Layout:
         return Layout(batch, tokens, heads, channels, dtype, padded_size(channels), spans, units // spans * SPAN_TOKENS)

@@ -84,7 +84,8 @@ def _backward(saved: Sequence[Tensor], dy: Tensor, dfinal: Tensor) -> tuple[Tens
     cotangents = (_with_whole_rows(dy.to(precise)), dfinal)
     gradients = (dr, dk, dv, dw, du, dstate, dinitial)
     _run("backward", *tokens, u.to(precise), starts, initial.to(precise), kept, *cotangents, *gradients)
-    du = functools.reduce(torch.add, du)  # one after the other, whatever the number of threads
+    # One after the other, whatever the number of threads.
+    du = functools.reduce(torch.add, du, torch.zeros((H, N), dtype=precise))
     by_token = (x.to(like.dtype) for x, like in ((dr, r), (dk, k), (dv, v), (dw, w), (du, u)))
     return *by_token, dstate, None, dinitial
 
@@ -94,6 +95,8 @@ def _run(kernel: str, *tensors: Tensor) -> None:
     arrays = [x.detach().numpy() for x in tensors]
     function: Callable[..., None] = _kernels().compiled(kernel, arrays[0].dtype)
     B, T, H, _ = tensors[0].shape
+    if B * H == 0:
+        return
     threads = max(1, min(torch.get_num_threads(), B * H, B * H * T // MIN_THREAD_TOKENS))
     bounds = [B * H * n // threads for n in range(threads + 1)]
     others = [_pool(os.getpid()).submit(function, *arrays, *bounds[n : n + 2]) for n in range(1, threads)]

@@ -382,7 +382,8 @@ def test_compiled_as_one_graph_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("with_starts", [False, True])
 def test_ops_keep_the_rules_of_torch(with_starts, channels, dtype):
     inputs, starts, cotangents = make_inputs(16, dtype, (2, 77, 2, channels))
-    tokens, state = [inputs[name] for name in NAMES[:5]], inputs["state"]
+    tokens, state = [inputs[name] for name in NAMES[:5]], inputs["state"].mT
+    cotangents = [cotangents[0], cotangents[1].mT]
     tokens[3] = tokens[3][:1, :1].expand(tokens[0].shape)
     documents = (starts, inputs["initial"]) if with_starts else (None, None)
     with emulated(processors=24):

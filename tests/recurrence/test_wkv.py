@@ -1,6 +1,7 @@
 """The WKV op: every backend against the definition, in float64, over random shapes, decays and document starts."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from infctx.recurrence import wkv as wkv_module
 from infctx.recurrence.wkv import BACKENDS, choose_backend, pick_backend
 from infctx.recurrence.wkv_reference import wkv_reference
 
+from wkv_emulated import emulated
 from wkv_inputs import random_inputs, relative_rms
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "cuda"]  # covered by test_wkv_cuda.py
@@ -53,6 +55,18 @@ def test_every_length_without_starts_and_without_initial(backend, num_tokens):
     names = [name for name in NAMES if name != "initial"]
     truth = outputs_and_gradients("reference", inputs, None, cotangents, names)
     assert worst(outputs_and_gradients(backend, inputs, None, cotangents, names), truth)[0] <= 1e-12
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles with g++")
+@pytest.mark.parametrize("channels", [16, 60, 80])
+@pytest.mark.parametrize("shape", [(0, 33, 2), (2, 33, 0)])
+def test_no_lanes_or_no_heads_give_empty_results(shape, channels):
+    inputs, starts, cotangents = random_inputs(1, dtype=torch.float32, shape=(*shape, channels))
+    truth = outputs_and_gradients("reference", inputs, starts, cotangents)
+    with emulated(processors=100):
+        for backend in FAST_BACKENDS + ["cuda"]:
+            found = outputs_and_gradients(backend, inputs, starts, cotangents)
+            assert all(torch.equal(found[name], truth[name]) for name in truth), backend
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)

@@ -40,9 +40,9 @@ def emulated(
 ) -> Iterator[list[str]]:
     """A context in which `wkv_cuda` runs on the emulator; yields the names of the kernels that were launched.
 
-    `processors` decides the number of spans, `order` is the emulator's order of threads.  Kernels may come from another
-    folder, with another cache.  `arguments` collects each kernel's last arguments.  `tf32` is the emulator's model of an
-    operand.  `infctx.wkv` accepts the backend cuda on a CPU inside."""
+    `processors` decides the number of spans, `order` is the emulator's order of threads, `tf32` its model of an operand.
+    Kernels may come from another folder, with another cache.  `arguments` collects each kernel's last arguments.
+    `infctx.wkv` accepts the backend cuda on a CPU inside."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
