@@ -25,11 +25,12 @@ from infctx.cuda.wkv_layout import (
     HEAD_SIZES,
     Layout,
     backward_shared_bytes,
-    find_layout,
+    compiler_options,
     forward_shared_bytes,
     kept_shape,
     span_shared_bytes,
 )
+from infctx.cuda.wkv_time import Processors, find_layout
 from infctx.errors import InputError
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -47,12 +48,12 @@ class Launcher(Protocol):
 class Machine:
     """Where kernels run.
 
-    load:       load(file_name, options) returns the kernels of a source
-    processors: how many blocks of threads can run at the same time
+    load:   load(file_name, options) returns the kernels of a source
+    layout: layout(shape of r, its dtype, "forward" or "backward") returns how the call is laid out
     """
 
     load: Callable[[str, tuple[str, ...]], Launcher]
-    processors: int
+    layout: Callable[[tuple[int, ...], torch.dtype, str], Layout]
 
 
 def wkv_cuda(
@@ -121,9 +122,8 @@ def compile_kernels(device: int, dtype: torch.dtype, channels: int) -> None:
     """Builds the kernels of both directions, so that no later call compiles; raises KernelsUnavailable."""
     if channels > HEAD_SIZES[-1]:
         dtype, channels = torch.float32, HEAD_SIZES[-1]
-    machine, layout = _gpu(device), find_layout(1, 1, 1, channels, dtype, processors=1)
     for source in ("wkv_forward.cu", "wkv_backward.cu"):
-        machine.load(source, layout.options)
+        _gpu(device).load(source, compiler_options(channels, dtype))
 
 
 class _WKV(torch.autograd.Function):
@@ -176,7 +176,18 @@ def _gpu(device: int) -> Machine:
     def load(file_name: str, options: tuple[str, ...]) -> Launcher:
         return load_kernels(file_name, device, options)
 
-    return Machine(load, torch.cuda.get_device_properties(device).multi_processor_count)
+    processors = processors_of(device)
+
+    def layout(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> Layout:
+        return find_layout(shape, dtype, processors, direction)
+
+    return Machine(load, layout)
+
+
+def processors_of(device: torch.device | int) -> Processors:
+    """Returns the processors of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return Processors(properties.multi_processor_count, properties.shared_memory_per_multiprocessor)
 
 
 @torch.library.register_fake("infctx::wkv_forward", lib=_library)
@@ -222,7 +233,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the final state and, with `keep`, the padded states before each tile for the backward pass."""
-    layout = Layout.of(r, machine.processors)
+    layout = machine.layout(tuple(r.shape), r.dtype, "forward")
     kernels = machine.load("wkv_forward.cu", layout.options)
     r, k, v = layout.inputs(r, k, v)
     w, (initial, initial_heads) = layout.decays(w), layout.initial(initial if starts is not None else None)
@@ -266,7 +277,7 @@ def backward(
     learns: bool,
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of r, k, v, w, u, the state and, with `learns`, the initial state."""
-    layout = Layout.of(r, machine.processors)
+    layout = machine.layout(tuple(r.shape), r.dtype, "backward")
     kernels = machine.load("wkv_backward.cu", layout.options)
     r, k, v, dy = layout.inputs(r, k, v, dy)
     w, (initial, initial_heads) = layout.decays(w), layout.initial(initial if starts is not None else None)
@@ -288,10 +299,10 @@ def backward(
     matrices = (layout.batch, layout.heads, layout.spans, size, size)
     dinitial = dfinal.new_zeros(matrices) if learns and starts is not None else None
     arguments = (r, k, v, w, u, dy, gradients, starts, initial, kept, dr, dk, dv, dw, du, dstate, dinitial)
-    arguments = (*arguments, *numbers, initial_heads)
     grid, block = layout.rows * layout.spans, 64 * layout.warps
     if grid:
-        kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), arguments)
+        all_arguments = (*arguments, *numbers, initial_heads)
+        kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), all_arguments)
     dr, dk, dv, dw = (layout.whole(x) for x in (dr, dk, dv, dw))
     du = du.sum(0)[..., : layout.channels].contiguous()
     if learns:

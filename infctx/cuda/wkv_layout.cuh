@@ -70,7 +70,7 @@ INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 s
     place.head = place.row % heads;
     place.first_token = static_cast<int32>(place.span * problem.span_tokens);
     place.end_token = place.first_token + static_cast<int32>(problem.span_tokens);
-    // The last span gets the rest, which may be longer.
+    // The last span gets the rest.
     if (place.span == problem.num_spans - 1) place.end_token = static_cast<int32>(problem.num_tokens);
     return place;
 }

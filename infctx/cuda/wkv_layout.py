@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,6 @@ TILE_TOKENS = {torch.bfloat16: 64, torch.float32: 32}
 HEAD_SIZES = (16, 32, 64)
 """Channels per head that kernels exist for; other heads are padded with zeros."""
 
-MAX_TRAFFIC = 1.36
-"""Memory traffic of all spans, relative to one span's, may reach this if the heads alone fill a fifth of the
-processors: each span but the last reads k, v and w once more.  For bf16 with 64 channels that is 1,400 bytes per token
-and head."""
-
 
 def padded_size(channels: int) -> int:
     """Returns the channels of a head as the kernels need them, including zeros."""
@@ -34,7 +29,7 @@ def padded_size(channels: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a call, for both directions."""
+    """The layout of a call in one direction; `cut` makes one."""
 
     batch: int
     tokens: int
@@ -45,15 +40,10 @@ class Layout:
     spans: int
     span_tokens: int
 
-    @staticmethod
-    def of(r: Tensor, processors: int) -> Layout:
-        B, T, H, N = r.shape
-        return find_layout(B, T, H, N, r.dtype, processors)
-
     @property
     def options(self) -> tuple[str, ...]:
         """Options for the compiler."""
-        return (f"-DHEAD_SIZE={self.head_size}", *(["-DINPUT_FLOAT"] if self.dtype == torch.float32 else []))
+        return compiler_options(self.channels, self.dtype)
 
     @property
     def rows(self) -> int:
@@ -154,21 +144,21 @@ def kept_shape(batch: int, tokens: int, heads: int, channels: int, dtype: torch.
     return batch, heads, -(-tokens // TILE_TOKENS[dtype]), size, size
 
 
-@functools.lru_cache(maxsize=1024)
-def find_layout(batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, processors: int) -> Layout:
-    """Cuts time into as many spans as give every processor a block of threads, within the limit of memory traffic."""
+def cut(shape: Sequence[int], dtype: torch.dtype, spans: int) -> Layout:
+    """Cuts time into at most that many spans, all of one length but the last, which may be shorter.
+
+    shape: (B, T, H, N) of r
+    """
+    batch, tokens, heads, channels = shape
     units = -(-tokens // SPAN_TOKENS)
-    blocks = max(1, batch * heads)
+    span_units = -(-units // spans)
+    span_tokens = span_units * SPAN_TOKENS
+    return Layout(batch, tokens, heads, channels, dtype, padded_size(channels), -(-units // span_units), span_tokens)
 
-    def layout(spans: int) -> Layout:
-        return Layout(batch, tokens, heads, channels, dtype, padded_size(channels), spans, units // spans * SPAN_TOKENS)
 
-    whole = layout(1)
-    for spans in range(min(units, max(1, processors // blocks)), 1, -1):
-        cut_up = layout(spans)
-        if blocks * 5 < processors or cut_up.forward_bytes() <= MAX_TRAFFIC * whole.forward_bytes():
-            return cut_up
-    return whole
+def compiler_options(channels: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Returns options for the compiler: heads of that many channels, and the type of r, k, v and y."""
+    return (f"-DHEAD_SIZE={padded_size(channels)}", *(["-DINPUT_FLOAT"] if dtype == torch.float32 else []))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infctx.cuda import wkv_cuda
+from infctx.cuda.wkv_layout import Layout, cut
 from infctx.recurrence import wkv
 
 from emulator.emulator import Argument, Emulation, build
@@ -40,9 +41,9 @@ def emulated(
 ) -> Iterator[list[str]]:
     """A context in which `wkv_cuda` runs on the emulator; yields the names of the kernels that were launched.
 
-    `processors` decides the number of spans, `order` is the emulator's order of threads, `tf32` its model of an operand.
-    Kernels may come from another folder, with another cache.  `arguments` collects each kernel's last arguments.
-    `infctx.wkv` accepts the backend cuda on a CPU inside."""
+    Time is cut into as many spans as give each of the `processors` a block of threads; `order` is the emulator's order
+    of threads, `tf32` its model of an operand.  Kernels may come from another folder, with another cache.  `arguments`
+    collects each kernel's last arguments.  `infctx.wkv` accepts the backend cuda on a CPU inside."""
     launched: list[str] = []
 
     def load(file_name: str, options: tuple[str, ...]) -> _Launcher:
@@ -50,7 +51,10 @@ def emulated(
         emulation = build(source_folder / file_name, defines, (source_folder,), sanitize, cache)
         return _Launcher(emulation, order, tf32, launched, {} if arguments is None else arguments)
 
-    _machine.append(wkv_cuda.Machine(load, processors))
+    def layout(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> Layout:
+        return cut(shape, dtype, max(1, processors // max(1, shape[0] * shape[2])))
+
+    _machine.append(wkv_cuda.Machine(load, layout))
     wkv.ONLY_ON["cuda"] = "cpu"
     try:
         yield launched

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
+from infctx.cuda.wkv_time import Processors
 
 import bench_wkv
 import wkv_table
@@ -63,7 +64,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     # Three measurements are enough.
     monkeypatch.setattr(bench_wkv, "median_us", lambda prepare, timer, **_: [prepare(n)() for n in range(3)] and 5.0)
-    report = Report(FACTS, 3e12, 132, [])
+    report = Report(FACTS, 3e12, Processors(132), [])
     with emulated(8):
         yield bench_wkv.Bench(torch.device("cpu"), bench_wkv.Deadline(1e6), report)
 
@@ -121,14 +122,14 @@ def test_the_table():
         Row(8, 65536, 64, 25_000.0, "-", "failed", "-", "-", "-", "-"),
         Row(8, 65536, 32),
     ]
-    report = Report(FACTS, 3e12, 132, rows, ["fla 0.5"])
+    report = Report(FACTS, 3e12, Processors(132, 233_472), rows, ["fla 0.5"])
     lines = wkv_table.markdown(report).splitlines()
     assert lines[0] == "# WKV kernels on NVIDIA H100" and "| commit | 0123abc-dirty |" in lines
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.count("|") > 10]
     assert len({len(cells) for cells in table}) == 1 and len(table) == 5
-    # 3 spans of 132 processors: bytes per token and head times 163,840, at 3 TB/s
-    layout = wkv_table.layout_of(rows[0], report)
-    roofline = layout.forward_bytes(keep=False) * 163_840 / 3e6, layout.backward_bytes() * 163_840 / 3e6
+    # bytes per token and head times 163,840, at 3 TB/s
+    forward, backward = (wkv_table.layout_of(rows[0], report, direction) for direction in ("forward", "backward"))
+    roofline = forward.forward_bytes(keep=False) * 163_840 / 3e6, backward.backward_bytes() * 163_840 / 3e6
     assert table[2][:6] == ["1", "4096", "40", "100.0", "110.0", "301.0"]
     assert table[2][6] == f"{roofline[0] / 100:.0%}, {roofline[1] / 301:.0%}"
     assert table[2][7:10] == ["20,000", "1,644", "4.0"] and table[2][11:] == ["1.7e-03", "1.8e-03"]

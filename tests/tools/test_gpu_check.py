@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.cuda.wkv_layout import find_layout
+from infctx.cuda.wkv_time import Processors, find_layout
 from infctx.recurrence.wkv_chunked import wkv_chunked
 
 import gpu_check
@@ -30,7 +30,7 @@ TINY = Case((2, 150, 2, 16), FP32, documents=True)
 def subject():
     """The emulator, with enough processors for several spans."""
     with emulated(40):
-        yield Subject(torch.device("cpu"), 40)
+        yield Subject(torch.device("cpu"), Processors(40))
 
 
 def broken(subject, which, change):
@@ -149,7 +149,7 @@ def test_torch_compile(subject):
 
 def test_threads():
     """Uses plain torch: the emulator runs one kernel at a time."""
-    subject = Subject(torch.device("cpu"), 40, wkv_chunked)
+    subject = Subject(torch.device("cpu"), Processors(40), wkv_chunked)
     assert gpu_launches.threads(TINY, subject).passed
     calls = itertools.count()
 
@@ -301,7 +301,7 @@ def test_the_sanitizer_is_read():
 def test_the_small_run(capsys):
     gpu_launches.small_run(wkv_chunked, "cpu")
     assert capsys.readouterr().out == "small run: done\n"
-    assert find_layout(2, 150, 2, 64, BF16, processors=108).spans > 1
+    assert find_layout((2, 150, 2, 64), BF16, Processors(108), "backward").spans > 1
 
 
 # ---- the commands ----

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
-from infctx.cuda.wkv_cuda import wkv_cuda
+from infctx.cuda.wkv_cuda import processors_of, wkv_cuda
 from infctx.files import atomic_file
 from infctx.recurrence.wkv_chunked import wkv_chunked
 
@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or default_output(torch.cuda.get_device_name())
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("highest")
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    report = Report(find_facts(options.commit), measure_copy_rate(device), processors, [])
+    report = Report(find_facts(options.commit), measure_copy_rate(device), processors_of(device), [])
     bench = Bench(device, deadline, report)
     report.rows += [Row(batch, tokens, heads) for batch in BATCHES for tokens in TOKENS for heads in HEADS]
     # The row with bars comes first; fla last, as it compiles for a while.  The file is written after each row, in case

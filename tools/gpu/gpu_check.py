@@ -31,6 +31,7 @@ import torch
 
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
+from infctx.cuda.wkv_cuda import processors_of
 from infctx.files import atomic_file
 
 import gpu_correctness
@@ -127,7 +128,7 @@ def name_is_late(name: str) -> bool:
 def subject() -> Subject:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("highest")
-    return Subject(device, torch.cuda.get_device_properties(device).multi_processor_count)
+    return Subject(device, processors_of(device))
 
 
 # ---- in the process that does the work ----

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.cuda.wkv_layout import HEAD_SIZES, Layout
+from infctx.cuda.wkv_layout import HEAD_SIZES
+from infctx.cuda.wkv_time import Processors, find_layout
 from infctx.recurrence.wkv_chunked import wkv_chunked
 from infctx.recurrence.wkv_reference import wkv_reference
 
@@ -38,10 +39,10 @@ GRADIENTS = {"r": "dr", "k": "dk", "v": "dv", "w": "dw", "u": "du", "state": "dS
 
 @dataclass(frozen=True)
 class Subject:
-    """The op to judge, and how many blocks of threads its device runs at the same time."""
+    """The op to judge, and the processors of its device."""
 
     device: torch.device
-    processors: int
+    processors: Processors
     op: Op = wkv_cuda
 
 
@@ -102,7 +103,7 @@ def accuracy_cases() -> Iterator[Case]:
             yield Case((3, 77, 2, 64), dtype, decay, documents=True)
             yield Case((1, 1, 2, 64), dtype, decay)
             yield Case((1, 16384, 2, 64), dtype, decay)
-        yield Case((8, 256, 40, 64), dtype, documents=True)  # more heads than processors: one span
+        yield Case((8, 256, 40, 64), dtype, documents=True)  # more heads than processors
         yield Case((1, 4096, 40, 64), dtype)
         yield Case((1, 16384, 2, 64), dtype, documents=True)
         for shape in ((2, 300, 3, 16), (1, 200, 2, 32), (2, 130, 2, 80), (1, 150, 2, 128), (2, 333, 2, 256)):
@@ -234,10 +235,15 @@ def accuracy(case: Case, subject: Subject) -> Verdict:
         too_many = [name for name, most in MOST_TIMES_CHUNKED.items() if not ratios[name] <= most]
     r, largest = given(inputs, "r"), HEAD_SIZES[-1]
     # Heads above 64 channels are split before the kernels see them.
-    spans = Layout.of(r, subject.processors).spans if r.shape[3] <= largest else "of pieces"
+    spans = _spans(r, subject.processors) if r.shape[3] <= largest else "of pieces"
     beside = " ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
     text = f"{verdict.text}; spans {spans}; times chunked: {beside}"
     return Verdict(verdict.passed and not too_many, text + "".join(f"; {name}: too many" for name in too_many))
+
+
+def _spans(r: Tensor, processors: Processors) -> str:
+    spans = [find_layout(tuple(r.shape), r.dtype, processors, way).spans for way in ("forward", "backward")]
+    return "{} and {}".format(*spans)
 
 
 def same_bits(case: Case, subject: Subject) -> Verdict:

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, backward_shared_bytes, find_layout, forward_shared_bytes
+from infctx.cuda.wkv_cuda import processors_of, wkv_cuda
+from infctx.cuda.wkv_layout import HEAD_SIZES, backward_shared_bytes, compiler_options, cut, forward_shared_bytes
 
 from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy, draw, given, outputs, same
 
@@ -109,7 +109,7 @@ def sanitizer_checks() -> list[Check]:
 def compile_all(subject: Subject) -> Verdict:
     """Compiles into the user's cache, in parallel processes: the compiler does one source at a time."""
     major, minor = torch.cuda.get_device_capability(subject.device)
-    variants = {find_layout(1, 1, 1, size, dtype, 1).options for size in HEAD_SIZES for dtype in (BF16, FP32)}
+    variants = {compiler_options(size, dtype) for size in HEAD_SIZES for dtype in (BF16, FP32)}
     programs = [(source, f"sm_{major}{minor}", *options) for source in reversed(SOURCES) for options in variants]
 
     def compile_one(arguments: Sequence[str]) -> tuple[int, str]:
@@ -126,7 +126,7 @@ def compile_all(subject: Subject) -> Verdict:
 
 def first_use_of(dtype: torch.dtype, subject: Subject) -> Verdict:
     """Times first use in new processes, with an empty cache, then with the cache of the first one; heads of 64."""
-    options = find_layout(1, 1, 1, 64, dtype, 1).options
+    options = compiler_options(64, dtype)
     with tempfile.TemporaryDirectory() as cache:
         lines = []
         for _ in range(2):
@@ -298,7 +298,7 @@ def shared_memory(subject: Subject) -> Verdict:
         for dtype in (BF16, FP32):
             case = Case((2, 130, 3, size), dtype, documents=True)
             inputs, _ = draw(case, subject.device)
-            layout = Layout.of(given(inputs, "r"), subject.processors)
+            layout = cut(given(inputs, "r").shape, dtype, spans=1)
             verdict = accuracy(case, subject)
             passed = passed and bool(verdict.passed)
             kilobytes = [count(layout) / 1024 for count in (forward_shared_bytes, backward_shared_bytes)]
@@ -313,8 +313,8 @@ def every_device(subject: Subject) -> Verdict:
         return Verdict(None, "there is only one device")
     verdicts = {}
     for index in range(count):
-        processors = torch.cuda.get_device_properties(index).multi_processor_count
-        verdicts[index] = accuracy(SMALL, replace(subject, device=torch.device("cuda", index), processors=processors))
+        device = torch.device("cuda", index)
+        verdicts[index] = accuracy(SMALL, replace(subject, device=device, processors=processors_of(device)))
     failed = [index for index, verdict in verdicts.items() if not verdict.passed]
     return Verdict(not failed, f"{count} devices; wrong on {failed or 'none'}")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from infctx.cuda.wkv_layout import Layout, find_layout
+from infctx.cuda.wkv_layout import Layout
+from infctx.cuda.wkv_time import Processors, find_layout
 
 HEAD_SIZE = 64
 BAR_SHAPE = (1, 4096, 40)
@@ -49,7 +50,7 @@ class Report:
 
     facts: dict[str, str]
     copy_rate: float
-    processors: int
+    processors: Processors
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
@@ -76,8 +77,8 @@ def markdown(report: Report) -> str:
 
 
 def table_row(row: Row, report: Report) -> str:
-    layout = layout_of(row, report)
-    traffic = (layout.forward_bytes(keep=False), layout.forward_bytes(), layout.backward_bytes())
+    forward, backward = (layout_of(row, report, direction) for direction in ("forward", "backward"))
+    traffic = (forward.forward_bytes(keep=False), forward.forward_bytes(), backward.backward_bytes())
     shares = [
         shown(roofline_us(row, report, by_token_head) / time if isinstance(time, float) else time, "{:.0%}")
         for by_token_head, time in ((traffic[0], row.forward), (traffic[2], row.backward))
@@ -96,8 +97,8 @@ def shown(cell: Cell, form: str) -> str:
     return cell if isinstance(cell, str) else form.format(cell)
 
 
-def layout_of(row: Row, report: Report) -> Layout:
-    return find_layout(*row.shape, HEAD_SIZE, torch.bfloat16, report.processors)
+def layout_of(row: Row, report: Report, direction: str) -> Layout:
+    return find_layout((*row.shape, HEAD_SIZE), torch.bfloat16, report.processors, direction)
 
 
 def roofline_us(row: Row, report: Report, bytes_by_token_head: float) -> float:
