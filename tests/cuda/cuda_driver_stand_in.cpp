@@ -14,6 +14,10 @@ static thread_local void* current = nullptr;
 // Of each kernel: bytes of its parameters.  The second one takes none.
 static const int sizes[2][5] = {{8, 8, 8, 4, 0}, {0}};
 
+// As far as the driver's documentation promises, a function does not take over its kernel's limit.
+static const int default_limit = 48 * 1024 - 256;
+static int limits[2] = {default_limit, default_limit};
+
 static int called(const char* function, const char* format = "", ...) {
   char text[512];
   va_list arguments;
@@ -57,6 +61,7 @@ int cuCtxSetCurrent(void* context) { current = context; return called("cuCtxSetC
 #ifndef BEFORE_12_0
 int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned a, void*, void*, unsigned b) {
   *library = (void*)0xA;
+  limits[0] = limits[1] = default_limit;
   return called("cuLibraryLoadData", "%.8s, %u, %u", (const char*)code, a, b);
 }
 #endif
@@ -69,8 +74,13 @@ int cuKernelGetFunction(void** function, void* kernel) {
   return called("cuKernelGetFunction", "%lx, in %lx", (long)kernel, (long)current);
 }
 int cuKernelGetAttribute(int* value, int attribute, void* kernel, int device) {
-  *value = 48 * 1024 - 256;
+  *value = default_limit;
   return called("cuKernelGetAttribute", "%d, %lx, %d", attribute, (long)kernel, device);
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  const int result = called("cuFuncSetAttribute", "%lx, %d, %d in %lx", (long)function, attribute, value, (long)current);
+  if (result == 0 && attribute == 8) limits[(long)function - 0xF20] = value;
+  return result;
 }
 int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
   return called("cuKernelSetAttribute", "%d, %d, %lx, %d", attribute, value, (long)kernel, device);
@@ -91,7 +101,9 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     else snprintf(text, sizeof text, " %.9g", *(float*)*parameters);
     values += text;
   }
-  return called("cuLaunchKernel", "%lx, %u %u %u, %u %u %u, %u, %lx,%s, %lx in %lx", (long)function, gx, gy, gz, bx, by,
-                bz, shared, (long)stream, values.c_str(), (long)extra, (long)current);
+  const int result =
+      called("cuLaunchKernel", "%lx, %u %u %u, %u %u %u, %u, %lx,%s, %lx in %lx", (long)function, gx, gy, gz, bx, by,
+             bz, shared, (long)stream, values.c_str(), (long)extra, (long)current);
+  return result ? result : (int)shared > limits[(long)function - 0xF20];  // 1 is CUDA_ERROR_INVALID_VALUE
 }
 }

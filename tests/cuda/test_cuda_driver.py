@@ -146,8 +146,7 @@ def test_the_context_is_set_only_where_it_is_another(stand_in):
         return stand_in.calls()
 
     here = expected_launch(f"{x.data_ptr()} {x.data_ptr()} 1 0.5")
-    # no context, as in a thread that has not used the GPU yet; and another device's context
-    for other in (None, 0xC001):
+    for other in (None, 0xC001):  # a thread that has not used the GPU yet; another device's context
         stand_in.driver.call("cuCtxSetCurrent", other)
         stand_in.calls()
         assert attempt() == [f"cuCtxSetCurrent({CONTEXT:x})", here, f"cuCtxSetCurrent({other or 0:x})"]
@@ -174,28 +173,30 @@ def test_threads_do_not_share_their_arguments(stand_in):
     for thread in threads:
         thread.join()
     assert not problems
-    pointer = x.data_ptr()
     pairs = [(number, 1000 * number + step) for number in range(4) for step in range(200)]
-    expected = {expected_launch(f"{pointer} {pointer} {count} {number}") for number, count in pairs}
+    expected = {expected_launch(f"{x.data_ptr()} {x.data_ptr()} {count} {number}") for number, count in pairs}
     launches = [call for call in stand_in.calls() if call.startswith("cuLaunchKernel")]
     assert len(launches) == 800 and set(launches) == expected
 
 
 def test_shared_memory_is_requested_once_and_only_upward(stand_in):
+    """For the kernel and for the function that is launched: the stand-in's function does not take over the limit."""
     add, x = stand_in.load()["add"], torch.zeros(1)
     asked = []
     for shared_bytes in (48 * 1024 - 256, 48 * 1024, 99 * 1024, 64 * 1024, 99 * 1024):
         launch(add, (5, 4, 3), (128, 2, 1), shared_bytes, [x, x, 1, 0.5])
         calls = stand_in.calls()
-        asked += [call for call in calls if call.startswith("cuKernelSetAttribute")]
+        asked += [call for call in calls if "SetAttribute" in call]
         assert expected_launch(f"{x.data_ptr()} {x.data_ptr()} 1 0.5", shared_bytes) in calls
-    assert asked == [f"cuKernelSetAttribute(8, {size}, 20, 99)" for size in (48 * 1024, 99 * 1024)]
-    # refused: no launch, and the next launch tries again
-    stand_in.plant("cuKernelSetAttribute", 1)
-    for _ in range(2):
-        with pytest.raises(DriverError, match=r"cuKernelSetAttribute \(add, 300000 bytes of dynamic shared memory\): "):
-            launch(add, (5, 4, 3), (128, 2, 1), 300_000, [x, x, 1, 0.5])
-        assert stand_in.calls() == ["cuKernelSetAttribute(8, 300000, 20, 99)"]
+    requests = "cuKernelSetAttribute(8, {0}, 20, 99)", f"cuFuncSetAttribute(f20, 8, {{0}} in {CONTEXT:x})"
+    assert asked == [request.format(size) for size in (48 * 1024, 99 * 1024) for request in requests]
+    for number, function in enumerate(("cuKernelSetAttribute", "cuFuncSetAttribute")):
+        stand_in.plant(function, 1)
+        for _ in range(2):  # no launch, and the next one tries again
+            with pytest.raises(DriverError, match=rf"{function} \(add, 300000 bytes of dynamic shared memory\): "):
+                launch(add, (5, 4, 3), (128, 2, 1), 300_000, [x, x, 1, 0.5])
+            assert stand_in.calls()[1:-1] == [request.format(300_000) for request in requests[: number + 1]]
+            assert stand_in.driver.current_context() is None
     assert add.dynamic_shared_bytes == 99 * 1024
 
 
