@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infctx.conventions import START_SPACING
 from infctx.cuda.compile import KernelsUnavailable
+from infctx.cuda.driver import DriverError
 from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
 from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
@@ -20,6 +21,7 @@ from infctx.recurrence.wkv_compiled import wkv_compiled
 from infctx.recurrence.wkv_reference import wkv_reference
 
 BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
+REPORT = "what tools/gpu/gpu_check.py says"
 ONLY_ON = {"compiled": "cpu", "cuda": "cuda"}
 
 log = logging.getLogger(__name__)
@@ -73,23 +75,23 @@ def choose_backend(backend: str, device_type: str, device_index: int | None, dty
 def _cuda_or_chunked(device_index: int, dtype: torch.dtype, channels: int) -> str:
     try:
         compile_kernels(device_index, dtype, channels)
+        wrong = find_disagreement(torch.device("cuda", device_index), dtype, channels)
     except KernelsUnavailable as error:
-        _warn_once(f"wkv runs in plain torch, many times slower: {error}")
-        return "chunked"
-    wrong = find_disagreement(torch.device("cuda", device_index), dtype, channels)
+        return _chunked_because(str(error))
+    except DriverError as error:
+        return _chunked_because(f"{error}; update the GPU's driver, or report this with {REPORT}")
     if wrong:
         name = torch.cuda.get_device_name(device_index)
-        _warn_once(
-            f"wkv runs in plain torch, many times slower: on {name} the CUDA kernels are wrong for {channels} channels "
-            f"in {dtype}: {wrong}; please report this"
-        )
-        return "chunked"
+        are_wrong = f"on {name} the CUDA kernels are wrong for {channels} channels in {dtype}: {wrong}"
+        return _chunked_because(f"{are_wrong}; please report this with {REPORT}")
     return "cuda"
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+def _chunked_because(reason: str) -> str:
+    """Says so once for each reason."""
+    log.warning("wkv runs in plain torch, many times slower: %s", reason)
+    return "chunked"
 
 
 @functools.cache

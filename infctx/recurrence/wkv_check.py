@@ -39,7 +39,8 @@ def _compare(device: torch.device | str, dtype: torch.dtype, channels: int) -> s
         allowed = 1e-2 if x.dtype == torch.bfloat16 else 1e-4
         error = float((x.double() - truth).norm() / truth.norm())
         if not error <= allowed:
-            return f"{name if name in NAMES[:2] else f'the gradient of {name}'} differs by {error:.1e} of its size"
+            what = name if name in NAMES[:2] else f"the gradient of {name}"
+            return f"{what} differs by {error:.1e} of its size, and {allowed:.0e} is allowed"
     return None
 
 

@@ -66,7 +66,7 @@ def test_accuracy(subject, dtype, decay):
     case = Case((2, 150, 2, 16), dtype, decay, documents=decay != "slow")
     verdict = gpu_correctness.accuracy(case, subject)
     assert verdict.passed, verdict.text
-    assert re.match(r"worst \S.* \d\.\de-\d\d, bar \d\.\de-\d\d; spans 3; times chunked: y ", verdict.text)
+    assert re.match(r"worst \S.* \d\.\de-\d\d, bar \d\.\de-\d\d; spans 3 and 3; times chunked: y ", verdict.text)
 
 
 def test_heads_that_are_cut_up_are_judged_too(subject):
@@ -165,6 +165,13 @@ def test_threads():
 
     with pytest.raises(AssertionError, match="planted"):
         gpu_launches.threads(TINY, dataclasses.replace(subject, op=raises_later))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_kernels_auto_does_not_trust_them(subject):
+    verdict = gpu_launches.auto_trusts(subject)
+    assert verdict.passed is False and "many times slower: CUDA kernels need an NVIDIA GPU" in verdict.text
+    assert verdict.text.endswith("chunked, chunked")
 
 
 def test_the_list_of_checks():

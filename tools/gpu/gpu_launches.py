@@ -75,11 +75,22 @@ for source in sys.argv[1].split(","):
     print(json.dumps([compiling, seconds, used]))
 """
 
+# In the environment as users have it: TF32 may be allowed, as containers do it.
+CHOOSE = """
+import logging, sys
+import torch
+from infctx.recurrence.wkv import choose_backend
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+for dtype in (torch.bfloat16, torch.float32):
+    print(choose_backend("auto", "cuda", int(sys.argv[1]), dtype, 64))
+"""
+
 
 def compile_checks() -> list[Check]:
     """Returns the checks to run first: later ones find all kernels in the cache."""
     first_use = [Check(f"first use {name}", partial(first_use_of, dtype)) for name, dtype in _DTYPES.items()]
-    return [Check("all kernels compile", compile_all), *first_use]
+    choice = Check("auto trusts the kernels in this environment", auto_trusts)
+    return [Check("all kernels compile", compile_all), choice, *first_use]
 
 
 _DTYPES = {"bf16": BF16, "fp32": FP32}
@@ -122,6 +133,15 @@ def compile_all(subject: Subject) -> Verdict:
     failed = [line for code, line in results if code]
     text = f"{len(programs)} sources and variants in {time.perf_counter() - began:.1f} s"
     return Verdict(not failed, f"{text}; {len(failed)} failed: {failed[0]}" if failed else text)
+
+
+def auto_trusts(subject: Subject) -> Verdict:
+    """Runs the check that every user's process makes before it trusts the kernels; this process allows no TF32."""
+    done = _run_python(["-c", CHOOSE, str(subject.device.index or 0)], seconds=90)
+    said = done.stdout.splitlines()
+    if done.returncode:
+        return Verdict(False, done.stderr.strip().rpartition("\n")[2])
+    return Verdict(said == ["cuda", "cuda"], "for bf16 and fp32: " + ", ".join(said))
 
 
 def first_use_of(dtype: torch.dtype, subject: Subject) -> Verdict:
