@@ -70,8 +70,8 @@ RUN_CROWD = 0.045
 
 SUM_CROWD = 0.2
 JOIN_SPAN = 0.3
-"""The same for sums, and microseconds for a span that is joined.  No measured call depends on them: these are guesses
-from the kernels' machine code."""
+"""The same for sums, and microseconds for a span that is joined.  No measured call depends on them, so these are
+guesses; `tools/machine_code.py --replay` says 0.1 for the first, without the queues of the memory."""
 SUM_REGISTERS = 128
 MOST_WAVES = 20
 """More blocks than this many for each place on the GPU are not tried: the last wave is a small part then."""
@@ -90,16 +90,16 @@ def microseconds(layout: Layout, processors: Processors, direction: str) -> floa
     """Returns the modeled time: spans that run in waves, their sums before that, the join, and memory traffic."""
     costs, threads = COSTS[direction], 32 * layout.warps
     if direction == "forward":
-        run_slots = _slots(processors, threads, costs.registers, forward_shared_bytes(layout))
+        run_slots = blocks_at_once(processors, threads, costs.registers, forward_shared_bytes(layout))
         traffic = layout.forward_bytes()
     else:
-        run_slots = _slots(processors, 2 * threads, costs.registers, backward_shared_bytes(layout))
+        run_slots = blocks_at_once(processors, 2 * threads, costs.registers, backward_shared_bytes(layout))
         traffic = layout.backward_bytes()
     chunks = min(layout.span_tokens, layout.tokens) / CHUNK_TOKENS + costs.begin
     time = LAUNCHES[direction] + costs.megabyte * traffic * layout.rows * layout.tokens / 1e6
     time += costs.run * chunks * _waves(layout.rows * layout.spans, processors, run_slots, RUN_CROWD)
     if layout.spans > 1:
-        slots = _slots(processors, threads, SUM_REGISTERS, span_shared_bytes(layout))
+        slots = blocks_at_once(processors, threads, SUM_REGISTERS, span_shared_bytes(layout))
         time += costs.sum * chunks * _waves(layout.rows * (layout.spans - 1), processors, slots, SUM_CROWD)
         time += JOIN_SPAN * layout.spans
     return time
@@ -117,7 +117,7 @@ def _layouts(shape: tuple[int, ...], dtype: torch.dtype, processors: Processors)
         spans = -(-units // (span_units - 1)) if span_units > 1 else most + 1
 
 
-def _slots(processors: Processors, threads: int, registers: int, shared_bytes: int) -> int:
+def blocks_at_once(processors: Processors, threads: int, registers: int, shared_bytes: int) -> int:
     """Returns how many blocks a processor has room for."""
     by_registers = PROCESSOR_REGISTERS // (threads * -(-registers // 8) * 8)
     return max(1, min(by_registers, processors.shared_bytes // (shared_bytes + BLOCK_SHARED_BYTES)))
