@@ -114,7 +114,7 @@ def _where(problem: ErrorDetails) -> tuple[str, ...]:
     """Returns the path of a setting, without the forms that it could have: data, sources[1], weight."""
     path: list[str] = []
     for part in problem["loc"]:
-        if isinstance(part, int):
+        if isinstance(part, int) and path:
             path[-1] += f"[{part}]"
         elif part not in FORMS:
             path.append(str(part))

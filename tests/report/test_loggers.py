@@ -61,6 +61,7 @@ def wandb_runs(run):
     return found
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_what_tensorboard_and_csv_have_and_continues_one_run(tmp_path, monkeypatch):
     config, run = write_config(tmp_path, optimizer__steps=3, optimizer__schedule="constant"), tmp_path / "run"
     settings = ["run.loggers=[tensorboard, csv, wandb]", "run.evaluate_every_steps=2"]

@@ -133,7 +133,7 @@ def test_units_are_the_size_of_the_models_own_states(lanes_per_pass):
     starts = torch.zeros(3, 4, dtype=torch.bool)
     starts[:, 0] = starts[1, 2] = True
     settings = WindowSettings(segment_tokens=32, window_tokens=64, lanes=3, lanes_per_pass=lanes_per_pass)
-    units = natural_units(model, Window(tokens, tokens, starts, [], 1, 0), settings)
+    units = natural_units(model, Window(tokens, tokens, starts, None, [], 1, [1], 0), settings)
     assert [unit.shape for unit in units] == [(2, 2, 16, 1), (2, 1), (2, 1)]
     first = model(tokens[:, :32])[1]
     second = model(tokens[:, 32:], first, starts[:, 2:])[1]

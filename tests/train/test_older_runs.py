@@ -33,7 +33,8 @@ def test_a_run_resumes_from_its_checkpoint(older, name):
     alone = ["distributed.devices=1", "distributed.strategy=auto"] if name == "two-ranks" else []
     config = load_config(older / f"{name}.yaml", alone)
     if not alone:  # settings that 0.1.0 did not know are at their defaults
-        assert changed_settings(older / name / "checkpoints" / "step-000004", config) == []
+        changed = changed_settings(older / name / "checkpoints" / "step-000004", config)
+        assert [line for line in changed if not line.startswith("model.weights ")] == []  # they moved with the folder
     train(config)
     found = losses_of(older / name)
     assert found[:4] == truth[:4] and found[4:] == pytest.approx(truth[4:], rel=1e-6)
