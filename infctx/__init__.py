@@ -1,4 +1,4 @@
-"""infctx trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.
+"""infctx trains RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose) on documents of any length.
 
 The names below are the public interface; each is documented where it is defined.  They are loaded at first use, so
 `import infctx` costs nothing and commands that need no model do not load torch.  examples/ shows how to use them.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from infctx.model.build import build_model
     from infctx.model.rwkv import RWKV
     from infctx.model.state import State
-    from infctx.recurrence.wkv import wkv
+    from infctx.recurrence.wkv import wkv, wkv7
     from infctx.train.window import window_backward
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "tokenizer",
     "window_backward",
     "wkv",
+    "wkv7",
 ]
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _DEFINED_AS = {
     "tokenizer": "infctx.data.tokenizer.get_tokenizer",
     "window_backward": "infctx.train.window.window_backward",
     "wkv": "infctx.recurrence.wkv.wkv",
+    "wkv7": "infctx.recurrence.wkv.wkv7",
 }
 
 

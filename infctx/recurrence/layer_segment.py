@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from infctx.recurrence.token_shift import token_shift
-from infctx.recurrence.wkv import wkv
+from infctx.recurrence.wkv import wkv, wkv7
 
 Shift = Literal["time_shift", "channel_shift"]
 
@@ -53,6 +53,13 @@ class LayerSegment:
     ) -> tuple[Tensor, Tensor]:
         """Returns `infctx.wkv` of the segment: y (B, T, H, N) and the state after it (B, H, N, N)."""
         return wkv(r, k, v, w, u, state, self.starts, self.initial[0], backend)
+
+    # Eight parameters: those of the op that a layer has.
+    def wkv7(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `infctx.wkv7` of the segment: y (B, T, H, N) and the state after it (B, H, N, N)."""
+        return wkv7(r, w, k, v, a, b, state, self.starts, self.initial[0], backend)
 
     def initial_shift(self, shift: Shift) -> Tensor | None:
         """Returns the vector (B, D) that documents see before their first token; None for zeros."""

@@ -1,15 +1,16 @@
 """Time over ranks: each rank has a slice of every segment, and the recurrence continues across them, gradient included.
 
 A slice turns the incoming state S into kept * S + added.  `kept` is exp of its sum of log decays for each key channel
-(zero if a document starts in it); `added` is the state that it reaches from zeros.  One all-gather gives every rank
-both for every slice, and each rank computes the states before its own slice and after the last one:
+(zero if a document starts in it); in RWKV-7 it is a matrix (N, N), and the products below are those of matrices.
+`added` is the state that it reaches from zeros.  One all-gather gives every rank both for every slice, and each rank
+computes the states before its own slice and after the last one:
 
     S_0 = state of the segment before;    S_(p+1) = kept_p * S_p + added_p                (p = 0 .. P - 1)
 
 Backward, g_p is the gradient that slice p alone gives its incoming state (one all-gather), and G_P is the gradient of
 the state after the segment:
 
-    G_p = g_p + kept_p * G_(p+1);         d added_p = G_(p+1);         d kept_p = S_p . G_(p+1), over value channels
+    G_p = g_p + kept_p^T * G_(p+1);       d added_p = G_(p+1);         d kept_p = S_p . G_(p+1), over value channels
 
 The token shift gets the last vector of the previous slice and returns its gradient.
 
@@ -19,7 +20,7 @@ of weights, are.  So windows, carries and checkpoints need not know about any of
 
 Received over the wire by each rank for a layer, with activations of s bytes:
     forward   (P - 1) B (4 H N (N + 1) + 2 D s) bytes;        backward   (P - 1) B (4 H N N + 2 D s) bytes
-and nothing when a forward pass is recomputed: `Received` keeps the values that came in.
+(RWKV-7: N + N for N + 1) and nothing when a forward pass is recomputed: `Received` keeps the values that came in.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.recurrence.layer_segment import LayerSegment, LayerState, Shift
 from infctx.recurrence.token_shift import token_shift
-from infctx.recurrence.wkv import wkv
+from infctx.recurrence.wkv import wkv, wkv7
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
@@ -56,7 +57,7 @@ class Received:
     pass.  When the segment or one of its blocks is computed again, nothing is sent.
 
     time_shift, channel_shift (B, D): the vector before this rank's slice; came_in (B, H, N, N): the state before it;
-    kept (P, B, H, N, 1): the fraction of a state that is left after each slice.
+    kept (P, B, H, N, 1), or (P, B, H, N, N) in RWKV-7: what each slice leaves of a state.
     """
 
     def __init__(self, layers: list[dict[str, Tensor]] | None = None) -> None:
@@ -123,6 +124,20 @@ class SharedLayerSegment(LayerSegment):
         y, _ = wkv(r, k, v, w, u, came_in, starts, initial, backend)
         return y, after
 
+    # Eight parameters: those of the op.
+    def wkv7(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """The same for `infctx.wkv7`, which runs once more for `kept`: what becomes of the unit matrix if no token
+        writes its value.  A document that starts leaves nothing of it."""
+        starts, initial, still = self.starts, self.initial[0], r.detach()
+        _, added = wkv7(still, w, k, v, a, b, torch.zeros_like(state), starts, initial, backend)
+        unit = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
+        _, kept = wkv7(still, w, k.detach(), torch.zeros_like(v), a, b, unit, starts, None, backend)
+        came_in, after = _Join.apply(kept, added, state, self)
+        y, _ = wkv7(r, w, k, v, a, b, came_in, starts, initial, backend)
+        return y, after
+
 
 class _Shift(torch.autograd.Function):
     @staticmethod
@@ -155,13 +170,13 @@ class _Join(torch.autograd.Function):
             everyone_kept, came_in = segment.received["kept"], segment.received["came_in"]
             after = torch.zeros_like(state)
         else:
-            everyone = ranks.gather(torch.cat([kept, added], dim=-1))  # (P, B, H, N, 1 + N)
-            everyone_kept = everyone[..., :1].clone()
+            everyone = ranks.gather(torch.cat([kept, added], dim=-1))  # (P, B, H, N, 1 + N or N + N)
+            everyone_kept = everyone[..., : kept.shape[-1]].clone()
             after = state
             for rank in range(ranks.size):
                 if rank == ranks.rank:
                     came_in = after
-                after = everyone_kept[rank] * after + everyone[rank, ..., 1:]
+                after = _keep(everyone_kept[rank], after) + everyone[rank, ..., kept.shape[-1] :]
             segment.received["kept"], segment.received["came_in"] = everyone_kept, came_in
         ctx.save_for_backward(everyone_kept, came_in)
         return came_in.detach(), after
@@ -170,10 +185,15 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_came_in: Tensor, d_behind: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         everyone_kept, came_in = ctx.saved_tensors
-        ranks, asked = ctx.ranks, d_behind
+        ranks, asked, is_matrix = ctx.ranks, d_behind, everyone_kept.shape[-1] > 1
         everyone_asked = ranks.gather(d_came_in)  # (P, B, H, N, N)
         for rank in reversed(range(ranks.size)):
             if rank == ranks.rank:
-                d_added, d_kept = asked, (came_in * asked).sum(-1, keepdim=True)
-            asked = everyone_asked[rank] + everyone_kept[rank] * asked
+                d_kept = asked @ came_in.mT if is_matrix else (came_in * asked).sum(-1, keepdim=True)
+                d_added = asked
+            asked = everyone_asked[rank] + _keep(everyone_kept[rank].mT if is_matrix else everyone_kept[rank], asked)
         return d_kept, d_added, asked, None
+
+
+def _keep(kept: Tensor, state: Tensor) -> Tensor:
+    return kept * state if kept.shape[-1] == 1 else kept @ state

@@ -1,9 +1,10 @@
-"""WKV, the op of time mixing: its contract, the checks, and the choice of a backend."""
+"""WKV and WKV-7, the ops of time mixing: their contracts, the checks, and the choice of a backend."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
 from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.wkv_check import find_disagreement
-from infctx.recurrence.wkv_chunked import wkv_chunked
-from infctx.recurrence.wkv_compiled import wkv_compiled
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.recurrence.wkv_chunked import wkv7_chunked, wkv_chunked
+from infctx.recurrence.wkv_compiled import wkv7_compiled, wkv_compiled
+from infctx.recurrence.wkv_reference import wkv7_reference, wkv_reference
 
 BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
+BACKENDS_7 = {"reference": wkv7_reference, "chunked": wkv7_chunked, "compiled": wkv7_compiled}
 REPORT = "what tools/gpu/gpu_check.py says"
 ONLY_ON = {"compiled": "cpu", "cuda": "cuda"}
 
@@ -57,9 +59,40 @@ def wkv(
     Returns y like r, and the state after the last token, like `state`.  Nothing is changed in place; every input except
     `starts` gets a gradient, from both outputs.  Raises InputError for shapes, dtypes or a backend that do not fit.
     """
-    _check(r, k, v, w, u, state, starts, initial)
+    _check("wkv", {"r": r, "k": k, "v": v, "w": w}, state, starts, initial, u)
     picked = choose_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3])
     return BACKENDS[picked](r, k, v, w, u, state, starts, initial)
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    initial: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the WKV recurrence of RWKV-7 over a segment and passes on its state.
+
+    Per head, for key channel i and value channel j (arXiv 2503.14456, section 4), with u[j] = sum_i a[t, i] S[i, j]:
+
+        S[i, j] <- exp(w[t, i]) S[i, j] + b[t, i] u[j] + k[t, i] v[t, j];    y[t, j] = sum_i r[t, i] S[i, j]
+
+    r, k, v, a, b: (B, T, H, N), bf16, fp32 or fp64; any T >= 1.  RWKV-7's a is minus a unit vector, and its b that
+             vector times rates in 0..1; others may be anything, but products of exp(w) + b a^T may then grow
+    w:       (B, T, H, N), fp32 (fp64 with fp64), any log decay <= 0, also far beyond RWKV-7's -0.6065
+    state, starts, initial: as for `infctx.wkv`
+    backend: "reference" (a loop over time: the definition), "chunked" (plain torch, any device), "compiled"
+             (numba, CPU), or "auto": compiled on a CPU, chunked elsewhere
+
+    Returns and raises as `infctx.wkv` does; y is read after its token is written, in RWKV-5 and RWKV-6 before.
+    """
+    _check("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, state, starts, initial)
+    return BACKENDS_7[pick_backend(backend, r.device.type, "wkv7")](r, w, k, v, a, b, state, starts, initial)
 
 
 # Without this torch.compile would trace the search for a compiler.
@@ -95,29 +128,35 @@ def _chunked_because(reason: str) -> str:
 
 
 @functools.cache
-def pick_backend(backend: str, device_type: str) -> str:
+def pick_backend(backend: str, device_type: str, op: Literal["wkv", "wkv7"] = "wkv") -> str:
     """Returns the name of the backend to run, and logs it once."""
+    backends = BACKENDS if op == "wkv" else BACKENDS_7
     if backend == "auto":
         backend = "compiled" if device_type == "cpu" else "chunked"
-    if backend not in BACKENDS:
-        raise InputError(f"wkv: there is no backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    if backend not in backends:
+        raise InputError(f"{op}: there is no backend {backend!r}; choose auto, {', '.join(backends)}")
     only_on = ONLY_ON.get(backend, device_type)
     if only_on != device_type:
-        raise InputError(f"wkv: backend {backend!r} runs on {only_on}, not on {device_type}; choose auto or chunked")
-    log.info("wkv backend on %s: %s", device_type, backend)
+        raise InputError(f"{op}: backend {backend!r} runs on {only_on}, not on {device_type}; choose auto or chunked")
+    slow = " (plain torch: there are no CUDA kernels for RWKV-7 yet)"
+    log.info("%s backend on %s: %s%s", op, device_type, backend, slow if (op, device_type) == ("wkv7", "cuda") else "")
     return backend
 
 
 def _check(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, starts: Tensor | None, initial: Tensor | None
+    op: str,
+    tokens: dict[str, Tensor],
+    state: Tensor,
+    starts: Tensor | None,
+    initial: Tensor | None,
+    u: Tensor | None = None,
 ) -> None:
+    """Raises InputError for shapes or dtypes that do not fit; tokens: all inputs (B, T, H, N) by name, r first."""
+    r = tokens["r"]
     if r.ndim != 4 or r.shape[1] < 1:
-        raise InputError(f"wkv: r must be (B, T, H, N) with T >= 1, not {tuple(r.shape)}")
+        raise InputError(f"{op}: r must be (B, T, H, N) with T >= 1, not {tuple(r.shape)}")
     batch, num_tokens, heads, size = r.shape
-    expected = {
-        "k": (k, tuple(r.shape)),
-        "v": (v, tuple(r.shape)),
-        "w": (w, tuple(r.shape)),
+    expected = {name: (x, tuple(r.shape)) for name, x in tokens.items()} | {
         "u": (u, (heads, size)),
         "state": (state, (batch, heads, size, size)),
         "starts": (starts, (batch, -(-num_tokens // START_SPACING))),
@@ -125,15 +164,15 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise InputError(f"wkv: {name} must be {shape} to go with r {tuple(r.shape)}, not {tuple(tensor.shape)}")
+            raise InputError(f"{op}: {name} must be {shape} to go with r {tuple(r.shape)}, not {tuple(tensor.shape)}")
     if starts is not None and starts.dtype != torch.bool:
-        raise InputError(f"wkv: starts must be bool, not {starts.dtype}")
+        raise InputError(f"{op}: starts must be bool, not {starts.dtype}")
     if r.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f"wkv: r is {r.dtype}; use bf16, fp32 or fp64")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != r.dtype:
-            raise InputError(f"wkv: {name} is {tensor.dtype} and r is {r.dtype}; they must be the same")
+        raise InputError(f"{op}: r is {r.dtype}; use bf16, fp32 or fp64")
+    for name, tensor in tokens.items():
+        if name != "w" and tensor.dtype != r.dtype:
+            raise InputError(f"{op}: {name} is {tensor.dtype} and r is {r.dtype}; they must be the same")
     precise = state_dtype(r.dtype)
-    for name, tensor in (("w", w), ("state", state), ("initial", initial)):
+    for name, tensor in (("w", tokens["w"]), ("state", state), ("initial", initial)):
         if tensor is not None and tensor.dtype != precise:
-            raise InputError(f"wkv: {name} must be {precise} to go with r {r.dtype}, not {tensor.dtype}")
+            raise InputError(f"{op}: {name} must be {precise} to go with r {r.dtype}, not {tensor.dtype}")

@@ -13,6 +13,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from numba import njit, types
@@ -39,15 +40,25 @@ KEPT_TOKENS = 64
 @functools.cache
 def compiled(kernel: str, dtype: np.dtype) -> Callable[..., None]:
     """Returns the kernel "forward" or "backward" for float32 or float64, from numba's cache on disk if possible."""
-    real, index, flags = types.float32 if dtype == np.float32 else types.float64, types.intp, types.boolean[:, :]
+    real, flags = types.float32 if dtype == np.float32 else types.float64, types.boolean[:, :]
     tokens = matrices = types.Array(real, 4, "A")
     inputs = (*[tokens] * 4, real[:, :], flags, matrices)
+    kept = real[:, :, ::1]
     if kernel == "forward":
-        make, arguments = _forward, (*inputs, matrices, tokens, matrices, real[:, :, ::1])
-    else:
-        make, arguments = _backward, (*inputs, real[:, :, ::1], *[tokens] * 6, real[:, :, ::1], *[matrices] * 2)
-    function = make(hashlib.sha256(Path(wkv_numba_lanes.__file__).read_bytes()).hexdigest())
-    signature = types.void(*arguments, index, index)
+        return build(_forward, (*inputs, matrices, tokens, matrices, kept), (wkv_numba_lanes,))
+    return build(_backward, (*inputs, kept, *[tokens] * 6, kept, *[matrices] * 2), (wkv_numba_lanes,))
+
+
+def build(
+    make: Callable[[str], Callable[..., None]], arguments: tuple[types.Type, ...], sources: tuple[ModuleType, ...]
+) -> Callable[..., None]:
+    """Compiles a kernel for arguments of these types and two numbers, or gets it from numba's cache on disk.
+
+    sources: the other files with its macros; numba's cache itself notices only changes to the kernel's file
+    """
+    texts = b"".join(Path(str(source.__file__)).read_bytes() for source in sources)
+    function = make(hashlib.sha256(texts).hexdigest())
+    signature = types.void(*arguments, types.intp, types.intp)
     try:
         return njit(signature, nogil=True, cache=True)(function)
     except (RuntimeError, OSError):  # no place to write a cache to
@@ -62,7 +73,7 @@ def padded_size(size: int, item_bytes: int) -> int:
 
 def _forward(version: str) -> Callable[..., None]:
     def forward(r, k, v, w, u, starts, initial, state, y, final, kept, first, last):
-        _ = version  # numba's cache notices changes to this file; this makes it notice changes to the macros' file too
+        _ = version  # makes numba's cache notice changes to the macros' file
         B, T, H, N = r.shape
         width = width_of(N, state)
         rt, kt, vt, et, read, key, yt, packed_read, packed_key = scratch(9, CHUNK * width, state)

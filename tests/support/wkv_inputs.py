@@ -1,10 +1,14 @@
-"""Random inputs of the WKV op, and the error measure for results."""
+"""Random inputs of the WKV ops, and the error measure for results."""
 
 import torch
 
 
-def random_inputs(seed, decay="ordinary", dtype=torch.float64, shape=None):
-    """Returns inputs of a random shape; `shape` fixes (B, T, H, N)."""
+def random_inputs(seed, decay="ordinary", dtype=torch.float64, shape=None, op="wkv"):
+    """Returns inputs of a random shape, in the order of the op; `shape` fixes (B, T, H, N).
+
+    For wkv7, a is minus a unit vector and b that vector times rates, many of them near 0 and 1; some tokens remove
+    nothing, and every third seed has an a and a b without any pattern.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size):
@@ -30,6 +34,18 @@ def random_inputs(seed, decay="ordinary", dtype=torch.float64, shape=None):
         "state": draw(batch, heads, size, size),
         "initial": draw(batch, heads, size, size),
     }
+    if op == "wkv7":
+        direction = torch.nn.functional.normalize(draw(*z.shape), dim=-1)
+        rate = torch.sigmoid(6 * draw(*z.shape))
+        removes = torch.rand(z.shape[:3], generator=g, dtype=torch.float64)[..., None] > 0.1
+        a, b = -direction * removes, direction * rate
+        if seed % 3 == 2:
+            a, b = (draw(*z.shape) * 0.8 / size**0.5 for _ in range(2))
+        inputs = (
+            {name: inputs[name] for name in ("r", "w", "k", "v")}
+            | {"a": a, "b": b}
+            | {name: inputs[name] for name in ("state", "initial")}
+        )
     starts = torch.rand(batch, -(-tokens // 16), generator=g) < 0.3
     cotangents = draw(*z.shape), draw(batch, heads, size, size)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
