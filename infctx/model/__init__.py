@@ -1,4 +1,4 @@
-"""The model: RWKV-5 (Eagle) and RWKV-6 (Finch), state in and state out at every level.
+"""The model: RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose), state in and state out at every level.
 
 Letters used for dimensions in this package:
 
@@ -7,5 +7,6 @@ Letters used for dimensions in this package:
     D  width                    F  width of the channel mix
     L  layers                   V  vocabulary
 
-Reading order: rwkv -> block -> time_mix, channel_mix -> loss; the recurrence itself is in infctx/recurrence.
+Reading order: rwkv -> block -> time_mix, delta_time_mix, channel_mix -> loss; the recurrence itself is
+in infctx/recurrence.
 """

@@ -29,7 +29,7 @@ def build_model(
     """Builds a new model with the official initialization; device "meta" needs no memory and draws no weights.
 
     name: a published size, such as "finch-3b"; or sizes by keyword: version, num_layers, width, and optionally
-    vocab_size, head_size, ffn_width, mix_rank, decay_rank (see `infctx.model.sizes.make_sizes`)
+    vocab_size, head_size, ffn_width and the ranks of its low-rank products (see `infctx.model.sizes.make_sizes`)
     Raises InputError for other names, and if the sizes do not make a model.
     """
     _refuse_unknown(sizes)

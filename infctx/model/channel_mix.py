@@ -29,7 +29,7 @@ class SquaredRelu(torch.autograd.Function):
 
 
 class ChannelMix(nn.Module):
-    """sigmoid(W_r x_r) * (W_v relu(W_k x_k)^2), with x_k and x_r between a token's input and the one before.
+    """RWKV-5, RWKV-6: sigmoid(W_r x_r) * (W_v relu(W_k x_k)^2), with x_k, x_r between a token's input and the last.
 
     RWKV-5 stores the weight mu of the current input, RWKV-6 the weight 1 - mu of the previous one.
     """
@@ -51,3 +51,19 @@ class ChannelMix(nn.Module):
         x_k, x_r = blend(origin, other - origin, torch.stack([self.mix_key, self.mix_receptance]).to(x.dtype))
         k = SquaredRelu.apply(self.key(x_k))  # (B, T, F)
         return torch.sigmoid(self.receptance(x_r)) * self.value(k), shift
+
+
+class UngatedChannelMix(nn.Module):
+    """RWKV-7: W_v relu(W_k x_k)^2, with x_k between a token's input and the one before."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.mix_key = nn.Parameter(torch.empty(1, 1, sizes.width))
+        self.key = Linear(sizes.width, sizes.ffn_width)
+        self.value = Linear(sizes.ffn_width, sizes.width)
+
+    def forward(self, x: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor]:
+        """See `ChannelMix.forward`."""
+        before, shift = segment.token_shift("channel_shift", x, shift)
+        k = SquaredRelu.apply(self.key(torch.lerp(x, before, self.mix_key.to(x.dtype))))  # (B, T, F)
+        return self.value(k), shift

@@ -50,14 +50,14 @@ class InitialParts(NamedTuple):
 
 
 class RWKV(nn.Module):
-    """RWKV-5 (Eagle) or RWKV-6 (Finch), by `sizes.version`; made by `infctx.load_model` and `infctx.build_model`."""
+    """RWKV-5, 6 or 7 (Eagle, Finch, Goose) by `sizes.version`; made by `infctx.load_model`, `infctx.build_model`."""
 
     def __init__(self, sizes: Sizes, compute: Compute = Compute()) -> None:  # noqa: B008  (frozen)
         super().__init__()
         self.sizes, self.compute = sizes, compute
         self.embedding = nn.Embedding(sizes.vocab_size, sizes.width)
         self.embedding_norm = LayerNorm(sizes.width)
-        self.blocks = nn.ModuleList(Block(sizes, compute.backend) for _ in range(sizes.num_layers))
+        self.blocks = nn.ModuleList(Block(sizes, layer, compute.backend) for layer in range(sizes.num_layers))
         self.output_norm = LayerNorm(sizes.width)
         self.head = Linear(sizes.width, sizes.vocab_size)
         # The learned initial state: see InitialParts.
@@ -88,12 +88,12 @@ class RWKV(nn.Module):
         state = initial if state is None else state
         assert state is not None
         x = self.embedding_norm(self._embed(tokens))  # (B, T, D)
-        layers = []
+        layers, first_value = [], None
         for block, layer, segment in zip(self.blocks, state.layers(), segments, strict=True):
             if self.compute.recompute_blocks and torch.is_grad_enabled():
-                x, layer = checkpoint(block, x, layer, segment, use_reentrant=False)
+                x, layer, first_value = checkpoint(block, x, layer, segment, first_value, use_reentrant=False)
             else:
-                x, layer = block(x, layer, segment)
+                x, layer, first_value = block(x, layer, segment, first_value)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
 

@@ -1,4 +1,4 @@
-"""Time mix: the recurrent half of a block.  RWKV-5 and RWKV-6 differ only in the two mixing modules here."""
+"""Time mix of RWKV-5 and RWKV-6: the recurrent half of a block.  They differ only in the two mixing modules here."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ class TimeMix(nn.Module):
         self.head_norm = HeadNorm(width)
         self.output = Linear(width, width)
 
-    def forward(self, x: Tensor, state: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to pass on."""
+    def forward(
+        self, x: Tensor, state: Tensor, shift: Tensor, segment: LayerSegment, first_value: None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """x (B, T, D), state (B, H, N, N), shift (B, D) -> output (B, T, D), state and shift to pass on.
+
+        first_value: for RWKV-7 alone
+        """
         before, shift = segment.token_shift("time_shift", x, shift)
         x_r, x_k, x_v, x_g, w = self.mixing(x, before)
         r, k, v, w = (
@@ -39,7 +44,7 @@ class TimeMix(nn.Module):
         y, state = segment.wkv(r, k, v, w.to(state.dtype), self.bonus, state, self.backend)
         y = self.head_norm(y)  # (B, T, D)
         gate = self.gate(x_g)
-        return self.output(y * torch.nn.functional.silu(gate)), state, shift
+        return self.output(y * torch.nn.functional.silu(gate)), state, shift, first_value
 
 
 class StaticMixing(nn.Module):

@@ -20,8 +20,9 @@ class ModelSettings(Section):
     """A published size such as `finch-3b` (docs/models.md lists them).  With `weights`, the file must have this size,
     and `infctx plan` can compute the memory before you download it.  Without `weights`, it means new random weights of
     this size."""
-    version: Literal[5, 6] | None = None
-    """Architecture of new weights: 5 for Eagle (RWKV-5.2), 6 for Finch (RWKV-6).  Needs `num_layers` and `width`."""
+    version: Literal[5, 6, 7] | None = None
+    """Architecture of new weights: 5 for Eagle (RWKV-5.2), 6 for Finch (RWKV-6), 7 for Goose (RWKV-7).  Needs
+    `num_layers` and `width`."""
     num_layers: Positive | None = None
     """Number of layers (blocks) of new weights.  Time, memory and the state grow in proportion."""
     width: Positive | None = None
@@ -34,12 +35,21 @@ class ModelSettings(Section):
     """Width of one head of new weights; null: 64, as in all published models.  The state holds `width` times
     `head_size` numbers a layer."""
     ffn_width: Positive | None = None
-    """Width of the hidden layer in the channel mix of new weights; null: 3.5 times `width`, rounded down to a multiple
-    of 32, as in all published models."""
+    """Width of the hidden layer in the channel mix of new weights; null: as in all published models, 4 times `width`
+    for Goose, and for the others 3.5 times, rounded down to a multiple of 32."""
     mix_rank: Positive | None = None
     """Rank of the low-rank product that mixes tokens, Finch only; null: 32, or 64 from a width of 4,096 on."""
     decay_rank: Positive | None = None
-    """Rank of the low-rank product that makes decays, Finch only; null: 64, or 128 from a width of 4,096 on."""
+    """Rank of the low-rank product that makes decays, Finch and Goose; null: for Finch 64, or 128 from a width of 4,096
+    on; for Goose about 2.5 times the root of the width."""
+    rate_rank: Positive | None = None
+    """Rank of the low-rank product that makes the rates of removal, Goose only; null: about 2.5 times the root of the
+    width."""
+    value_rank: Positive | None = None
+    """Rank of the low-rank product that blends values with those of the first layer, Goose only; null: about 1.7 times
+    the root of the width."""
+    gate_rank: Positive | None = None
+    """Rank of the low-rank product that makes the gate, Goose only; null: about 5 times the root of the width."""
     learn: Literal["weights", "initial_state", "initial_state_and_shifts"] = "weights"
     """What to train.  `weights`: every weight, and the initial state if the file has one.  `initial_state`: only the
     matrices that each document starts from, with the weights frozen (state tuning); `infctx tune` sets this.
@@ -58,7 +68,8 @@ class ModelSettings(Section):
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes set by hand."""
-        names = ("version", "num_layers", "width", "vocab_size", "head_size", "ffn_width", "mix_rank", "decay_rank")
+        names = ["version", "num_layers", "width", "vocab_size", "head_size", "ffn_width"]
+        names += ["mix_rank", "decay_rank", "rate_rank", "value_rank", "gate_rank"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property

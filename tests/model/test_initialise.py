@@ -27,13 +27,17 @@ def curves(version, layer, num_layers):
     e = n / WIDTH
     place = n / (WIDTH - 1)
     wanted = {
-        "att.time_decay": -6 + 5 * place ** (0.7 + 1.3 * a),
-        "att.time_faaaa": a * (1 - place) + np.array([(-0.1, 0.0, 0.1)[(i + 1) % 3] for i in n]),
         "att.ln_x.weight": np.full(WIDTH, ((1 + layer) / num_layers) ** 0.7),
         "att.ln_x.bias": np.zeros(WIDTH),
     }
     wanted |= {f"{norm}.weight": np.ones(WIDTH) for norm in ("ln1", "ln2")}
     wanted |= {f"{norm}.bias": np.zeros(WIDTH) for norm in ("ln1", "ln2")}
+    if version == 7:
+        return wanted | goose_curves(layer, a, b)
+    wanted |= {
+        "att.time_decay": -6 + 5 * place ** (0.7 + 1.3 * a),
+        "att.time_faaaa": a * (1 - place) + np.array([(-0.1, 0.0, 0.1)[(i + 1) % 3] for i in n]),
+    }
     if version == 5:
         return wanted | {
             "att.time_mix_k": e**b,
@@ -55,7 +59,26 @@ def curves(version, layer, num_layers):
     }
 
 
-@pytest.mark.parametrize("version", [5, 6])
+def goose_curves(layer, a, b):
+    """The same for the rest of a block of RWKV-7."""
+    n = np.arange(WIDTH)
+    z = ((n % HEAD_SIZE) - (HEAD_SIZE - 1) / 2) / ((HEAD_SIZE - 1) / 2)
+    zigzag, linear, e = z * abs(z), n / (WIDTH - 1) - 0.5, n / WIDTH
+    powers = {"r": 0.2, "g": 0.2, "w": 0.9, "a": 0.9, "k": 0.7, "v": 0.7}
+    wanted = {f"att.x_{letter}": 1 - e ** (power * b) for letter, power in powers.items()}
+    if layer > 0:
+        wanted["att.v0"] = 0.73 - 0.4 * linear
+    return wanted | {
+        "att.w0": -6 + 6 * (n / (WIDTH - 1)) ** (1 + a**0.3) + 0.5 + 2.5 * zigzag,
+        "att.a0": -0.19 + 0.3 * zigzag + 0.4 * linear,
+        "att.k_k": 0.71 - 0.1 * linear,
+        "att.k_a": np.full(WIDTH, 1.02),
+        "att.r_k": np.full(WIDTH, -0.04),
+        "ffn.x_k": 1 - e ** (b**4),
+    }
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_curves_norms_and_zeros(version, num_layers):
     weights = new_weights(version, num_layers)
@@ -63,7 +86,8 @@ def test_curves_norms_and_zeros(version, num_layers):
         for name, values in curves(version, layer, num_layers).items():
             found = weights[f"blocks.{layer}.{name}"].reshape(-1)
             np.testing.assert_allclose(found, values, rtol=2e-7, atol=1e-7, err_msg=f"blocks.{layer}.{name}")
-        for name in ("att.output.weight", "ffn.value.weight", "ffn.receptance.weight"):
+        zeros = {"att.output.weight", "ffn.value.weight"} | ({"ffn.receptance.weight"} if version < 7 else set())
+        for name in zeros:
             assert not weights[f"blocks.{layer}.{name}"].any(), name
     for norm in ("blocks.0.ln0", "ln_out"):
         assert (weights[f"{norm}.weight"] == 1).all()
@@ -79,13 +103,16 @@ def assert_orthogonal(matrix, gain):
     np.testing.assert_allclose(gram, gain**2 * np.eye(min(rows, columns)), atol=2e-6 * max(gain, 1) ** 2)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_orthogonal_matrices(version):
     weights = new_weights(version, 2)
     gains = {"att.receptance": 1, "att.key": 0.1, "att.value": 1, "att.gate": 0.1, "ffn.key": 1}
+    gains = {f"{name}.weight": gain for name, gain in gains.items()}
+    if version == 7:
+        gains = dict.fromkeys(("att.w2", "att.a2", "att.g2"), 0.1)
     for layer in range(2):
         for name, gain in gains.items():
-            assert_orthogonal(weights[f"blocks.{layer}.{name}.weight"], gain)
+            assert_orthogonal(weights[f"blocks.{layer}.{name}"], gain)
     assert_orthogonal(weights["head.weight"], 0.5 * np.sqrt(VOCAB / WIDTH))
     assert_orthogonal(new_weights(version, 1, vocab_size=50)["head.weight"], 0.5)
 
@@ -107,9 +134,15 @@ def test_uniform_tensors():
         assert not weights[f"{att}.time_decay_w1"].any()
         assert_uniform(weights[f"{att}.time_maa_w2"], 0.01)
         assert_uniform(weights[f"{att}.time_decay_w2"], 0.01)
+    weights, bound = new_weights(7, 2), 0.5 / np.sqrt(WIDTH)
+    assert_orthogonal(weights["blocks.1.att.v2"], 0.1)
+    for layer in range(2):
+        assert not any(weights[f"blocks.{layer}.att.{letter}1"].any() for letter in ("wag", "wavg")[layer])
+        for name, its in (("att.receptance", 1), ("att.value", 1), ("att.key", 0.1), ("ffn.key", 1)):
+            assert_uniform(weights[f"blocks.{layer}.{name}.weight"], its * bound)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_a_seed_gives_the_same_weights_and_another_others(version):
     first, again, other = (new_weights(version, 2, seed=seed) for seed in (3, 3, 4))
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -144,7 +177,7 @@ def test_every_weight_is_written():
     assert not model.initial_wkv.any()
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_a_new_model_of_one_layer_runs(version):
     model = infctx.build_model(version=version, num_layers=1, width=32, vocab_size=9, head_size=16)
     hidden, _ = model(torch.arange(9)[None])

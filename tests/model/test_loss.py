@@ -171,7 +171,7 @@ def test_token_losses(slices):
     assert torch.allclose(losses, truth.masked_fill(targets == MASKED, 0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("offset", [0, 1, 7, 15])
 def test_a_segment_begins_anywhere_on_the_grid(version, offset):
     """Document starts are at the window's multiples of 16, wherever the segment begins."""

@@ -8,6 +8,8 @@ import infctx
 from infctx.errors import InputError
 from infctx.model.sizes import PUBLISHED_SIZES, Sizes, describe, make_sizes, published_sizes
 
+from tiny_models import RANKS
+
 PARAMETERS = {
     "eagle-0.4b": 461_721_600,
     "eagle-1.5b": 1_577_754_624,
@@ -17,6 +19,12 @@ PARAMETERS = {
     "finch-3b": 3_099_863_040,
     "finch-7b": 7_635_746_816,
     "finch-14b": 14_069_088_256,
+    "goose-0.1b": 191_034_624,
+    "goose-0.4b": 450_767_872,
+    "goose-1.5b": 1_527_404_544,
+    "goose-2.9b": 2_947_735_040,
+    "goose-7.2b": 7_199_141_888,
+    "goose-13.3b": 13_269_245_952,
 }
 STATE_ELEMENTS = {  # matrices and shift vectors of one lane
     "eagle-0.4b": 1_622_016,
@@ -27,6 +35,12 @@ STATE_ELEMENTS = {  # matrices and shift vectors of one lane
     "finch-3b": 5_406_720,
     "finch-7b": 8_650_752,
     "finch-14b": 16_490_496,
+    "goose-0.1b": 66 * 12 * 768,
+    "goose-0.4b": 66 * 24 * 1024,
+    "goose-1.5b": 66 * 24 * 2048,
+    "goose-2.9b": 66 * 32 * 2560,
+    "goose-7.2b": 66 * 32 * 4096,
+    "goose-13.3b": 66 * 61 * 4096,
 }
 
 
@@ -70,12 +84,14 @@ def test_what_is_left_out_is_derived():
     given = make_sizes(version=6, num_layers=1, width=64, ffn_width=31, mix_rank=3, decay_rank=5)
     assert (given.ffn_width, given.mix_rank, given.decay_rank) == (31, 3, 5)
     assert make_sizes(version=5, num_layers=1, width=8, head_size=8).ffn_width == 32
+    goose = make_sizes(version=7, num_layers=2, width=384)
+    ranks = {"decay_rank": 64, "rate_rank": 64, "value_rank": 32, "gate_rank": 96}  # 49, 49, 33 and 98, to 32s
+    assert goose == Sizes(7, 2, 384, 65536, 64, 4 * 384, None, **ranks)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_closed_form_holds_for_odd_sizes(version):
-    ranks = {"mix_rank": 3, "decay_rank": 7} if version == 6 else {}
-    sizes = dict(version=version, num_layers=2, width=24, vocab_size=19, head_size=8, ffn_width=50, **ranks)
+    sizes = dict(version=version, num_layers=2, width=24, vocab_size=19, head_size=8, ffn_width=50, **RANKS[version])
     model = infctx.build_model(**sizes, device="meta")
     assert sum(parameter.numel() for parameter in model.parameters()) == make_sizes(**sizes).num_parameters
 
@@ -87,7 +103,7 @@ def test_describe():
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"version": 7}, "version: 7"),
+        ({"version": 8}, "version: 8"),
         ({"num_layers": 0}, "num_layers: 0"),
         ({"width": -64}, "width: -64"),
         ({"vocab_size": 0}, "vocab_size: 0"),
@@ -96,8 +112,9 @@ def test_describe():
         ({"mix_rank": 0}, "mix_rank: 0"),
         ({"decay_rank": -1}, "decay_rank: -1"),
         ({"width": 100}, "width: 100 is not a multiple of head_size 64"),
-        ({"version": 5, "mix_rank": 32}, "only version 6"),
-        ({"version": 5, "decay_rank": 32}, "only version 6"),
+        ({"version": 5, "mix_rank": 32}, "mix_rank: only version 6 has it"),
+        ({"version": 5, "decay_rank": 32}, "decay_rank: only version 6 and 7 has it"),
+        ({"version": 6, "gate_rank": 32}, "gate_rank: only version 7 has it"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(changed, match):
@@ -107,7 +124,7 @@ def test_sizes_that_make_no_model_are_refused(changed, match):
 
 
 def test_names_that_are_not_known_are_refused():
-    with pytest.raises(InputError, match=r"'finch-2b'; choose one of these:\n  eagle-0.4b, .*finch-14b"):
+    with pytest.raises(InputError, match=r"'finch-2b'; choose one of these:\n  eagle-0.4b, .*finch-14b, .*goose-13.3b"):
         infctx.build_model("finch-2b", device="meta")
     with pytest.raises(InputError, match="name of a published size, or version"):
         infctx.build_model(device="meta")

@@ -7,15 +7,18 @@ from infctx.model.rwkv import Compute
 from infctx.model.sizes import make_sizes
 
 SIZES = {"num_layers": 2, "width": 24, "vocab_size": 19, "head_size": 8}
-RANKS = {"mix_rank": 3, "decay_rank": 5}
+RANKS = {
+    5: {},
+    6: {"mix_rank": 3, "decay_rank": 5},
+    7: {"decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 4},
+}
 
 
 def random_model(
     version, *, dtype=torch.float32, seed=0, with_state=False, noise=0.2, backend="auto", compute=None, **sizes
 ):
     """Makes a model of SIZES (or others) with initial weights plus noise; with_state: a learned state too."""
-    ranks = RANKS if version == 6 else {}
-    wanted = make_sizes(version=version, **(SIZES | ranks | sizes))
+    wanted = make_sizes(version=version, **(SIZES | RANKS[version] | sizes))
     model = new_model(wanted, "cpu", dtype, seed, compute or Compute(backend=backend))
     if with_state:
         model.add_initial_state()
