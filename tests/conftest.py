@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -44,11 +45,22 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def rwkv_package(monkeypatch):
     """RWKV of the rwkv package, the judge: for the CPU, without compiling its kernels."""
-    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
+    return _import_rwkv(monkeypatch, "0")
+
+
+@pytest.fixture
+def rwkv_7_package(monkeypatch):
+    """The same for RWKV-7, for which the package has another class."""
+    return _import_rwkv(monkeypatch, "1")
+
+
+def _import_rwkv(monkeypatch, version_7):
+    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0"), ("RWKV_V7_ON", version_7)):
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RWKV_V7_ON", raising=False)
     monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
-    from rwkv.model import RWKV
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its class for RWKV-7 always uses torch's old compiler
+        from rwkv.model import RWKV
 
     return RWKV
 

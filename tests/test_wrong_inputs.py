@@ -120,7 +120,7 @@ def desk(tmp_path_factory):
         for path, content in WRONG_FILES.items():
             write_text(path, content)
         write_text("cut.pth", (folder / "finch.pth").read_bytes()[:9000])
-        write_text("seven.pth", weights_file("emb.weight", "blocks.0.att.x_r"))
+        write_text("seven.pth", weights_file("emb.weight", "blocks.0.ffn.s_emb.weight"))
         write_text("four.pth", weights_file("emb.weight", "blocks.0.att.time_first"))
     finally:
         os.chdir(before)

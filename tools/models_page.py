@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infctx.formats.published import EAGLE, FINCH, PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.formats.published import EAGLE, FINCH, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
 from infctx.settings.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 OPENING = """\
 # Published models
-infctx continues training from published weights of Finch (RWKV-6) and Eagle (RWKV-5.2). Name them as they are on the
-Hugging Face Hub, `OWNER/REPOSITORY:FILE`, wherever infctx takes a model. They are downloaded once, at first use. The
-files listed here are in bf16 and under the Apache-2.0 license.
+infctx continues training from published weights of Goose (RWKV-7), Finch (RWKV-6) and Eagle (RWKV-5.2). Name them as
+they are on the Hugging Face Hub, `OWNER/REPOSITORY:FILE`, wherever infctx takes a model. They are downloaded once, at
+first use. The files listed here are in bf16 and under the Apache-2.0 license.
 
 ```yaml
 model:
@@ -50,11 +50,12 @@ such a model. infctx never runs the Python code in it.
 
 {folders}
 
-infctx also reads folders and files with the tensor names of flash-linear-attention (Finch only).
+infctx also reads folders and files with the tensor names of flash-linear-attention (Finch and Goose),
+such as those of `fla-hub`.
 
 ## Not read
 - RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: these are other architectures.
-- RWKV-7, such as the files of `BlinkDL/rwkv7-g1`: not supported yet.
+- RWKV-7a and 7b, which have DeepEmbed: these are other architectures too.
 
 infctx refuses such a file by its name, before it is downloaded, or when it opens it, by its tensors.
 
@@ -65,7 +66,7 @@ infctx refuses such a file by its name, before it is downloaded, or when it open
 |---|---|
 | the `rwkv` package, ChatRWKV, RWKV-Runner | `infctx export runs/books books.pth` |
 | Hugging Face's transformers | `infctx export runs/books books-hf/ --names huggingface` |
-| flash-linear-attention, Finch only | `infctx export runs/books books-fla/ --names fla` |
+| flash-linear-attention, Finch and Goose | `infctx export runs/books books-fla/ --names fla` |
 | tuned states: RWKV-Runner, ChatRWKV | `infctx export runs/chats state.pth` |
 | tuned states: Ai00, web-rwkv | `infctx export runs/chats state.st` |
 | tuned states: the `rwkv` package | `infctx export runs/chats merged.pth --form merged` |
@@ -93,8 +94,10 @@ def main() -> None:
 def models_page() -> str:
     """Returns the whole page as Markdown."""
     used = _configurations()
-    parts = [OPENING.format(name=PUBLISHED_FILES[1].hub_name, size=PUBLISHED_FILES[1].size)]
-    for repository, architecture in ((FINCH, "Finch (RWKV-6)"), (EAGLE, "Eagle (RWKV-5.2)")):
+    shown = next(file for file in PUBLISHED_FILES if file.size == "goose-2.9b")
+    parts = [OPENING.format(name=shown.hub_name, size=shown.size)]
+    architectures = {GOOSE: "Goose (RWKV-7)", FINCH: "Finch (RWKV-6)", EAGLE: "Eagle (RWKV-5.2)"}
+    for repository, architecture in architectures.items():
         parts.append(f"{architecture}, in `{repository}`:\n")
         parts.append("| `model.size` | file | GB | configs |\n|---|---|---:|---|")
         for file in PUBLISHED_FILES:

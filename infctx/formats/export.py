@@ -123,7 +123,8 @@ def _export_weights(source: Path, output: Path, dtype: torch.dtype, names: str, 
         lines.append(f"  without the initial state of {tuned or weights}: export that by itself, or --form merged")
     if as_folder:
         lines.append(f"  {_still_missing(stored.sizes, names)}")
-    if names == "fla":  # its configuration has one eps for all norms; the official code has 64e-5 for the heads' norm
+    # Its configuration has one eps for all norms, and for RWKV-7 head_size times that for the heads' norm: 64e-5.
+    if names == "fla" and (stored.sizes.version, stored.sizes.head_size) != (7, 64):
         lines.append("  once fla has loaded it, set g_norm.eps = 64e-5 in each layer's attn")
     return "\n".join(lines)
 
@@ -135,7 +136,7 @@ def _still_missing(sizes: Sizes, names: str) -> str:
         wanted.append("the tokenizer")
     if not wanted:
         return "it has no tokenizer"
-    return f"add {' and '.join(wanted)} from {CODE[sizes.version]} on the hub (docs/models.md)"
+    return f"add {' and '.join(wanted)} from {CODE.get(sizes.version, CODE[6])} on the hub (docs/models.md)"
 
 
 def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path | None) -> str:
@@ -146,7 +147,8 @@ def _export_merged(source: Path, output: Path, dtype: torch.dtype, state: Path |
     if initial is None:
         raise InputError(f"{source}: is a model without an initial state; give a state file with --state")
     save_state(initial, output, "merged", model=stored, dtype=dtype)
-    return f"{output}: {describe(stored.sizes)} in {_name(dtype)} with the state of {state or source}"
+    hint = "\n  the rwkv package does not read RWKV-7's state from it: give that by hand" * (stored.sizes.version == 7)
+    return f"{output}: {describe(stored.sizes)} in {_name(dtype)} with the state of {state or source}{hint}"
 
 
 def _tuned_state(path: Path, stored: StoredWeights, weights: Path) -> State:

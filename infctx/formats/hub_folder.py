@@ -25,7 +25,7 @@ CODE = {5: "RWKV/rwkv-5-world-1b5", 6: "RWKV/v6-Finch-1B6-HF"}
 def write_hub_folder(stored: StoredWeights, path: Path, dtype: torch.dtype, names: str) -> int:
     """Writes the folder completely or not at all, without an initial state; returns the number of tensors.
 
-    names: "huggingface", for the remote code of Rwkv5ForCausalLM and Rwkv6ForCausalLM, or "fla"
+    names: "huggingface", for the remote code of Rwkv5ForCausalLM and Rwkv6ForCausalLM, or "fla" (RWKV-6 and RWKV-7)
     An existing folder is replaced if it holds only files that this function writes.  Raises InputError if it holds
     others, if the other code cannot have these sizes, and for everything that `copy_weights` refuses.
     """
@@ -59,6 +59,8 @@ def hub_config(sizes: Sizes, names: str, dtype: torch.dtype, path: Path) -> dict
 
 def _huggingface_config(sizes: Sizes, path: Path) -> dict[str, Any]:
     """Returns the fields of configuration_rwkv5.py or configuration_rwkv6.py in the repositories of CODE."""
+    if sizes.version not in CODE:
+        raise InputError(f"{path}: Hugging Face's repositories have no code for RWKV-{sizes.version}; give --names fla")
     _refuse_other_sizes(sizes, path)
     name = f"rwkv{sizes.version}"
     return {
@@ -90,16 +92,16 @@ def _refuse_other_sizes(sizes: Sizes, path: Path) -> None:
 
 
 def _fla_config(sizes: Sizes) -> dict[str, Any]:
-    """Returns the fields of fla's RWKV6Config; Eagle, which fla does not have, is refused before they are written."""
-    return {
-        "architectures": ["RWKV6ForCausalLM"],
-        "model_type": "rwkv6",
+    """Returns the fields of fla's RWKV6Config or RWKV7Config; Eagle, which fla does not have, is refused later."""
+    ranks = {"proj_low_rank_dim": sizes.mix_rank, "gate_low_rank_dim": sizes.decay_rank}
+    heads: dict[str, Any] = {"num_heads": sizes.num_heads, "expand_k": 1.0, "expand_v": 1.0}
+    if sizes.version == 7:
+        ranks = {"decay_low_rank_dim": sizes.decay_rank, "gate_low_rank_dim": sizes.gate_rank}
+        ranks |= {"a_low_rank_dim": sizes.rate_rank, "v_low_rank_dim": sizes.value_rank}
+        heads = {"head_dim": sizes.head_size, "hidden_ratio": sizes.ffn_width / sizes.width}
+    name = 7 if sizes.version == 7 else 6
+    return {"architectures": [f"RWKV{name}ForCausalLM"], "model_type": f"rwkv{name}", **heads, **ranks} | {
         "attn_mode": "chunk",
-        "num_heads": sizes.num_heads,
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "proj_low_rank_dim": sizes.mix_rank,
-        "gate_low_rank_dim": sizes.decay_rank,
         "hidden_act": "sqrelu",
         "norm_first": True,
         "norm_bias": True,

@@ -46,7 +46,7 @@ class ModelFiles(NamedTuple):
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", backend: str = "auto"
 ) -> RWKV:
-    """Reads a model of RWKV-5.2 or RWKV-6; version and every size come from the file.
+    """Reads a model of RWKV-5.2, 6 or 7; version and every size come from the file.
 
     path: a `.pth` (a dict of tensors; no code in it is run) or a `.safetensors`, with the official names, those of
     Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a run, a checkpoint, or a model in

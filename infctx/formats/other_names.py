@@ -1,7 +1,8 @@
 """Weights under other programs' names in, under the official names out, and back; no value changes.
 
 Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors.  flash-linear-attention
-(`RWKV6ForCausalLM`, no Eagle) also stacks and transposes some, and orders the low-rank products differently.
+(`RWKV6ForCausalLM` and `RWKV7ForCausalLM`, no Eagle) also stacks and transposes some, and orders the low-rank products
+of Finch differently.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 from infctx.errors import InputError
 from infctx.formats.stored_names import block_names
 
+READ = "RWKV-5.2, RWKV-6 and RWKV-7"
+"""What infctx reads, for messages."""
 NAMINGS = ("official", "huggingface", "fla")
 """The naming schemes that the tensors of a file can have."""
 
@@ -61,7 +64,7 @@ def conversions_to_official(names: Collection[str], path: str | Path) -> dict[st
     naming = naming_of(names)
     if naming == "official":
         return {name: itemgetter(name) for name in names}
-    version = 6 if naming == "fla" else _version(names)
+    version = _version(names, naming)
     layers = _layers(names, naming)
     _check_names(names, naming, version, layers, path)
     found: dict[str, Conversion] = {}
@@ -80,7 +83,9 @@ def conversions_from_official(names: Collection[str], naming: str, path: str | P
         if name.endswith(".att.time_state"):
             remedy = "leave the initial state out, or use the official names"
             raise InputError(f"{path}: tensor {name!r} has no place under the {naming} names; {remedy}")
-    version = _version(names)
+    version = version_of(names)
+    if version == 7:
+        names = [name for name in names if name not in UNUSED]
     if (naming, version) not in _LAYERS:
         known = ", ".join(other for other, its_version in _LAYERS if its_version == version)
         raise InputError(f"{path}: RWKV-{version} has no {naming} names; choose one of {known}")
@@ -105,8 +110,17 @@ def _whole(row: _Row, tensors: Mapping[str, Tensor]) -> Tensor:
     return layout.to_theirs(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
 
 
-def _version(names: Iterable[str]) -> int:
+def version_of(names: Collection[str]) -> int:
+    """Returns the version of a model with these official names; the reader of names finds what does not belong."""
+    if any(re.match(r"blocks\.[0-9]+\.att\.(k_k|r_k)$", name) for name in names):
+        return 7
     return 6 if any(".time_maa_" in name for name in names) else 5
+
+
+def _version(names: Collection[str], naming: str) -> int:
+    if naming == "fla":
+        return 7 if any(re.match(r"model\.layers\.[0-9]+\.attn\.(k_k|r_k)$", name) for name in names) else 6
+    return version_of(names)
 
 
 def _layers(names: Iterable[str], naming: str) -> list[str]:
@@ -122,7 +136,7 @@ def _rows(naming: str, version: int, layers: list[str]) -> Iterator[_Row]:
     yield f"{embedding}.weight", ("emb.weight",), _SAME
     for layer in layers:
         for name, official, layout in _LAYERS[naming, version]:
-            if layer == "0" or not official[0].startswith("ln0."):
+            if (layer == "0" or not official[0].startswith("ln0.")) and (layer != "0" or official[0] not in _BLEND):
                 yield f"{blocks}.{layer}.{name}", tuple(f"blocks.{layer}.{part}" for part in official), layout
     yield f"{norm}.weight", ("ln_out.weight",), _SAME
     yield f"{norm}.bias", ("ln_out.bias",), _SAME
@@ -135,7 +149,7 @@ def _check_names(names: Collection[str], naming: str, version: int, layers: list
     kind = f"RWKV-{version} under the {naming} names"
     for name in names:
         if name not in known:
-            raise InputError(f"{path}: tensor {name!r} does not belong to {kind}; infctx reads RWKV-5.2 and RWKV-6")
+            raise InputError(f"{path}: tensor {name!r} does not belong to {kind}; infctx reads {READ}")
     for name, _, _ in _rows(naming, version, layers):
         if name not in known:
             raise InputError(f"{path}: tensor {name} is missing; not a whole model of {kind}")
@@ -183,16 +197,18 @@ _UP = _Layout(
 
 
 def _layer(*modules: tuple[str, str, _Layout]) -> list[_Row]:
-    """Returns a layer's tensors: a norm has a weight and a bias, a matrix a weight, and time_... is itself a tensor."""
+    """Returns a layer's tensors: a norm has a weight and a bias, a matrix a weight, and time_... is itself a tensor, as
+    is each of RWKV-7 with such a short name as x_r or w0."""
     rows = []
     for theirs, official, layout in modules:
-        ends = ("",) if "time_" in official else (".weight", ".bias") if "ln" in official else (".weight",)
+        bare = "time_" in official or re.search(r"\.(\w_\w|\w\d)$", official)
+        ends = ("",) if bare else (".weight", ".bias") if "ln" in official else (".weight",)
         rows += [(theirs + end, tuple(name + end for name in official.split()), layout) for end in ends]
     return rows
 
 
 def _official(version: int) -> list[_Row]:
-    return [(name, (name,), _SAME) for name in block_names(version, first=True).values()]
+    return [(name, (name,), _SAME) for name in block_names(version, True, keeps_first_blend=True).values()]
 
 
 def _renamed(names: str, words: Mapping[str, str]) -> list[_Row]:
@@ -200,6 +216,20 @@ def _renamed(names: str, words: Mapping[str, str]) -> list[_Row]:
     return _layer(
         *((".".join(words.get(word, word) for word in name.split(".")), name, _SAME) for name in names.split())
     )
+
+
+_BLEND = ("att.v0", "att.v1", "att.v2")
+"""Goose's weights of a blend with the values of the first block, which has no use for its own."""
+UNUSED = tuple(f"blocks.0.{name}" for name in _BLEND)
+
+
+def _fla_product(letter: str) -> list[tuple[str, str, _Layout]]:
+    lora = f"attn.{letter}_lora.lora"
+    return [
+        (f"{lora}.0.weight", f"att.{letter}1", _TRANSPOSED),
+        (f"{lora}.2.weight", f"att.{letter}2", _TRANSPOSED),
+        (f"{lora}.2.bias", f"att.{letter}0", _VECTOR),
+    ]
 
 
 _HUGGINGFACE = {"ln0": "pre_ln", "att": "attention", "ffn": "feed_forward"} | {
@@ -251,6 +281,26 @@ _LAYERS = {
         ("ffn.value", "ffn.value", _SAME),
         ("ffn.receptance.mu", "ffn.time_maa_r", _VECTOR),
         ("ffn.receptance.linear", "ffn.receptance", _SAME),
+    ),
+    ("official", 7): _official(7),
+    ("fla", 7): _layer(
+        ("pre_norm", "ln0", _SAME),
+        ("attn_norm", "ln1", _SAME),
+        *((f"attn.x_{letter}", f"att.x_{letter}", _SAME) for letter in "rwkvag"),
+        ("attn.k_k", "att.k_k", _VECTOR),
+        ("attn.k_a", "att.k_a", _VECTOR),
+        ("attn.r_k", "att.r_k", _SAME),
+        ("attn.r_proj", "att.receptance", _SAME),
+        ("attn.k_proj", "att.key", _SAME),
+        ("attn.v_proj", "att.value", _SAME),
+        ("attn.o_proj", "att.output", _SAME),
+        *(row for letter in "wva" for row in _fla_product(letter)),
+        *_fla_product("g")[:2],
+        ("attn.g_norm", "att.ln_x", _SAME),
+        ("ffn_norm", "ln2", _SAME),
+        ("ffn.x_k", "ffn.x_k", _VECTOR),
+        ("ffn.key", "ffn.key", _SAME),
+        ("ffn.value", "ffn.value", _SAME),
     ),
 }
 """Naming and version -> the tensors of a layer, in the order of the module's state_dict()."""

@@ -90,7 +90,7 @@ def weight_files(path: Path) -> list[Path]:
 def is_safetensors(path: Path) -> bool:
     """Returns whether a file is a safetensors file rather than a .pth, by its content."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a .pth or .safetensors of RWKV-5.2 or RWKV-6")
+        raise InputError(f"{path}: no such file; give a .pth or .safetensors of RWKV-5.2, 6 or 7")
     with path.open("rb") as file:
         head = file.read(9)
     if not head:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import InputError
-from infctx.formats.other_names import conversions_from_official, conversions_to_official
+from infctx.formats.other_names import READ, conversions_from_official, conversions_to_official, version_of
 from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import narrow, weight_files, write_tensors
 from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
@@ -22,6 +23,11 @@ from infctx.model.sizes import Sizes, make_sizes
 from infctx.recurrence.precision import state_dtype
 
 Shape = tuple[int, ...]
+
+GOOSE_RANKS = {"decay_rank": "w", "rate_rank": "a", "gate_rank": "g"}
+"""Size -> the letter of its product in every block; value_rank is missing from some first blocks."""
+DEEP_EMBED = ("ffn.s_emb.weight", "ffn.s0", "qkv.qq.weight", "qkv.k1")
+"""Tensors of the first block of RWKV-7a and 7b alone."""
 
 FINGERPRINT_KIND = "sha256:"
 """Prefix of a fingerprint; those of 0.1.0 have none, and could miss two exchanged values."""
@@ -42,7 +48,7 @@ def read_model(
     if stored.has_state:
         tensors["initial_wkv"] = stored.initial_wkv().to(device=device, dtype=state_dtype(dtype))
     model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_()
+    return model
 
 
 def read_sizes(path: str | Path) -> Sizes:
@@ -206,9 +212,7 @@ def _empty_tensor(name: str, shape: Shape, path: Path) -> Tensor:
     try:
         return torch.empty(shape, device="meta")
     except (RuntimeError, TypeError):
-        raise InputError(
-            f"{path}: tensor {name} has the odd shape {shape}; not a model of RWKV-5.2 or RWKV-6"
-        ) from None
+        raise InputError(f"{path}: tensor {name} has the odd shape {shape}; not a model of {READ}") from None
 
 
 def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
@@ -217,41 +221,48 @@ def _sizes_of(shapes: Mapping[str, Shape], path: Path) -> Sizes:
 
     def shape(name: str, ndim: int) -> Shape:
         if name not in shapes:
-            raise InputError(f"{path}: tensor {name} is missing; not a whole model of RWKV-5.2 or RWKV-6")
+            raise InputError(f"{path}: tensor {name} is missing; not a whole model of {READ}")
         if len(shapes[name]) != ndim or 0 in shapes[name]:
             raise InputError(f"{path}: tensor {name} has the odd shape {shapes[name]}; {ndim} dimensions are expected")
         return shapes[name]
 
-    version = 6 if any("time_maa" in name for name in shapes) else 5
+    version = version_of(shapes)
     vocab_size, width = shape("emb.weight", 2)
     layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
     num_layers = max(layers, default=0) + 1
     for layer in range(num_layers):  # before anything is built
         shape(f"blocks.{layer}.ln1.weight", 1)
+    bonus = f"blocks.0.att.{'r_k' if version == 7 else 'time_faaaa'}"
     given = {
         "num_layers": num_layers,
-        "head_size": shape("blocks.0.att.time_faaaa", 2)[1],
+        "head_size": shape(bonus, 2)[1],
         "ffn_width": shape("blocks.0.ffn.key.weight", 2)[0],
     }
     if version == 6:
         given["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
         given["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
+    keeps_first_blend = version == 7 and any(f"blocks.0.att.v{part}" in shapes for part in "012")
+    if version == 7:
+        given |= {name: shape(f"blocks.0.att.{letter}1", 2)[1] for name, letter in GOOSE_RANKS.items()}
+        if keeps_first_blend or num_layers > 1:  # without it, nothing in a model of one layer has this rank
+            given["value_rank"] = shape(f"blocks.{0 if keeps_first_blend else 1}.att.v1", 2)[1]
     try:
-        return make_sizes(version=version, width=width, vocab_size=vocab_size, **given)
+        sizes = make_sizes(version=version, width=width, vocab_size=vocab_size, **given)
+        return replace(sizes, keeps_first_blend=keeps_first_blend)
     except InputError as error:
-        shown = ", ".join(f"{name} {shapes[name]}" for name in ("emb.weight", "blocks.0.att.time_faaaa"))
+        shown = ", ".join(f"{name} {shapes[name]}" for name in ("emb.weight", bonus))
         raise InputError(f"{path}: the sizes of the tensors {shown} do not fit together: {error}") from None
 
 
 def _refuse_other_architectures(shapes: Mapping[str, Shape], path: Path) -> None:
-    telltale = {"x_r": "RWKV-7", "w0": "RWKV-7", "r_k": "RWKV-7", "time_first": "RWKV-4 or RWKV-5.0/5.1"}
+    telltale = {"att.time_first": "RWKV-4 or RWKV-5.0/5.1"} | dict.fromkeys(DEEP_EMBED, "RWKV-7a or 7b (DeepEmbed)")
     for name, architecture in telltale.items():
-        name = f"blocks.0.att.{name}"
+        name = f"blocks.0.{name}"
         if name in shapes:
-            raise InputError(f"{path}: tensor {name} is of {architecture}; infctx reads RWKV-5.2 and RWKV-6")
+            raise InputError(f"{path}: tensor {name} is of {architecture}; infctx reads {READ}")
     if "emb.weight" not in shapes:
         found = ", ".join(sorted(shapes)[:2]) or "nothing"
-        raise InputError(f"{path}: tensor emb.weight is missing (found {found}); infctx reads RWKV-5.2 and RWKV-6")
+        raise InputError(f"{path}: tensor emb.weight is missing (found {found}); infctx reads {READ}")
 
 
 def _check_shapes(shapes: Mapping[str, Shape], model: RWKV, names: Mapping[str, str], path: Path) -> None:

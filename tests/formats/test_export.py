@@ -87,13 +87,13 @@ def test_a_torn_checkpoint_is_skipped(tmp_path, run_folder, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_a_weights_file(tmp_path, version, suffix):
     model = random_model(version)
     infctx.save_weights(model, tmp_path / f"in{suffix}")
     line = export(tmp_path / f"in{suffix}", tmp_path / "out.pth", dtype="bf16")
     assert_is(tmp_path / "out.pth", model, torch.bfloat16)
-    assert {5: "Eagle", 6: "Finch"}[version] in line
+    assert {5: "Eagle", 6: "Finch", 7: "Goose"}[version] in line
 
 
 def test_nothing_is_overwritten_without_the_option(tmp_path):

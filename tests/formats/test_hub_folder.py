@@ -25,7 +25,7 @@ def small_model(version, **sizes):
     return random_model(version, width=32, head_size=16, **(RANKS if version == 6 else {}) | sizes)
 
 
-@pytest.mark.parametrize(("version", "names"), [(5, "huggingface"), (6, "huggingface"), (6, "fla")])
+@pytest.mark.parametrize(("version", "names"), [(5, "huggingface"), (6, "huggingface"), (6, "fla"), (7, "fla")])
 def test_a_folder_and_back(tmp_path, version, names):
     model = small_model(version, with_state=True)
     infctx.save_weights(model, tmp_path / "in.pth")
@@ -98,8 +98,20 @@ def test_the_configuration_for_fla(tmp_path):
     )
 
 
+def test_the_configuration_of_goose_for_fla(tmp_path):
+    infctx.save_weights(random_model(7, width=64, head_size=64, vocab_size=65536), tmp_path / "in.pth")
+    line = export(tmp_path / "in.pth", tmp_path / "out", names="fla")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["architectures"] == ["RWKV7ForCausalLM"] and config["model_type"] == "rwkv7"
+    sizes = ("hidden_size", "num_hidden_layers", "head_dim", "intermediate_size", "vocab_size")
+    assert [config[name] for name in sizes] == [64, 2, 64, 256, 65536]
+    assert [config[f"{letter}_low_rank_dim"] for letter in ("decay", "a", "v", "gate")] == [5, 3, 2, 4]
+    assert line.endswith("\n  add the tokenizer from RWKV/v6-Finch-1B6-HF on the hub (docs/models.md)")
+
+
 def test_models_that_cannot_be_a_folder_are_refused(tmp_path):
     infctx.save_weights(random_model(5), tmp_path / "eagle.pth")
+    infctx.save_weights(random_model(7), tmp_path / "goose.pth")
     for name, sizes in [("ranks", {}), ("mix", {"mix_rank": 32}), ("width", RANKS | {"ffn_width": 40})]:
         infctx.save_weights(random_model(6, **sizes), tmp_path / f"{name}.pth")
     large = small_model(6)
@@ -111,6 +123,7 @@ def test_models_that_cannot_be_a_folder_are_refused(tmp_path):
     code = f"{out}: with width 24, Hugging Face's code has"
     for source, options, problem in [
         ("eagle", {"names": "fla"}, f"{out}/model.safetensors: RWKV-5 has no fla names; choose one of"),
+        ("goose", {}, f"{out}: Hugging Face's repositories have no code for RWKV-7; give --names fla"),
         ("width", {}, f"{code} ffn_width 64, and this model has 40; export a file"),
         ("ranks", {}, f"{code} mix_rank 32, and this model has 3; export a file"),
         ("mix", {}, f"{code} decay_rank 64, and this model has 5; export a file"),

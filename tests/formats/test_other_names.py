@@ -12,99 +12,9 @@ from infctx.formats.other_names import NAMINGS, from_official, naming_of, to_off
 from infctx.formats.weights import stored_tensors
 from infctx.model.time_mix import DataDependentMixing
 
+from other_tensors import TABLES
 from tiny_models import random_model
 
-# The tensors of each module, in its order, for a model of 2 layers, vocabulary 19, width 24, 3 heads of 8, feed-forward
-# width 64, ranks 3 and 5: name, shape, and the official name if the official tensor is the same.  N is the layer, and
-# * means weight and then bias.
-
-HUGGINGFACE_5 = """
-rwkv.embeddings.weight 19x24 emb.weight
-rwkv.blocks.0.pre_ln.* 24 blocks.0.ln0.*
-rwkv.blocks.N.ln1.* 24 blocks.N.ln1.*
-rwkv.blocks.N.ln2.* 24 blocks.N.ln2.*
-rwkv.blocks.N.attention.time_decay 3x8 blocks.N.att.time_decay
-rwkv.blocks.N.attention.time_faaaa 3x8 blocks.N.att.time_faaaa
-rwkv.blocks.N.attention.time_mix_gate 1x1x24 blocks.N.att.time_mix_g
-rwkv.blocks.N.attention.time_mix_key 1x1x24 blocks.N.att.time_mix_k
-rwkv.blocks.N.attention.time_mix_value 1x1x24 blocks.N.att.time_mix_v
-rwkv.blocks.N.attention.time_mix_receptance 1x1x24 blocks.N.att.time_mix_r
-rwkv.blocks.N.attention.key.weight 24x24 blocks.N.att.key.weight
-rwkv.blocks.N.attention.value.weight 24x24 blocks.N.att.value.weight
-rwkv.blocks.N.attention.receptance.weight 24x24 blocks.N.att.receptance.weight
-rwkv.blocks.N.attention.gate.weight 24x24 blocks.N.att.gate.weight
-rwkv.blocks.N.attention.output.weight 24x24 blocks.N.att.output.weight
-rwkv.blocks.N.attention.ln_x.* 24 blocks.N.att.ln_x.*
-rwkv.blocks.N.feed_forward.time_mix_key 1x1x24 blocks.N.ffn.time_mix_k
-rwkv.blocks.N.feed_forward.time_mix_receptance 1x1x24 blocks.N.ffn.time_mix_r
-rwkv.blocks.N.feed_forward.key.weight 64x24 blocks.N.ffn.key.weight
-rwkv.blocks.N.feed_forward.receptance.weight 24x24 blocks.N.ffn.receptance.weight
-rwkv.blocks.N.feed_forward.value.weight 24x64 blocks.N.ffn.value.weight
-rwkv.ln_out.* 24 ln_out.*
-head.weight 19x24 head.weight
-"""
-
-HUGGINGFACE_6 = """
-rwkv.embeddings.weight 19x24 emb.weight
-rwkv.blocks.0.pre_ln.* 24 blocks.0.ln0.*
-rwkv.blocks.N.ln1.* 24 blocks.N.ln1.*
-rwkv.blocks.N.ln2.* 24 blocks.N.ln2.*
-rwkv.blocks.N.attention.time_maa_x 1x1x24 blocks.N.att.time_maa_x
-rwkv.blocks.N.attention.time_maa_w 1x1x24 blocks.N.att.time_maa_w
-rwkv.blocks.N.attention.time_maa_k 1x1x24 blocks.N.att.time_maa_k
-rwkv.blocks.N.attention.time_maa_v 1x1x24 blocks.N.att.time_maa_v
-rwkv.blocks.N.attention.time_maa_r 1x1x24 blocks.N.att.time_maa_r
-rwkv.blocks.N.attention.time_maa_g 1x1x24 blocks.N.att.time_maa_g
-rwkv.blocks.N.attention.time_maa_w1 24x15 blocks.N.att.time_maa_w1
-rwkv.blocks.N.attention.time_maa_w2 5x3x24 blocks.N.att.time_maa_w2
-rwkv.blocks.N.attention.time_decay 1x1x24 blocks.N.att.time_decay
-rwkv.blocks.N.attention.time_decay_w1 24x5 blocks.N.att.time_decay_w1
-rwkv.blocks.N.attention.time_decay_w2 5x24 blocks.N.att.time_decay_w2
-rwkv.blocks.N.attention.time_faaaa 3x8 blocks.N.att.time_faaaa
-rwkv.blocks.N.attention.receptance.weight 24x24 blocks.N.att.receptance.weight
-rwkv.blocks.N.attention.key.weight 24x24 blocks.N.att.key.weight
-rwkv.blocks.N.attention.value.weight 24x24 blocks.N.att.value.weight
-rwkv.blocks.N.attention.gate.weight 24x24 blocks.N.att.gate.weight
-rwkv.blocks.N.attention.output.weight 24x24 blocks.N.att.output.weight
-rwkv.blocks.N.attention.ln_x.* 24 blocks.N.att.ln_x.*
-rwkv.blocks.N.feed_forward.time_maa_k 1x1x24 blocks.N.ffn.time_maa_k
-rwkv.blocks.N.feed_forward.time_maa_r 1x1x24 blocks.N.ffn.time_maa_r
-rwkv.blocks.N.feed_forward.key.weight 64x24 blocks.N.ffn.key.weight
-rwkv.blocks.N.feed_forward.receptance.weight 24x24 blocks.N.ffn.receptance.weight
-rwkv.blocks.N.feed_forward.value.weight 24x64 blocks.N.ffn.value.weight
-rwkv.ln_out.* 24 ln_out.*
-head.weight 19x24 head.weight
-"""
-
-FLA_6 = """
-model.embeddings.weight 19x24 emb.weight
-model.layers.0.pre_norm.* 24 blocks.0.ln0.*
-model.layers.N.attn_norm.* 24 blocks.N.ln1.*
-model.layers.N.attn.x_bias 5x24
-model.layers.N.attn.bonus 3x8 blocks.N.att.time_faaaa
-model.layers.N.attn.x_proj.0.mu 24
-model.layers.N.attn.x_proj.0.linear.weight 15x24
-model.layers.N.attn.x_proj.2.weight 24x15
-model.layers.N.attn.r_proj.linear.weight 24x24 blocks.N.att.receptance.weight
-model.layers.N.attn.w_proj.linear.lora.0.weight 5x24
-model.layers.N.attn.w_proj.linear.lora.2.weight 24x5
-model.layers.N.attn.w_proj.linear.lora.2.bias 24
-model.layers.N.attn.k_proj.linear.weight 24x24 blocks.N.att.key.weight
-model.layers.N.attn.v_proj.linear.weight 24x24 blocks.N.att.value.weight
-model.layers.N.attn.g_proj.linear.weight 24x24 blocks.N.att.gate.weight
-model.layers.N.attn.g_norm.* 24 blocks.N.att.ln_x.*
-model.layers.N.attn.o_proj.weight 24x24 blocks.N.att.output.weight
-model.layers.N.ffn_norm.* 24 blocks.N.ln2.*
-model.layers.N.ffn.key.mu 24
-model.layers.N.ffn.key.linear.weight 64x24 blocks.N.ffn.key.weight
-model.layers.N.ffn.value.weight 24x64 blocks.N.ffn.value.weight
-model.layers.N.ffn.receptance.mu 24
-model.layers.N.ffn.receptance.linear.weight 24x24 blocks.N.ffn.receptance.weight
-model.norm.* 24 ln_out.*
-lm_head.weight 19x24 head.weight
-"""
-
-TABLES = {("huggingface", 5): HUGGINGFACE_5, ("huggingface", 6): HUGGINGFACE_6, ("fla", 6): FLA_6}
 every_table = pytest.mark.parametrize(("naming", "version"), TABLES)
 
 
@@ -113,7 +23,7 @@ def table(naming, version):
     text = re.sub(r"(.*)\*(.*)\*\n", r"\1weight\2weight\n\1bias\2bias\n", TABLES[naming, version])
     before, of_layer, after = re.fullmatch(r"\n([^N]*\n)(.*N\S*\n)([^N]*)\n", text, re.DOTALL).groups()
     lines = [before, of_layer.replace(".N.", ".0."), of_layer.replace(".N.", ".1."), after]
-    rows = (line.split() + [None] for line in "".join(lines).splitlines())
+    rows = (line.split() + [None] for line in "".join(lines).splitlines() if ".0.attn.v_lora." not in line)
     return {name: (tuple(int(size) for size in shape.split("x")), official) for name, shape, official, *_ in rows}
 
 
@@ -188,6 +98,25 @@ def test_other_tensors_of_fla_hold_the_values_where_its_code_reads_them():
         assert torch.equal(found[f"{channels}.receptance.mu"], stored[f"{ffn}.time_maa_r"][0, 0])
 
 
+def test_products_of_goose_are_where_flas_code_reads_them():
+    stored, found = official(7), theirs("fla", 7)
+    for letter in "wvag":
+        lora = f"model.layers.1.attn.{letter}_lora.lora"
+        assert torch.equal(found[f"{lora}.0.weight"], stored[f"blocks.1.att.{letter}1"].T)
+        assert torch.equal(found[f"{lora}.2.weight"], stored[f"blocks.1.att.{letter}2"].T)
+        if letter != "g":
+            assert torch.equal(found[f"{lora}.2.bias"], stored[f"blocks.1.att.{letter}0"][0, 0])
+    for name in ("attn.k_k", "attn.k_a", "ffn.x_k"):
+        ours = name.replace("attn", "att")
+        assert torch.equal(found[f"model.layers.1.{name}"], stored[f"blocks.1.{ours}"][0, 0])
+
+
+def test_the_unused_blend_of_goose_is_left_out_for_fla():
+    stored = official(7)
+    more = {f"blocks.0.att.v{part}": stored[f"blocks.1.att.v{part}"] for part in "012"}
+    assert_same(from_official(stored | more, "fla", "model.pth"), from_official(stored, "fla", "model.pth"))
+
+
 def test_mixing_as_fla_computes_it_is_ours():
     model = random_model(6, dtype=torch.float64)
     mixing = model.blocks[1].time_mix.mixing
@@ -222,7 +151,7 @@ def test_there_and_back_bit_for_bit(naming, version, dtype):
     assert_same(from_official(again, naming, "model.pth"), found)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_official_tensors_are_returned_unchanged(version):
     stored = official(version, with_state=True)
     for found in (to_official(stored, "model.pth"), from_official(stored, "official", "model.pth")):
@@ -287,6 +216,7 @@ UNKNOWN = {
         model.layers.0.attn.x_r model.layers.0.attn.q_proj.weight model.layers.0.attn.x_proj.1.weight head.weight
         model.layers.0.attn.r_proj.linear.bias model.layers.1.pre_norm.bias model.layers.\u0661.attn.bonus model.norm
     """,
+    ("fla", 7): "model.layers.0.attn.v_lora.lora.2.bias model.layers.0.attn.bonus model.layers.1.attn.x_x",
 }
 
 
@@ -296,7 +226,7 @@ UNKNOWN = {
 def test_an_unknown_tensor_is_named(naming, version, name):
     message = refusal(to_official, theirs(naming, version) | {name: torch.ones(24)})
     assert f"tensor {name!r} does not belong to RWKV-{version} under the {naming} names" in message
-    assert "RWKV-5.2 and RWKV-6" in message
+    assert "infctx reads RWKV-5.2, RWKV-6 and RWKV-7" in message
 
 
 @every_table
@@ -374,7 +304,7 @@ def test_an_unknown_naming_is_refused():
     assert message.endswith("RWKV-6 has no gguf names; choose one of official, huggingface, fla")
 
 
-@pytest.mark.parametrize("name", ["blocks.0.att.x_r", "blocks.01.ln1.weight", "rwkv.embeddings.weight", "a\nb"])
+@pytest.mark.parametrize("name", ["blocks.0.att.x_q", "blocks.01.ln1.weight", "rwkv.embeddings.weight", "a\nb"])
 @every_table
 def test_an_unknown_official_tensor_is_named(naming, version, name):
     message = refusal(to_naming(naming), official(version) | {name: torch.ones(24)})

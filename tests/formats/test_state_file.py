@@ -37,7 +37,7 @@ def refused(action, *arguments, **options):
 
 
 @pytest.mark.parametrize(("form", "suffix"), FORMS)
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_every_form_comes_back_and_is_recognized_by_its_content(tmp_path, version, form, suffix):
     model, state = model_and_state(version)
     path = tmp_path / f"state{suffix}"
@@ -60,7 +60,7 @@ def test_the_suffix_decides_the_form(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_pth_is_the_form_that_rwkv_runner_needs(tmp_path, version, dtype):
     model, state = model_and_state(version)
     infctx.save_state(state, tmp_path / "state.pth", "pth", dtype=dtype)
@@ -104,7 +104,7 @@ def test_merged_is_the_model_with_the_state(tmp_path, suffix, dtype):
     assert torch.equal(infctx.load_state(tmp_path / "again.pth", model).wkv, state.wkv)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6])  # 7 takes a state by hand: test_weights
 @pytest.mark.parametrize("form", ["pth", "merged"])
 @torch.no_grad()
 def test_the_rwkv_package_starts_from_a_state(tmp_path, rwkv_package, version, form):
@@ -135,7 +135,7 @@ def test_the_rwkv_package_starts_from_a_state(tmp_path, rwkv_package, version, f
     assert (ours - found).abs().max() <= 5e-5
 
 
-@pytest.mark.parametrize("name", ["eagle", "finch"])
+@pytest.mark.parametrize("name", ["eagle", "finch", "goose"])
 @torch.no_grad()
 def test_the_golden_states_load(name):
     import numpy as np

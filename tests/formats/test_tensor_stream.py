@@ -164,7 +164,7 @@ class Recorded(Mapping):
         return len(self.tensors)
 
 
-@pytest.mark.parametrize(("naming", "version"), [("huggingface", 5), ("huggingface", 6), ("fla", 6), ("official", 6)])
+@pytest.mark.parametrize(("naming", "version"), [("huggingface", 5), ("fla", 6), ("official", 6), ("fla", 7)])
 def test_a_conversion_looks_up_few_tensors_and_gives_the_shape_without_values(naming, version):
     official = stored_tensors(random_model(version))
     theirs = from_official(official, naming, "model.pth")
@@ -182,7 +182,7 @@ def test_a_conversion_looks_up_few_tensors_and_gives_the_shape_without_values(na
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_weights_are_checked_when_opened_and_read_when_looked_up(tmp_path, version, suffix):
     path, model = tmp_path / f"model{suffix}", random_model(version, with_state=True)
     infctx.save_weights(model, path)

@@ -152,7 +152,7 @@ sizes and weights = train config.yaml model.weights=finch.pth
     config.yaml:2: model.version: ... leave it out
 a size that is not published = train tune.yaml model.size=finch-9b
     model.size: ... choose one of these:
-    eagle-0.4b, eagle-1.5b, eagle-3b, eagle-7b, finch-1.6b, finch-3b, finch-7b, finch-14b
+    eagle-0.4b, eagle-1.5b, eagle-3b, eagle-7b, finch-1.6b, finch-3b, finch-7b, finch-14b, ... goose-13.3b
 a size that the weights do not have = train tune.yaml model.size=finch-3b
     model.size: ... name the right one, or leave it out (model.size=null)
     finch-3b: Finch, 3,099,863,040 parameters, 32 layers of width 2560
@@ -160,7 +160,7 @@ a size that the weights do not have = train tune.yaml model.size=finch-3b
 half a width = train config.yaml model.width=40
     model.width: ... 48 would work
 ranks of mixing in Eagle = train config.yaml model.version=5 model.mix_rank=3
-    model.mix_rank, decay_rank: ... leave them out
+    model.mix_rank: only version 6 has it; leave it out
 tuning without weights = tune config.yaml
     config.yaml:1: model.learn: ... name it with model.weights
 training by tune = tune tune.yaml model.learn=weights
@@ -206,7 +206,7 @@ a training that fails = train config.yaml optimizer.peak_lr=1e38
     documents of the step: lane 0: 1; lane 1: 0
     there is no checkpoint yet
 an export without a model = export gone.pth out.pth
-    gone.pth: ... give a .pth or .safetensors of RWKV-5.2 or RWKV-6
+    gone.pth: ... give a .pth or .safetensors of RWKV-5.2, 6 or 7
 an Eagle under fla's names = export eagle.pth out.pth --names fla
     out.pth: ... choose one of official, huggingface
 an output of evaluate that exists = evaluate finch.pth books/held_out --output README.md
@@ -252,7 +252,7 @@ a rehearsal's folder = train config.yaml --rehearse run.folder=used
 a rehearsal under torchrun = train config.yaml --rehearse
     --rehearse: ... run it by itself, without torchrun or srun
 RWKV-7 in train = train tune.yaml model.weights=seven.pth
-    seven.pth: ... RWKV-7; infctx reads RWKV-5.2 and RWKV-6
+    seven.pth: ... RWKV-7a or 7b (DeepEmbed); infctx reads RWKV-5.2, RWKV-6 and RWKV-7
 # Plan.
 no memory = plan config.yaml --device-gb 0
     --device-gb: ... give it in GB, such as 80
@@ -264,7 +264,7 @@ memory of a CPU = plan config.yaml --device-gb 80
     --device-gb: ... leave it out, or add run.device=cuda
 # Models.
 a model that is missing = generate gone.pth
-    gone.pth: ... give a .pth or .safetensors of RWKV-5.2 or RWKV-6
+    gone.pth: ... give a .pth or .safetensors of RWKV-5.2, 6 or 7
 a text as model = generate README.md
     README.md: ... name a weights file
 a cut model = generate cut.pth
@@ -272,9 +272,9 @@ a cut model = generate cut.pth
 an empty model = generate hollow.pth
     hollow.pth: ... copy it again, or name another
 RWKV-7 = generate seven.pth
-    seven.pth: ... RWKV-7; infctx reads RWKV-5.2 and RWKV-6
+    seven.pth: ... RWKV-7a or 7b (DeepEmbed); infctx reads RWKV-5.2, RWKV-6 and RWKV-7
 RWKV-4 = evaluate four.pth books/held_out
-    four.pth: ... RWKV-4 or RWKV-5.0/5.1; infctx reads RWKV-5.2 and RWKV-6
+    four.pth: ... RWKV-4 or RWKV-5.0/5.1; infctx reads RWKV-5.2, RWKV-6 and RWKV-7
 a state as model = generate finch-state.pth
     finch-state.pth: ... name the model, and give this file with --state or model.initial_state
 a model as state = generate finch.pth --state finch.pth

@@ -19,10 +19,10 @@ half a download, export = export HALF out.pth
     hf download BlinkDL/rwkv-6-world NAME --local-dir models
 plan of weights on the hub without a size = plan tune.yaml model.weights=some/finch:x.pth
     model.weights: some/finch:x.pth ... set model.size, such as finch-3b (docs/models.md)
-RWKV-7 on the hub = generate BlinkDL/rwkv7-g1:rwkv7-g1j-2.9b.pth
-    BlinkDL/rwkv7-g1:rwkv7-g1j-2.9b.pth: is RWKV-7 by its name; infctx reads the files in docs/models.md
-RWKV-7 on the hub, train = train tune.yaml model.weights=fla-hub/rwkv7-1.5B-world
-    fla-hub/rwkv7-1.5B-world: is RWKV-7 by its name; infctx reads the files in docs/models.md
+RWKV-7a on the hub = generate BlinkDL/rwkv7-g1:rwkv7a-g1b-0.1b.pth
+    BlinkDL/rwkv7-g1:rwkv7a-g1b-0.1b.pth: is RWKV-7a or 7b (DeepEmbed) by its name; ... docs/models.md
+RWKV-7b on the hub, train = train tune.yaml model.weights=some/rwkv7b-1.5B-world
+    some/rwkv7b-1.5B-world: is RWKV-7a or 7b (DeepEmbed) by its name; infctx reads the files in docs/models.md
 a model on the hub, offline = generate some/finch:x.pth
     some/finch:x.pth: ... and HF_HUB_OFFLINE is set; unset it, or copy that cache here
 a model on the hub, offline, train = train tune.yaml model.weights=some/finch:x.pth
