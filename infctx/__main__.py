@@ -87,7 +87,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="infctx", description="Trains RWKV-5 (Eagle) and RWKV-6 (Finch) on documents of any length.")
+    parser = Parser(
+        prog="infctx",
+        description="Trains RWKV-5 (Eagle), RWKV-6 (Finch) and RWKV-7 (Goose) on documents of any length.",
+    )
     parser.add_argument("--version", action="version", version=f"infctx {infctx.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -27,7 +27,7 @@ SEGMENTS = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", type=int, choices=(5, 6), default=6)
+    parser.add_argument("--version", type=int, choices=(5, 6, 7), default=6)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--long", action="store_true", help="16,384 tokens at vocabulary 4,096: CPU seconds and memory")
     options = parser.parse_args()

@@ -9,6 +9,8 @@ every segment.  The table shows how many answers are right on new documents.  Ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from infctx.model.rwkv import RWKV
 SEGMENT_TOKENS, SEGMENTS, VALUES, BATCH = 16, 8, 16, 32
 MARK, QUERY, NOISE = VALUES, VALUES + 1, VALUES + 2
 VOCAB_SIZE = NOISE + 16
+SIZES: dict[str, Any] = {"num_layers": 1, "width": 64, "head_size": 32, "vocab_size": VOCAB_SIZE}
 STEPS, SEEDS = 500, 3
 
 
@@ -38,10 +41,12 @@ def recall_table(steps: int, seeds: int) -> str:
     return "\n".join([*lines, f"| guessing | {1 / VALUES:.0%} | |"])
 
 
-def train_recall(gradient_segments: int | None, steps: int = STEPS, seed: int = 0) -> tuple[RWKV, float, int]:
+def train_recall(
+    gradient_segments: int | None, steps: int = STEPS, seed: int = 0, version: int = 6
+) -> tuple[RWKV, float, int]:
     """Trains a model; returns it, its share of right answers and its steps.  Stops after ten nearly perfect batches."""
     random = torch.Generator().manual_seed(seed)
-    model = infctx.build_model(version=6, num_layers=1, width=64, head_size=32, vocab_size=VOCAB_SIZE, seed=seed)
+    model = infctx.build_model(version=version, **SIZES, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
     losses: list[float] = []
     for _ in range(steps):

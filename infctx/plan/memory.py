@@ -89,6 +89,10 @@ ACTIVATION_BYTES = {
     (5, True, False): (154, 108),
     (6, False, False): (238, 171),
     (6, True, False): (174, 134),
+    (7, False, True): (163, 98),
+    (7, True, True): (90, 57),
+    (7, False, False): (409, 340),
+    (7, True, False): (338, 303),
 }
 
 
@@ -165,7 +169,8 @@ def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
     """Returns the bytes that the backward pass holds for one token: measured, see ACTIVATION_BYTES."""
     low = config.run.precision == "bf16"
     backend = config.model.backend
-    kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in ("cpu", "cuda"))
+    with_kernels = ("cpu",) if sizes.version == 7 else ("cpu", "cuda")
+    kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in with_kernels)
     block = ACTIVATION_BYTES[sizes.version, low, kernels][config.model.freezes_weights] * sizes.width
     ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
     if config.model.recompute_blocks:
@@ -184,7 +189,7 @@ def received_bytes(config: Config, sizes: Sizes) -> int:
     ranks = config.distributed.time_ranks
     if ranks == 1:
         return 0
-    matrix, kept = 4 * sizes.width * sizes.head_size, 4 * ranks * sizes.width
+    matrix, kept = 4 * sizes.width * sizes.head_size, 4 * ranks * sizes.width * _kept_columns(sizes)
     return sizes.num_layers * (matrix + kept + 2 * sizes.width * _activation_itemsize(config))
 
 
@@ -210,13 +215,19 @@ def step_wire(config: Config, sizes: Sizes) -> Wire:
 def time_wire(config: Config, sizes: Sizes) -> tuple[int, int]:
     """Returns the bytes that one rank receives from the other time ranks per layer and segment: forward and backward.
 
-    (P - 1) B (4 H N (N + 1) + 2 D s) and (P - 1) B (4 H N N + 2 D s), with P time ranks, B lanes per pass, H N = D.
+    (P - 1) B (4 H N (N + 1) + 2 D s) and (P - 1) B (4 H N N + 2 D s), with P time ranks, B lanes per pass, H N = D;
+    for RWKV-7 forward with N + N for N + 1.
     """
     others, width = config.distributed.time_ranks - 1, sizes.width
     vectors = 2 * width * _activation_itemsize(config)
-    forward = 4 * width * (sizes.head_size + 1) + vectors
+    forward = 4 * width * (sizes.head_size + _kept_columns(sizes)) + vectors
     backward = 4 * width * sizes.head_size + vectors
     return others * config.pass_lanes * forward, others * config.pass_lanes * backward
+
+
+def _kept_columns(sizes: Sizes) -> int:
+    """Returns the columns of what a slice leaves of a state: a factor for each key channel, or RWKV-7's matrix."""
+    return sizes.head_size if sizes.version == 7 else 1
 
 
 def _held(config: Config, sizes: Sizes) -> Memory:

@@ -88,13 +88,13 @@ def overrides_of(folder, ranks, strategy, recompute, reduction="step"):
     return [*chosen, f"model.recompute_blocks={str(recompute).lower()}", f"run.folder={place}"]
 
 
-@pytest.fixture(scope="module")
-def config_path(tmp_path_factory):
+@pytest.fixture(scope="module", params=[6, pytest.param(7, marks=pytest.mark.slow)])
+def config_path(request, tmp_path_factory):
     """Four lanes of very different documents: in some windows lanes have a target or two, or none but padding."""
     folder = tmp_path_factory.mktemp("sharded")
     write_store(folder / "train", lengths=[2, 700, 3, 2, 900, 18, 2, 333, 2, 2, 2, 40], seed=2)
     changes = {"window__lanes": 4, "window__window_tokens": 64, "optimizer__steps": STEPS, "model__width": 48}
-    changes |= {"run__save_every_steps": STEPS}
+    changes |= {"run__save_every_steps": STEPS, "model__version": request.param}
     return write_config(folder, **changes)
 
 

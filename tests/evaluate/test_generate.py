@@ -37,7 +37,7 @@ def most_likely(model, tokens, count):
     return bytes(token - 1 for token in tokens[-count:])
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("prompt", ["", "d", "def f(x):\n", "naïve \N{SNOWMAN}"])
 def test_temperature_zero_picks_the_most_likely_token(version, prompt):
     model = bytes_model(version)

@@ -11,6 +11,7 @@ import infctx
 from infctx import machine
 from infctx.errors import InputError
 from infctx.machine import pick_device
+from infctx.model.build import new_model
 from infctx.model.rwkv import Compute
 from infctx.model.sizes import published_sizes
 from infctx.plan.memory import (
@@ -45,7 +46,6 @@ def missing(config):
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """Pretends that there is no GPU, wherever the tests run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -77,7 +77,7 @@ def test_every_shipped_file_reports_what_is_missing_and_builds(tmp_path, monkeyp
     if sizes is None:  # another run makes this file
         assert config.model.weights == Path("runs/finch-tiny/model.pth")
         sizes = model_sizes(load_config(CONFIGS / "finch-tiny.yaml"))
-    settings = {name: value for name, value in vars(sizes).items() if value is not None}
+    settings = {name: value for name, value in vars(sizes).items() if value not in (None, False)}
     assert infctx.build_model(**settings, device="meta").sizes == sizes
     assert ("run.device: cuda" in message) == (config.run.device == "cuda")
     assert (f"no {config.model.weights}" in message) == (config.model.weights == Path("runs/finch-tiny/model.pth"))
@@ -165,7 +165,7 @@ def test_devices():
 
 def saved_bytes(version, low, backend, frozen, width, num_tokens):
     """Returns what autograd saves in one block, in bytes per token and channel; storages count once, weights do not."""
-    sizes = {"num_layers": 1, "width": width, "vocab_size": 16}
+    sizes = {"num_layers": 2, "width": width, "vocab_size": 16}
     model = infctx.build_model(version=version, **sizes, backend=backend)
     dtype = torch.bfloat16 if low else torch.float32
     if frozen:
@@ -181,7 +181,7 @@ def saved_bytes(version, low, backend, frozen, width, num_tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model.blocks[0](x, state, LayerSegment())
+        model.blocks[1](x, state, LayerSegment(), torch.randn_like(x) if version == 7 else None)
     shapes = {tuple(weight.shape) for weight in weights}
     counted = [tensor for tensor in held.values() if tuple(tensor.shape) not in shapes]
     return sum(tensor.untyped_storage().nbytes() for tensor in counted) / num_tokens / width
@@ -192,7 +192,7 @@ def saved_bytes(version, low, backend, frozen, width, num_tokens):
 def test_activations_take_what_the_plan_says(kind, frozen):
     version, low, kernels = kind
     said = ACTIVATION_BYTES[kind][frozen]
-    for backend in ("compiled", "cuda") if kernels else ("chunked",):
+    for backend in (("compiled",) if version == 7 else ("compiled", "cuda")) if kernels else ("chunked",):
         with emulated():
             found = saved_bytes(version, low, backend, frozen, width=256, num_tokens=512 - 16)
         assert found == pytest.approx(said, rel=0.1), backend
@@ -201,12 +201,13 @@ def test_activations_take_what_the_plan_says(kind, frozen):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_of_a_model(tmp_path, precision, recompute):
-    """Measures all blocks, embedding and last norm between the passes; when recomputing, plus the current block."""
+    """Measures blocks, embedding and last norm between the passes; when recomputing, plus the current block."""
     changes = {"model__num_layers": 4, "model__width": 128, "model__head_size": 64}
     config = load_config(write_config(tmp_path, **changes, run__precision=precision, model__recompute_blocks=recompute))
     sizes = model_sizes(config)
-    model = infctx.build_model(**{name: value for name, value in vars(sizes).items() if value is not None})
-    model.compute = Compute(torch.bfloat16 if precision == "bf16" else None, recompute)
+    model = new_model(
+        sizes, "cpu", torch.float32, 0, Compute(torch.bfloat16 if precision == "bf16" else None, recompute)
+    )
     num_tokens = 496
     tokens = torch.randint(257, (1, num_tokens))
     shapes = {tuple(view.shape) for p in model.parameters() for view in ((p, p.T) if p.ndim == 2 else (p,))}

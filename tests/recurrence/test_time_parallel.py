@@ -25,6 +25,9 @@ CASES = {
     "eagle, recomputed": (5, 384, 128, 0.2, None, True),
     "finch, truncated": (6, 256, 64, 0.2, 2, False),
     "finch, truncated at every segment": (6, 256, 64, 0.2, 1, True),
+    "goose": (7, 256, 64, 0.2, None, False),
+    "goose, recomputed": (7, 256, 128, 0.2, None, True),
+    "goose, no starts": (7, 192, 64, 0.0, None, False),
 }
 
 
@@ -112,23 +115,23 @@ WIRE_SIZES = {"num_layers": 3, "width": 256, "head_size": 64, "vocab_size": 19}
 WIRE_SEGMENTS, WIRE_SEGMENT_TOKENS, WIRE_BATCH = 3, 128, 3
 
 
-def formula(time_ranks, element_bytes):
+def formula(time_ranks, element_bytes, kept=1):
     """Returns bytes that a rank receives per layer and segment, forward and backward (docs/distributed.md)."""
     width, channels = WIRE_SIZES["width"], WIRE_SIZES["head_size"]
     heads, shifts = width // channels, 2 * width * element_bytes
-    forward = 4 * heads * channels * (channels + 1) + shifts
+    forward = 4 * heads * channels * (channels + kept) + shifts
     backward = 4 * heads * channels * channels + shifts
     return (time_ranks - 1) * WIRE_BATCH * forward, (time_ranks - 1) * WIRE_BATCH * backward
 
 
-def wire_of(low, recompute):
+def wire_of(version, low, recompute):
     """Returns bytes per layer that this rank receives: in a forward pass, in its repetition, backward, in a window."""
     ranks = TimeRanks(dist.group.WORLD)
     compute = Compute(torch.bfloat16 if low else None, recompute, time_ranks=ranks)
-    model = random_model(6, **WIRE_SIZES, compute=compute)
+    model = random_model(version, **WIRE_SIZES, compute=compute)
     tokens, targets, starts = random_window(WIRE_SEGMENTS * WIRE_SEGMENT_TOKENS, batch=WIRE_BATCH)
     segments = cut_window(tokens, targets, starts, WIRE_SEGMENT_TOKENS, ranks.rank, ranks.size)
-    zeros = State(*(torch.zeros_like(part) for part in random_model(6, **WIRE_SIZES).initial_state(WIRE_BATCH)))
+    zeros = State(*(torch.zeros_like(part) for part in model.initial_state(WIRE_BATCH)))
     received, found = Received(), {}
 
     def measured(name, work):
@@ -152,7 +155,7 @@ def wire_of(low, recompute):
 
 
 def all_wires():
-    cases = [(low, recompute) for low in (False, True) for recompute in (False, True)]
+    cases = [(6, low, recompute) for low in (False, True) for recompute in (False, True)] + [(7, True, False)]
     return {case: wire_of(*case) for case in cases}
 
 
@@ -160,8 +163,8 @@ def all_wires():
 def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
     """Counts bytes over TCP as the kernel does; computing again must not send anything twice."""
     for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):
-        for (low, _), found in rank.items():
-            forward, backward = formula(time_ranks, 2 if low else 4)
+        for (version, low, _), found in rank.items():
+            forward, backward = formula(time_ranks, 2 if low else 4, WIRE_SIZES["head_size"] if version == 7 else 1)
             assert found["forward"] == pytest.approx(forward, rel=0.01)
             assert found["again"] < 0.01 * forward
             assert found["backward"] == pytest.approx(backward, rel=0.01)

@@ -45,7 +45,7 @@ def test_every_setting_has_its_docstring_and_its_place_on_the_page():
         "- **clip_norm** (number above 0 or `null`; default `1.0`): ",
         "- **shuffle** (`true` or `false`; default `true`): ",
         "- **precision** (`fp32`, `bf16`; default `fp32`): ",
-        "- **version** (`5`, `6` or `null`; default `null`): ",
+        "- **version** (`5`, `6`, `7` or `null`; default `null`): ",
         "- **seed** (whole number from 0; default `0`): ",
     ],
 )

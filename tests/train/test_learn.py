@@ -18,7 +18,7 @@ from tiny_models import random_model, random_tokens
 
 @pytest.mark.parametrize("shifts", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
     """In float64.  The judge reads documents one by one, each in one graph, with a loop over time."""
     model = random_model(version, dtype=torch.float64, backend="chunked", num_layers=3)
@@ -76,7 +76,7 @@ class Flops(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_no_work_is_done_for_frozen_weights(version):
     """For each matrix product forward, training all weights needs two backward, and tuning a state one."""
     sizes = {"num_layers": 4, "width": 64, "head_size": 32, "vocab_size": 64, "backend": "compiled"}

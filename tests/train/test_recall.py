@@ -12,10 +12,10 @@ from infctx.train.learn import freeze_weights, natural_units
 from bench_recall import BATCH, NOISE, QUERY, SEGMENT_TOKENS, SEGMENTS, VALUES, VOCAB_SIZE, recall_batch, train_recall
 
 
-@pytest.fixture(scope="module")
-def recalling():
+@pytest.fixture(scope="module", params=[6, pytest.param(7, marks=pytest.mark.slow)])
+def recalling(request):
     """Trains a model on the task with the exact gradient."""
-    return train_recall(None, seed=2)
+    return train_recall(None, seed=2, version=request.param)
 
 
 def test_the_exact_gradient_learns_to_recall(recalling):
@@ -26,7 +26,7 @@ def test_the_exact_gradient_learns_to_recall(recalling):
 def test_the_truncated_gradient_does_not(recalling, most_steps):
     """Not in as many steps as the exact one needs, and not in many more."""
     assert recalling[2] < 400
-    assert train_recall(1, most_steps or recalling[2], seed=2)[1] <= 0.15
+    assert train_recall(1, most_steps or recalling[2], seed=2, version=recalling[0].sizes.version)[1] <= 0.15
 
 
 def unmarked_batch(random, value):

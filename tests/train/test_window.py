@@ -34,7 +34,7 @@ def assert_same_gradients(model, truth, bar=1e-11):
         assert ((parameter.grad - truth[name]).abs().max() / scale).item() <= bar, name
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("segment_tokens", [1, 7, 16, 17, 32, 40, 93, 128])
 @pytest.mark.parametrize("with_starts", [False, True])
 def test_equals_the_whole_document(version, segment_tokens, with_starts):
@@ -51,7 +51,7 @@ def test_equals_the_whole_document(version, segment_tokens, with_starts):
     assert_same_gradients(model, truth)
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 def test_the_incoming_state_receives_its_gradient(version):
     model = tiny_model(version)
     tokens, targets, starts = random_window(70)
