@@ -51,8 +51,6 @@ PUBLISHED_FILES = (
     PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231113-ctx4096.pth", 6_126_106_674, "eagle-3b"),
     PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231118-ctx16k.pth", 6_126_106_467, "eagle-3b"),
     PublishedFile(EAGLE, "RWKV-5-World-7B-v2-20240128-ctx4096.pth", 15_036_197_526, "eagle-7b"),
-    PublishedFile(GOOSE, "rwkv7-g1d-0.1b-20260129-ctx8192.pth", 382_223_725, "goose-0.1b"),
-    PublishedFile(GOOSE, "rwkv7-g1d-0.4b-20260210-ctx8192.pth", 901_776_749, "goose-0.4b"),
     PublishedFile(GOOSE, "rwkv7-g1j-2.9b-20260831-ctx16384.pth", 5_896_273_469, "goose-2.9b"),
 )
 """All are bf16, under Apache-2.0.  Repositories hold many other files, so each entry names its file."""

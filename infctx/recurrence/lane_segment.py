@@ -7,6 +7,7 @@ this is inside a layer, so the modules of the model run once, on every rank alik
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from infctx.conventions import START_SPACING
 from infctx.recurrence.layer_segment import LayerSegment, Shift
-from infctx.recurrence.wkv import wkv
+from infctx.recurrence.wkv import wkv, wkv7
 
 
 class LaneLayerSegment(LayerSegment):
@@ -41,13 +42,31 @@ class LaneLayerSegment(LayerSegment):
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
         """See `LayerSegment.wkv`."""
+        return self._from_border_to_border(
+            (r, k, v, w), state, lambda here, state: wkv(*here, u, state, backend=backend)
+        )
+
+    # Eight parameters: those of the op that a layer has.
+    def wkv7(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """See `LayerSegment.wkv7`."""
+        return self._from_border_to_border(
+            (r, w, k, v, a, b), state, lambda here, state: wkv7(*here, state, backend=backend)
+        )
+
+    def _from_border_to_border(
+        self,
+        inputs: tuple[Tensor, ...],
+        state: Tensor,
+        op: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
         results = []
-        for begin, end in pairwise(sorted({0, *self.borders, r.shape[1]})):
+        for begin, end in pairwise(sorted({0, *self.borders, inputs[0].shape[1]})):
             if begin in self.borders:
                 fresh = self.fresh[:, begin // START_SPACING, None, None, None]  # (B, 1, 1, 1)
                 state = torch.where(fresh, state.detach(), state)
-            here = slice(begin, end)
-            y, state = wkv(r[:, here], k[:, here], v[:, here], w[:, here], u, state, backend=backend)
+            y, state = op([tensor[:, begin:end] for tensor in inputs], state)
             results.append(y)
         return torch.cat(results, dim=1), state
 

@@ -60,7 +60,7 @@ def assert_same(model, truth, loss, last, found):
             assert name.startswith("initial_") and parameter.grad is None
 
 
-@pytest.mark.parametrize("version", [5, 6])
+@pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("segment_tokens", [1, 7, 16, 17, 40, 93, 128])
 def test_equals_one_document_after_another(version, segment_tokens):
     """In one window, and in a second that continues from it; wherever segments are cut."""
