@@ -72,8 +72,7 @@ def test_nothing_is_asked_before_something_is_read(hub, model):
 @pytest.mark.parametrize(
     ("name", "version"),
     [
-        ("BlinkDL/rwkv7-g1:rwkv7-g1j-2.9b-20260831-ctx16384.pth", "RWKV-7"),
-        ("fla-hub/rwkv7-1.5B-world", "RWKV-7"),
+        ("BlinkDL/rwkv7-g1:rwkv7a-g1b-0.1b.pth", "RWKV-7a or 7b (DeepEmbed)"),
         ("BlinkDL/rwkv-5-world:RWKV-5-World-0.1B-v1-20230803-ctx4096.pth", "RWKV-5.0 or 5.1"),
         ("BlinkDL/rwkv-4-pile-1b5", "RWKV-4"),
     ],
