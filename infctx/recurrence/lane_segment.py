@@ -8,6 +8,7 @@ this is inside a layer, so the modules of the model run once, on every rank alik
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -42,31 +43,28 @@ class LaneLayerSegment(LayerSegment):
         self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
         """See `LayerSegment.wkv`."""
-        return self._from_border_to_border(
-            (r, k, v, w), state, lambda here, state: wkv(*here, u, state, backend=backend)
-        )
+
+        def run(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return wkv(r, k, v, w, u, state, backend=backend)
+
+        return self._from_border_to_border(run, (r, k, v, w), state)
 
     # Eight parameters: those of the op that a layer has.
     def wkv7(
         self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
         """See `LayerSegment.wkv7`."""
-        return self._from_border_to_border(
-            (r, w, k, v, a, b), state, lambda here, state: wkv7(*here, state, backend=backend)
-        )
+        return self._from_border_to_border(partial(wkv7, backend=backend), (r, w, k, v, a, b), state)
 
     def _from_border_to_border(
-        self,
-        inputs: tuple[Tensor, ...],
-        state: Tensor,
-        op: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]],
+        self, op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor
     ) -> tuple[Tensor, Tensor]:
         results = []
         for begin, end in pairwise(sorted({0, *self.borders, inputs[0].shape[1]})):
             if begin in self.borders:
                 fresh = self.fresh[:, begin // START_SPACING, None, None, None]  # (B, 1, 1, 1)
                 state = torch.where(fresh, state.detach(), state)
-            y, state = op([tensor[:, begin:end] for tensor in inputs], state)
+            y, state = op(*(tensor[:, begin:end] for tensor in inputs), state)
             results.append(y)
         return torch.cat(results, dim=1), state
 
