@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from infctx.errors import InputError
 from infctx.small_texts import quoted
@@ -157,6 +158,6 @@ def published_sizes(name: str, place: str = "") -> Sizes:
     if name not in PUBLISHED_SIZES:
         raise InputError(
             f"{place}no published model is called {quoted(repr(name))}; choose one of these:",
-            ", ".join(PUBLISHED_SIZES),
+            *(", ".join(names) for _, names in groupby(PUBLISHED_SIZES, lambda name: name.partition("-")[0])),
         )
     return PUBLISHED_SIZES[name]

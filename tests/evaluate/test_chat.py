@@ -225,7 +225,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(answers, capfdbinary, monkeypat
 
     monkeypatch.setattr(generate_module, "read", interrupted)
     monkeypatch.setattr("infctx.evaluate.chat.read", interrupted)
-    assert answers("chat", lines="hi\nyou\n", draws=" abc\n\n") == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert answers("chat", lines="hi\nyou\n", draws=" abc\n\n") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     output, errors = capfdbinary.readouterr()
     assert output == b"a\nc\n"  # b was drawn and not read
     assert b"(stopped)" in errors

@@ -124,7 +124,9 @@ def test_sizes_that_make_no_model_are_refused(changed, match):
 
 
 def test_names_that_are_not_known_are_refused():
-    with pytest.raises(InputError, match=r"'finch-2b'; choose one of these:\n  eagle-0.4b, .*finch-14b, .*goose-13.3b"):
+    with pytest.raises(
+        InputError, match=r"'finch-2b'; choose one of these:\n  eagle-0.4b, .*\n.*finch-14b\n.*goose-13.3b"
+    ):
         infctx.build_model("finch-2b", device="meta")
     with pytest.raises(InputError, match="name of a published size, or version"):
         infctx.build_model(device="meta")

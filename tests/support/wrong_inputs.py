@@ -152,7 +152,9 @@ sizes and weights = train config.yaml model.weights=finch.pth
     config.yaml:2: model.version: ... leave it out
 a size that is not published = train tune.yaml model.size=finch-9b
     model.size: ... choose one of these:
-    eagle-0.4b, eagle-1.5b, eagle-3b, eagle-7b, finch-1.6b, finch-3b, finch-7b, finch-14b, ... goose-13.3b
+    eagle-0.4b, eagle-1.5b, eagle-3b, eagle-7b
+    finch-1.6b, finch-3b, finch-7b, finch-14b
+    goose-0.1b, goose-0.4b, goose-1.5b, goose-2.9b, goose-7.2b, goose-13.3b
 a size that the weights do not have = train tune.yaml model.size=finch-3b
     model.size: ... name the right one, or leave it out (model.size=null)
     finch-3b: Finch, 3,099,863,040 parameters, 32 layers of width 2560
