@@ -30,7 +30,7 @@ from infctx.documents.read import ReadLog, read_documents, with_other_files
 from infctx.errors import InputError
 from infctx.files import atomic_folder, naming_errors
 from infctx.prepare.encode import Encoded, count_workers, encode_documents
-from infctx.prepare.splits import HELD_OUT, TRAIN, SplitSummary, write_splits
+from infctx.prepare.splits import HELD_OUT, TRAIN, SplitSummary, documents_per_held_out, write_splits
 from infctx.prepare.stored import store_as_tokens
 from infctx.small_texts import counted, quoted
 
@@ -111,7 +111,7 @@ def prepare(
     new output is left.
     """
     encoder, tally = get_tokenizer(tokenizer), FormTally(reading)
-    _check_share(held_out)
+    documents_per_held_out(held_out)  # refuses a share before anything is read
     bad: list[InputError] = []
     sources, notes = find_sources(inputs, reading, bad.append if reading.skip_bad else None)
     workers = count_workers(workers, encoder, sources)
@@ -141,22 +141,6 @@ def prepare(
         _write_summary(folder / SUMMARY_FILE, summary)
     summary.notes = [*read_log.lines(), *tally.lines(), *notes, *_skipped_lines(read_log, Path(output) / SKIPPED_FILE)]
     return summary
-
-
-def _check_share(held_out: float) -> None:
-    """Raises InputError unless it is one document out of a whole number of them, or none."""
-    if not 0 <= held_out <= 0.5:
-        raise InputError(
-            f"--held-out: {held_out} is no share that can be held out; give 0 to 0.5 of the documents, such as 0.05"
-        )
-    if not held_out:
-        return
-    group = round(min(1 / held_out, 1e9))
-    if abs(1 / group - held_out) > 0.1 * held_out:
-        raise InputError(
-            f"--held-out: {held_out} is not one document out of a whole number of them; give a share such as "
-            f"{1 / group:.3g} or {1 / (group + 1):.3g}"
-        )
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

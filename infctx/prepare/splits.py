@@ -54,7 +54,7 @@ def write_splits(
     seed: for the choice of the documents
     Raises InputError if there is nothing to write, or nothing to hold out.
     """
-    group = round(min(1 / held_out, 1e9)) if held_out else 0
+    group = documents_per_held_out(held_out)
     written = _write(folder, documents, _random_split(group, seed), tokenizer.byte_lengths)
     if not written.splits:
         problem = (
@@ -66,6 +66,26 @@ def write_splits(
     if group and len(written.splits) == 1:
         _hold_out_after_all(folder, written, tokenizer, held_out, seed)
     return written
+
+
+def documents_per_held_out(held_out: float) -> int:
+    """Returns the size of the groups of documents in which one is held out; 0 if none is.
+
+    Raises InputError unless the share is one document out of a whole number of them, or none.
+    """
+    if not 0 <= held_out <= 0.5:
+        raise InputError(
+            f"--held-out: {held_out} is no share that can be held out; give 0 to 0.5 of the documents, such as 0.05"
+        )
+    if not held_out:
+        return 0
+    group = round(min(1 / held_out, 1e9))
+    if abs(1 / group - held_out) > 0.1 * held_out:
+        raise InputError(
+            f"--held-out: {held_out} is not one document out of a whole number of them; give a share such as "
+            f"{1 / group:.3g} or {1 / (group + 1):.3g}"
+        )
+    return group
 
 
 def _random_split(group: int, seed: int) -> Callable[[int], str]:
