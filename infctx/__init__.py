@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from infctx.model.build import build_model
     from infctx.model.rwkv import RWKV
     from infctx.model.state import State
-    from infctx.recurrence.wkv import wkv, wkv7
+    from infctx.ops.wkv import wkv, wkv7
     from infctx.train.window import window_backward
 
 __all__ = [
@@ -54,8 +54,8 @@ _DEFINED_AS = {
     "save_weights": "infctx.formats.weights.save_weights",
     "tokenizer": "infctx.data.tokenizer.get_tokenizer",
     "window_backward": "infctx.train.window.window_backward",
-    "wkv": "infctx.recurrence.wkv.wkv",
-    "wkv7": "infctx.recurrence.wkv.wkv7",
+    "wkv": "infctx.ops.wkv.wkv",
+    "wkv7": "infctx.ops.wkv.wkv7",
 }
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.recurrence.wkv_chunked import wkv_chunked
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.ops.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_reference import wkv_reference
 
 from wkv_emulated import emulated
 

@@ -25,7 +25,7 @@ from infctx.formats.tensor_file import STORED_DTYPES, is_safetensors, narrow, re
 from infctx.formats.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, refuse_other_sizes
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 
 SUFFIXES = {"pth": (".pth",), "st": (".st", ".state"), "merged": (".pth", ".safetensors"), "infctx": (".safetensors",)}
 """The forms and the suffixes of their files."""

@@ -20,7 +20,7 @@ from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tens
 from infctx.model.build import empty_model
 from infctx.model.rwkv import RWKV, Compute
 from infctx.model.sizes import Sizes, make_sizes
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 
 Shape = tuple[int, ...]
 

@@ -8,5 +8,5 @@ Letters used for dimensions in this package:
     L  layers                   V  vocabulary
 
 Reading order: rwkv -> block -> time_mix, delta_time_mix, channel_mix -> loss; the recurrence itself is
-in infctx/recurrence.
+in infctx/recurrence, its op in infctx/ops.
 """

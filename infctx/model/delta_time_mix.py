@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
+from infctx.ops.precision import state_dtype
 from infctx.recurrence.layer_segment import LayerSegment
-from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.token_shift import blend
 
 FASTEST_DECAY = -math.exp(-0.5)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from infctx.conventions import MASKED
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 from infctx.recurrence.time_parallel import Received
 
 SLICE_LOGITS = 1 << 25

@@ -17,9 +17,9 @@ from infctx.model.block import Block
 from infctx.model.layers import LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
+from infctx.ops.precision import state_dtype
 from infctx.recurrence.lane_segment import LaneLayerSegment, borders_of
 from infctx.recurrence.layer_segment import LayerSegment
-from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import Received, SharedLayerSegment, TimeRanks
 
 

@@ -1,2 +1,2 @@
-"""Everything that carries memory from token to token: the WKV op in all its forms and the token shift, alone or
-shared over ranks."""
+"""What carries memory from token to token in a segment: the state through the WKV op, the token shift, alone or shared
+over ranks."""

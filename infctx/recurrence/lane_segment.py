@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from infctx.conventions import START_SPACING
+from infctx.ops.wkv import wkv, wkv7
 from infctx.recurrence.layer_segment import LayerSegment, Shift
-from infctx.recurrence.wkv import wkv, wkv7
 
 
 class LaneLayerSegment(LayerSegment):

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from infctx.ops.wkv import wkv, wkv7
 from infctx.recurrence.token_shift import token_shift
-from infctx.recurrence.wkv import wkv, wkv7
 
 Shift = Literal["time_shift", "channel_shift"]
 

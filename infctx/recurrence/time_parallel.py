@@ -32,9 +32,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infctx.ops.wkv import wkv, wkv7
 from infctx.recurrence.layer_segment import LayerSegment, LayerState, Shift
 from infctx.recurrence.token_shift import token_shift
-from infctx.recurrence.wkv import wkv, wkv7
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 

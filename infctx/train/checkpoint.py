@@ -41,7 +41,7 @@ from infctx.formats.checkpoint_folder import (
 from infctx.formats.state_file import save_state
 from infctx.hub.names import hub_name
 from infctx.model.state import State
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 from infctx.settings.config import Config
 from infctx.settings.load import dump_config
 from infctx.small_texts import quoted, read_json_as

@@ -11,7 +11,7 @@ from torch import Tensor
 from infctx.data.lanes import Window
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 from infctx.settings.window import WindowSettings
 from infctx.train.window import cut_window
 

@@ -41,8 +41,8 @@ from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import RWKV, Compute
 from infctx.model.sizes import describe
 from infctx.model.state import State
+from infctx.ops.precision import state_dtype
 from infctx.plan.plan import Plan
-from infctx.recurrence.precision import state_dtype
 from infctx.recurrence.time_parallel import TimeRanks
 from infctx.settings.config import Config
 from infctx.settings.load import dump_config

@@ -299,7 +299,7 @@ import infctx, infctx.cuda, infctx.cuda.compile
 assert "torch" not in sys.modules
 maps = open("/proc/self/maps").read()
 assert "libnvrtc" not in maps and "libcuda" not in maps
-import infctx.cuda.driver, infctx.recurrence.wkv, torch
+import infctx.cuda.driver, infctx.ops.wkv, torch
 assert "cuda.pathfinder" not in sys.modules and not torch.cuda.is_initialized()
 for load in (infctx.cuda.compile._load_nvrtc, infctx.cuda.driver.load_driver):
     assert load.cache_info().misses == 0

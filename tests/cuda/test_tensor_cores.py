@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.ops.wkv_reference import wkv_reference
 
 import fragment_maps
 from emulator.emulator import HERE, TF32, build

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.errors import InputError
-from infctx.recurrence.wkv_chunked import wkv_chunked
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.ops.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_reference import wkv_reference
 
 from wkv_emulated import DTYPES, FP32_BAR, NAMES, emulated, make_inputs, same_bits, values_and_gradients
 from wkv_inputs import relative_rms

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.ops.wkv_reference import wkv_reference
 
 from emulator.emulator import ORDERS, EmulatorError, build
 from wkv_emulated import DTYPES, FP32_BAR, NAMES, SOURCES, emulated, make_inputs, same_bits, values_and_gradients

@@ -8,7 +8,7 @@ import torch
 from infctx.conventions import START_SPACING
 from infctx.cuda.wkv_layout import CHUNK_TOKENS, SPAN_TOKENS, cut
 from infctx.cuda.wkv_time import Processors, find_layout, microseconds
-from infctx.recurrence import wkv_check
+from infctx.ops import wkv_check
 
 BF16 = torch.bfloat16
 H100 = Processors(132, 233_472)

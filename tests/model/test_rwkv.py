@@ -15,7 +15,7 @@ from infctx.model.delta_time_mix import _Removal
 from infctx.model.rwkv import Compute
 from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.model.state import State
-from infctx.recurrence.wkv import BACKENDS
+from infctx.ops.wkv import BACKENDS
 
 from places import GOLDEN
 from tiny_models import random_model, random_tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infctx.cuda import wkv_cuda
 from infctx.cuda.wkv_layout import Layout, cut
-from infctx.recurrence import wkv
+from infctx.ops import wkv
 
 from emulator.emulator import Argument, Emulation, build
 from wkv_inputs import random_inputs

@@ -14,7 +14,7 @@ import torch
 
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_time import Processors, find_layout
-from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_chunked import wkv_chunked
 
 import gpu_check
 import gpu_correctness

@@ -29,7 +29,7 @@ from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch
 from infctx.cuda.wkv_cuda import processors_of, wkv_cuda
 from infctx.files import atomic_file
-from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_chunked import wkv_chunked
 
 from gpu_correctness import BF16, Case, draw, in_float64, outputs, relative_rms
 from wkv_table import BAR_SHAPE, HEAD_SIZE, MISSING, NOT_RUN, Report, Row, bars, find_facts, markdown, table_row

@@ -19,8 +19,8 @@ from torch import Tensor
 from infctx.cuda.wkv_cuda import wkv_cuda
 from infctx.cuda.wkv_layout import HEAD_SIZES
 from infctx.cuda.wkv_time import Processors, find_layout
-from infctx.recurrence.wkv_chunked import wkv_chunked
-from infctx.recurrence.wkv_reference import wkv_reference
+from infctx.ops.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_reference import wkv_reference
 
 Op = Callable[..., tuple[Tensor, Tensor]]
 Tensors = dict[str, Tensor | None]

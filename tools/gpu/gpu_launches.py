@@ -79,7 +79,7 @@ for source in sys.argv[1].split(","):
 CHOOSE = """
 import logging, sys
 import torch
-from infctx.recurrence.wkv import choose_backend
+from infctx.ops.wkv import choose_backend
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 for dtype in (torch.bfloat16, torch.float32):
     print(choose_backend("auto", "cuda", int(sys.argv[1]), dtype, 64))

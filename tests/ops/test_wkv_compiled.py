@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from infctx.recurrence.wkv_compiled import wkv_compiled
+from infctx.ops.wkv_compiled import wkv_compiled
 
 NAMES = ("y", "final", "dr", "dk", "dv", "dw", "du", "dstate", "dinitial")
 
@@ -249,7 +249,7 @@ def test_gradcheck():
 
 
 def test_importing_imports_no_compiler():
-    code = "import sys, infctx.recurrence.wkv_compiled; sys.exit('numba' in sys.modules)"
+    code = "import sys, infctx.ops.wkv_compiled; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -257,7 +257,7 @@ def test_importing_imports_no_compiler():
 def test_works_after_fork():
     code = """
 import os, torch
-from infctx.recurrence.wkv_compiled import wkv_compiled
+from infctx.ops.wkv_compiled import wkv_compiled
 torch.set_num_threads(2)
 r, k, v, w = torch.randn(4, 1, 600, 2, 16)
 inputs = r, k, v, -w.abs(), torch.zeros(2, 16), torch.zeros(1, 2, 16, 16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from infctx.recurrence import wkv_check
-from infctx.recurrence.wkv_check import find_disagreement
+from infctx.ops import wkv_check
+from infctx.ops.wkv_check import find_disagreement
 
 from wkv_emulated import SOURCES, emulated
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from infctx.conventions import START_SPACING
-from infctx.recurrence.precision import state_dtype
+from infctx.ops.precision import state_dtype
 
 MIN_THREAD_TOKENS = 256
 """Tokens of one head, about 50 us of forward: below this, waking another thread costs more than it saves."""
@@ -179,13 +179,13 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def _kernels() -> ModuleType:
     """Imports numba at the first use, not with infctx."""
-    from infctx.recurrence import wkv_numba_kernels
+    from infctx.ops import wkv_numba_kernels
 
     return wkv_numba_kernels
 
 
 def _kernels7() -> ModuleType:
-    from infctx.recurrence import wkv7_numba_kernels
+    from infctx.ops import wkv7_numba_kernels
 
     return wkv7_numba_kernels
 

@@ -19,8 +19,8 @@ import numpy as np
 from numba import njit, types
 
 from infctx.conventions import START_SPACING
-from infctx.recurrence import wkv_numba_lanes
-from infctx.recurrence.wkv_numba_lanes import (
+from infctx.ops import wkv_numba_lanes
+from infctx.ops.wkv_numba_lanes import (
     CHUNK,
     TOKENS,
     VECTOR_BYTES,

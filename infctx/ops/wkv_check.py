@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infctx.conventions import START_SPACING
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.recurrence.wkv_chunked import wkv_chunked
+from infctx.ops.wkv_chunked import wkv_chunked
 
 NUM_TOKENS = 150
 """Three spans, and a last chunk that is not whole."""

@@ -10,8 +10,8 @@ import infctx
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import DriverError
 from infctx.errors import InputError
-from infctx.recurrence import wkv as wkv_module
-from infctx.recurrence.wkv import BACKENDS, BACKENDS_7, choose_backend, pick_backend
+from infctx.ops import wkv as wkv_module
+from infctx.ops.wkv import BACKENDS, BACKENDS_7, choose_backend, pick_backend
 
 from wkv_emulated import emulated
 from wkv_inputs import random_inputs, relative_rms

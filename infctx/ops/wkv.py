@@ -15,11 +15,11 @@ from infctx.cuda.driver import DriverError
 from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
 from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
-from infctx.recurrence.precision import state_dtype
-from infctx.recurrence.wkv_check import find_disagreement
-from infctx.recurrence.wkv_chunked import wkv7_chunked, wkv_chunked
-from infctx.recurrence.wkv_compiled import wkv7_compiled, wkv_compiled
-from infctx.recurrence.wkv_reference import wkv7_reference, wkv_reference
+from infctx.ops.precision import state_dtype
+from infctx.ops.wkv_check import find_disagreement
+from infctx.ops.wkv_chunked import wkv7_chunked, wkv_chunked
+from infctx.ops.wkv_compiled import wkv7_compiled, wkv_compiled
+from infctx.ops.wkv_reference import wkv7_reference, wkv_reference
 
 BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
 BACKENDS_7 = {"reference": wkv7_reference, "chunked": wkv7_chunked, "compiled": wkv7_compiled}

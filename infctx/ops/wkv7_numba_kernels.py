@@ -20,9 +20,9 @@ import numpy as np
 from numba import njit, types
 
 from infctx.conventions import START_SPACING
-from infctx.recurrence import wkv_numba_kernels, wkv_numba_lanes
-from infctx.recurrence.wkv_numba_kernels import KEPT_TOKENS, add, build, decay_keys, put, scratch, width_of
-from infctx.recurrence.wkv_numba_lanes import (
+from infctx.ops import wkv_numba_kernels, wkv_numba_lanes
+from infctx.ops.wkv_numba_kernels import KEPT_TOKENS, add, build, decay_keys, put, scratch, width_of
+from infctx.ops.wkv_numba_lanes import (
     CHUNK,
     TOKENS,
     load_decays,
