@@ -19,6 +19,7 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
+import infctx.parquet.column as parquet_column
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
 from infctx.errors import InputError
@@ -105,6 +106,12 @@ def read_texts(file, **reading):
             texts(file, skip_bad=skip_bad, **reading)
 
 
+def read_large_pages(file):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet_column, "LARGE_PAGE_BYTES", 1)
+        read_texts(file)
+
+
 def prepare_store(file):
     reading = Reading(from_tokenizer="bytes")
     prepare([str(file)], file.with_name("prepared"), tokenizer="world", reading=reading, workers=1, overwrite=True)
@@ -140,6 +147,7 @@ CASES = [
     Case("csv", "a.csv", read_texts),
     Case("tsv .gz", "a.tsv.gz", read_texts),
     Case("parquet", "a.parquet", read_texts),
+    Case("parquet, large pages", "a.parquet", read_large_pages),
     Case("UTF-16", "wide.txt", read_texts),
     Case("repository", "repository/.gitignore", lambda file: read_texts(file.parent, join="repository"), None, 40),
     Case("store as input", "train.bin", lambda file: prepare_store(file.with_name("train")), None, 40),

@@ -11,6 +11,7 @@ ROOMS = (
     "leaves",
     "settings",
     "hub",
+    "parquet",
     "documents",
     "data",
     "prepare",

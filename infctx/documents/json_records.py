@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from infctx.documents.blocks import decoded, in_utf8, not_in_encoding
+import numpy as np
+
+from infctx.documents.blocks import BLOCK_BYTES, decoded, in_utf8, not_in_encoding
 from infctx.documents.document import Records
 from infctx.errors import InputError
 
 MAX_RECORD_BYTES = 64 << 20
-"""A record is parsed as a whole, which takes up to nine times its size in memory."""
+"""A record is parsed as a whole, which takes up to nine times its size in memory, ..."""
+FEW_BYTES, MOST_VALUES, VALUES_OF_A_LIST = 8 << 20, 4_000_000, 4
+"""... or up to forty times if it is made of small values, such as [[],[]]. So a record of more than FEW_BYTES may have
+no more than MOST_VALUES; a list or an object counts as four."""
 SPACE = re.compile(r"[ \t\r\n]*")
 LONGEST_WORD = 16  # characters of a word or escape that the end of a buffer may cut
 
@@ -51,13 +56,29 @@ def lines_of(blocks: Iterator[bytes], name: str) -> Iterator[tuple[str, bytes | 
                 yield f"{name}:{number}", line
             number, parts, length = number + 1, [], 0
         if length <= MAX_RECORD_BYTES < length + len(rest):
-            yield f"{name}:{number}", _too_long(f"{name}:{number}", "line")
+            yield f"{name}:{number}", too_long(f"{name}:{number}", "line")
             parts = []
         length += len(rest)
         if length <= MAX_RECORD_BYTES:
             parts.append(rest)
     if length <= MAX_RECORD_BYTES:
         yield f"{name}:{number}", b"".join(parts)
+
+
+def too_long(place: str, what: str) -> InputError:
+    """Returns the error for a line, row or record that is longer than one may be."""
+    return InputError(
+        f"{place}: a {what} of more than {MAX_RECORD_BYTES >> 20} MiB, too long to be parsed; "
+        "put this document into a .txt file, or leave it out with --skip-bad"
+    )
+
+
+def too_many(place: str, num_bytes: int) -> InputError:
+    """Returns the error for a line or record of more values than one may have."""
+    return InputError(
+        f"{place}: a record of {num_bytes >> 20} MiB with more than {MOST_VALUES:,} values, too many to be parsed; "
+        "keep only what is needed, or leave it out with --skip-bad"
+    )
 
 
 def _has_lines(head: bytes, is_lines: bool) -> bool:
@@ -84,15 +105,33 @@ def _records_of_lines(blocks: Iterator[bytes], name: str) -> Records:
 
 def _parsed(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line.decode())
+        text = line.decode()
     except UnicodeDecodeError as error:
         raise not_in_encoding(error, place, "utf-8", 0) from None
+    _check_values(text, place)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{place}: not JSON ({error.msg}, column {error.colno}); correct the line, or add --skip-bad"
         ) from None
     except (ValueError, RecursionError) as error:  # a number too long, or a nesting too deep, for Python
         raise InputError(f"{place}: not JSON ({error}); correct the line, or add --skip-bad") from None
+
+
+def _check_values(text: str, place: str) -> None:
+    """Raises InputError for a record that would take too much memory."""
+    if len(text) <= FEW_BYTES or _num_values(content := text.encode()) <= MOST_VALUES:
+        return
+    content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    characters = np.frombuffer(content, np.uint8)
+    is_outside = ~np.bitwise_xor.accumulate(characters == ord('"'))  # of strings
+    if _num_values(characters[is_outside].tobytes()) > MOST_VALUES:
+        raise too_many(place, len(text))
+
+
+def _num_values(content: bytes) -> int:
+    return content.count(b",") + VALUES_OF_A_LIST * (content.count(b"[") + content.count(b"{"))
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -174,9 +213,11 @@ class _Values:
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - LONGEST_WORD
                 if is_cut and len(self._buffer) - self._place > MAX_RECORD_BYTES:
-                    raise _too_long(place, "record") from None
-                if is_cut and self._read():
-                    continue
+                    raise too_long(place, "record") from None
+                if is_cut:
+                    _check_values(self._buffer[self._place :], place)  # all of it is this record's
+                    if self._read():
+                        continue
                 self.skip(min(error.pos, len(self._buffer)) - self._place)
                 what = "the file is cut off, or a quote is missing" if is_cut else "correct it"
                 raise InputError(f"{place}: not JSON ({error.msg}, line {self.line}); {what}") from None
@@ -184,6 +225,8 @@ class _Values:
                 raise InputError(f"{place}: not JSON ({error}); correct it, or add --skip-bad") from None
             if end < len(self._buffer) or not self._read():  # a number may continue
                 self.skip(end - self._place)
+                if len(self._buffer) > FEW_BYTES:
+                    self._put_back()
                 return value
 
     def error(self, problem: str) -> InputError:
@@ -192,7 +235,7 @@ class _Values:
 
     def _read(self) -> bool:
         """Adds to the buffer as much as there is in it; returns whether there is more."""
-        wanted = len(self._buffer) - self._place
+        wanted = min(len(self._buffer) - self._place, FEW_BYTES // 2)
         added = []
         while wanted >= 0 and (piece := next(self._pieces, "")):
             added.append(piece)
@@ -201,9 +244,8 @@ class _Values:
         self._place = 0
         return bool(added)
 
-
-def _too_long(place: str, what: str) -> InputError:
-    return InputError(
-        f"{place}: a {what} of more than {MAX_RECORD_BYTES >> 20} MiB, too long to be parsed; "
-        "put this document into a .txt file, or leave it out with --skip-bad"
-    )
+    def _put_back(self) -> None:
+        """Empties the buffer; what is left of it comes again."""
+        rest = self._buffer[self._place :]
+        again = (rest[begin : begin + BLOCK_BYTES] for begin in range(0, len(rest), BLOCK_BYTES))
+        self._pieces, self._buffer, self._place = chain(again, self._pieces), "", 0

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from errno import ENOSPC
+from functools import partial
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
 
 from infctx.documents.blocks import in_utf8, name_of, not_in_encoding
 from infctx.documents.document import Reading, Records, Source
-from infctx.documents.json_records import MAX_RECORD_BYTES, lines_of
+from infctx.documents.json_records import FEW_BYTES, MAX_RECORD_BYTES, MOST_VALUES, lines_of, too_long, too_many
 from infctx.documents.records import needed_columns
 from infctx.errors import InputError
+from infctx.parquet.column import TooLong, Value, columns_with_large_pages, read_values
 from infctx.small_texts import counted, quoted
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
 
 BATCH_BYTES, MOST_BATCH_ROWS = 8 << 20, 1024  # of a parquet file that are in memory at once
 PARQUET_BLOCK_BYTES = 1 << 20
@@ -60,7 +68,7 @@ def csv_records(blocks: Iterator[bytes], name: str, format: str, reading: Readin
 def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], object]) -> Records:
     """Yields the rows of a parquet file as records, or an error for each that cannot be read.
 
-    A few rows are in memory at once, and a page of the file: about 1 MiB, or up to 1024 rows if they are long.
+    A few rows are in memory at once, and a page of the file where it is small; a large one goes to a temporary file.
     """
     try:
         import pyarrow
@@ -75,9 +83,13 @@ def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], 
         # Read in small blocks: without a buffer, a whole column of a row group is read at once.
         with pyarrow.parquet.ParquetFile(source.file, buffer_size=PARQUET_BLOCK_BYTES, pre_buffer=False) as file:
             columns = needed_columns(file.schema_arrow.names, source.path, reading)
-            batches = file.iter_batches(_batch_rows(file.metadata), columns=list(columns), use_threads=False)
-            yield from _rows(batches, source, file.metadata.num_rows, on_bytes)
+            yield from _records(_rows(file, columns, source), source, file.metadata.num_rows, on_bytes)
     except OSError as error:
+        if error.errno == ENOSPC:
+            raise InputError(
+                f"{source.path}: has pages too large for memory, and there is no room for one of them in "
+                f"{gettempdir()}; set TMPDIR to a folder with more room"
+            ) from None
         if error.errno and error.strerror:
             raise InputError(f"{source.path}: cannot be read ({error.strerror}); check the file") from None
         raise _damaged(source, error) from None
@@ -116,6 +128,8 @@ class _Lines:
             return line
         place, content = next(self._lines)
         self.number += 1
+        if isinstance(content, bytes) and len(content) > FEW_BYTES and _num_values(content) > MOST_VALUES:
+            content = too_many(place, len(content))
         if isinstance(content, InputError):
             self.problem = self.problem or content
             return ""
@@ -124,6 +138,10 @@ class _Lines:
         except UnicodeDecodeError as error:
             self.problem = self.problem or not_in_encoding(error, place, "utf-8", 0)
             return content.decode(errors="replace") + "\n"
+
+
+def _num_values(line: bytes) -> int:
+    return max(line.count(mark.encode()) for mark in SEPARATORS["csv"])
 
 
 def _row(rows: Iterator[list[str]], place: str) -> list[str] | None:
@@ -146,31 +164,55 @@ def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
     needed_columns(columns, place, reading)
 
 
-def _batch_rows(metadata: Any) -> int:
+def _rows(file: ParquetFile, columns: Sequence[str], source: Source) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Yields for each row a function that returns it, given its place for messages."""
+    for group in range(file.metadata.num_row_groups):
+        long = columns_with_large_pages(file, source.file, group, columns)
+        if long:
+            for values in zip(*(read_values(column, MAX_RECORD_BYTES) for column in long), strict=True):
+                yield partial(_long_row, columns, values)
+            continue
+        rows = _batch_rows(file.metadata.row_group(group))
+        for batch in file.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False):
+            for number in range(batch.num_rows):
+                yield partial(_row_of_batch, batch, number)
+
+
+def _batch_rows(row_group: Any) -> int:
     """Returns how many rows of an average size fit into a batch."""
-    num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES * metadata.num_rows // max(1, num_bytes)))
+    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size)))
 
 
-def _rows(batches: Iterator[Any], source: Source, num_rows: int, on_bytes: Callable[[int], object]) -> Records:
-    read = reported = 0
-    for batch in batches:
-        columns = {name: batch.column(name) for name in batch.schema.names}
-        for row in range(batch.num_rows):
-            place = f"{source.path}, row {read + row + 1:,}"
-            try:
-                yield place, {name: column[row].as_py() for name, column in columns.items()}
-            except UnicodeDecodeError as error:
-                yield place, not_in_encoding(error, place, "utf-8", 0)
-            except (ValueError, OverflowError) as error:  # such as a date beyond what Python has
-                yield (
-                    place,
-                    InputError(f"{place}: cannot be read ({quoted(str(error))}); correct the row, or add --skip-bad"),
-                )
-        read += batch.num_rows
-        done = source.num_bytes * read // max(1, num_rows)
-        on_bytes(done - reported)
-        reported = done
+def _row_of_batch(batch: RecordBatch, number: int, place: str) -> dict[str, Any]:
+    return {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def _long_row(columns: Sequence[str], values: Sequence[Value], place: str) -> dict[str, Any]:
+    texts = [value for value in values if not isinstance(value, TooLong)]
+    if len(texts) < len(values) or sum(len(text or b"") for text in texts) > MAX_RECORD_BYTES:
+        raise too_long(place, "row")
+    return {name: None if text is None else text.decode() for name, text in zip(columns, texts, strict=True)}
+
+
+def _records(
+    rows: Iterator[Callable[[str], dict[str, Any]]], source: Source, num_rows: int, on_bytes: Callable[[int], object]
+) -> Records:
+    num_bytes, reported = source.num_bytes, 0
+    for number, row in enumerate(rows, start=1):
+        place = f"{source.path}, row {number:,}"
+        try:
+            yield place, row(place)
+        except InputError as error:
+            yield place, error
+        except UnicodeDecodeError as error:
+            yield place, not_in_encoding(error, place, "utf-8", 0)
+        except (ValueError, OverflowError) as error:  # such as a date beyond what Python has
+            problem = quoted(str(error))
+            yield place, InputError(f"{place}: cannot be read ({problem}); correct the row, or add --skip-bad")
+        done = num_bytes * number // num_rows
+        if done - reported >= PARQUET_BLOCK_BYTES or number == num_rows:
+            on_bytes(done - reported)
+            reported = done
 
 
 def _damaged(source: Source, error: Exception) -> InputError:

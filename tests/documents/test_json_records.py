@@ -98,6 +98,28 @@ def test_a_record_may_be_long_but_not_too_long(tmp_path, monkeypatch):
     refused(r"a\.json:1, record 1: a record of more than 1 MiB", tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_long_record_may_not_have_too_many_values(tmp_path, monkeypatch, suffix):
+    """What stands in strings does not count, nor does what comes after a long record."""
+    monkeypatch.setattr(json_module, "FEW_BYTES", 2000)
+    monkeypatch.setattr(json_module, "MOST_VALUES", 300)
+    monkeypatch.setattr(json_module, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 100)
+    records = [
+        {"text": '\\",[{"\\' * 500},
+        *[{"text": "a", "x": ["b", []]}] * 200,
+        {"text": "c" * 2000, "x": [1] * 290},
+    ]
+    path = tmp_path / f"a.{suffix}"
+    write = json.dumps if suffix == "json" else lambda records: "\n".join(map(json.dumps, records))
+    path.write_text(write(records))
+    assert texts(path) == [record["text"] for record in records]
+    for values in ([1] * 1000, [[]] * 400, [{"a": 1}] * 200):
+        path.write_text(write([*records, {"text": "a" * 2000, "x": values}]))
+        assert texts(path, skip_bad=True) == [record["text"] for record in records]
+        refused(rf"a\.{suffix}:.*: a record of 0 MiB with more than 300 values, too many", path)
+
+
 @pytest.mark.parametrize("block", [1, 3])  # a line inside a block is never too long
 def test_long_lines_are_left_out_alone(tmp_path, monkeypatch, block):
     monkeypatch.setattr(blocks_module, "BLOCK_BYTES", block)

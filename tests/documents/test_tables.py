@@ -11,6 +11,9 @@ import pyarrow.parquet
 import pytest
 
 import infctx.documents.blocks as blocks_module
+import infctx.documents.tables as tables_module
+import infctx.parquet.column as parquet_column
+import infctx.parquet.page_content as page_content
 from infctx.errors import InputError
 
 from readings import refused, texts
@@ -50,6 +53,14 @@ def test_the_limit_of_the_csv_module_is_put_back(tmp_path):
     assert csv.field_size_limit() == before
 
 
+def test_a_row_of_too_many_values_is_left_out_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_module, "FEW_BYTES", 100)
+    monkeypatch.setattr(tables_module, "MOST_VALUES", 20)
+    rows = ["text,x", "a,b", "a" * 100 + "," * 21, "c" * 100 + ",d", "e" * 50 + "," * 30]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    assert texts(tmp_path / "a.csv", skip_bad=True) == ["a", "c" * 100]
+
+
 def test_bad_rows_are_left_out_alone(tmp_path):
     rows = b'id,text\n1,a\n2\n3,b,c\n\n4,"b"c\n5,\xff\n6,"d\ne"\n7,f\n'
     (tmp_path / "a.csv").write_bytes(rows)
@@ -62,13 +73,31 @@ def some_table(seed, count=700):
     return pyarrow.table({"id": range(count), "text": words, "content": words[::-1], "nested": [[{"a": 1}]] * count})
 
 
-@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
-@pytest.mark.parametrize("rows", [1, 63, 10_000])
-def test_parquet_is_what_pyarrow_reads(tmp_path, compression, rows):
+def large_pages_from(monkeypatch, num_bytes):
+    monkeypatch.setattr(parquet_column, "LARGE_PAGE_BYTES", num_bytes)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none", "gzip", "brotli", "lz4"])
+@pytest.mark.parametrize(
+    ("rows", "large"), [(1, 1 << 30), (63, 1 << 30), (10_000, 1 << 30), (11, 1), (63, 1), (10_000, 5000)]
+)
+def test_parquet_is_what_pyarrow_reads(tmp_path, monkeypatch, compression, rows, large):
+    """From a size on pages are read by us: all, some, none."""
+    large_pages_from(monkeypatch, large)
+    monkeypatch.setattr(page_content, "STEP_BYTES", 4 << 10)
     path = tmp_path / "a.parquet"
-    table = some_table(rows)
+    table = some_table(rows, 150)
     table = table.set_column(1, "text", table["text"].cast("large_string"))
-    pyarrow.parquet.write_table(table, path, row_group_size=rows, compression=compression, use_dictionary=rows == 63)
+    pyarrow.parquet.write_table(
+        table,
+        path,
+        row_group_size=rows,
+        compression=compression,
+        data_page_version="2.0" if rows == 63 else "1.0",
+        use_dictionary=rows == 63,
+        data_page_size=3000,
+        write_batch_size=10,
+    )
     whole = pyarrow.parquet.read_table(path)
     assert texts(path) == whole["text"].to_pylist()
     assert texts(path, text_column="content") == whole["content"].to_pylist()
@@ -88,8 +117,10 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     refused(r"a\.parquet: pyarrow, which reads parquet, is missing; pip install 'infctx\[parquet\]'", tmp_path)
 
 
+@pytest.mark.parametrize("large", [1, 1 << 30])
 @pytest.mark.parametrize("where", [0, 4, 50, 0.5, -1, -8])
-def test_a_truncated_parquet_file(tmp_path, where):
+def test_a_truncated_parquet_file(tmp_path, monkeypatch, where, large):
+    large_pages_from(monkeypatch, large)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(some_table(3), path)
     whole = path.read_bytes()
