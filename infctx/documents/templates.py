@@ -132,6 +132,11 @@ class Template(BaseModel):
         body = form.reasoning.body if thinks and form.reasoning else form.body
         return re.split(f"{re.escape(CONTENT)}|{re.escape(REASONING)}", body, maxsplit=1)[0]
 
+    def reasoning_mark(self, role: str) -> str:
+        """Returns the word that reasoning begins with, such as <think>; it is there before a model goes on."""
+        words = (self.answer_heading(role, True) + self.answer_lead(role, True)).split()
+        return words[-1] if words else ""
+
     def _tidied(self, text: str) -> str:
         if self.collapse_newlines:
             if "\r\n" in text:

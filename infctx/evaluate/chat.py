@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from itertools import chain
 
 from infctx.documents.templates import Template
 from infctx.errors import InputError
@@ -63,7 +64,9 @@ class Chat:
         """Yields another answer to the last message, in place of the one before."""
         assert self._asked is not None
         self._answer = Continuation(self._model, self._asked, self._sampling, self._stop, self._random)
-        return _characters(_without_lead(self._answer, self._template.answer_lead(ANSWERS, self._thinks).encode()))
+        lead = self._template.answer_lead(ANSWERS, self._thinks)
+        answer = _characters(_without_lead(self._answer, lead.encode()))
+        return chain([self._template.reasoning_mark(ANSWERS)], answer) if self._thinks else answer
 
     def reset(self) -> None:
         """Starts again, from the initial state."""

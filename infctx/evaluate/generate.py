@@ -61,13 +61,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:  # written so that NaN fails too
-            raise InputError(f"generate: temperature: {self.temperature} does not fit; give 0 or more")
+            raise InputError(f"temperature: {self.temperature} does not fit; give 0 or more")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"generate: top_p: {self.top_p} does not fit; give more than 0, and 1 at most")
+            raise InputError(f"top_p: {self.top_p} does not fit; give more than 0, and 1 at most")
         if self.max_tokens < 1:
-            raise InputError(f"generate: max_tokens: {self.max_tokens} does not fit; give at least 1")
+            raise InputError(f"max_tokens: {self.max_tokens} does not fit; give at least 1")
         if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"generate: seed: {self.seed} does not fit; give 0 to 2^63 - 1")
+            raise InputError(f"seed: {self.seed} does not fit; give 0 to 2^63 - 1")
 
     def random(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

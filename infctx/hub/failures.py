@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from infctx.errors import InputError
+from infctx.hub.retries import say_retries_once
 from infctx.small_texts import quoted
 
 TOKEN = "`hf auth login`, or HF_TOKEN"
@@ -42,6 +43,7 @@ def explained(name: str, repository: str) -> Iterator[None]:
 
     name: what was asked for, as the user wrote it
     """
+    say_retries_once()
     try:
         yield
     except InputError:

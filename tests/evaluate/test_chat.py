@@ -148,7 +148,7 @@ def test_plain_ends_with_the_document_and_reset_starts_again(scripted):
 
 def test_thinking_comes_first(scripted):
     chat = scripted.chat("g1", thinks=True)
-    assert scripted.answer(chat.say("a"), scripted.encoded(">hm</think>\nyes\n\n")) == "hm</think>\nyes"
+    assert scripted.answer(chat.say("a"), scripted.encoded(">hm</think>\nyes\n\n")) == "<think>hm</think>\nyes"
     assert scripted.tokens == scripted.encoded("User:", " a\n\n", "Assistant: <think", ">hm</think>\nyes\n\n")
 
 

@@ -307,9 +307,9 @@ documents beyond the vocabulary = evaluate finch.pth beyond/train
 tokens below zero = generate finch.pth --tokens -5
     argument --tokens: -5 is not a whole number of at least 1
 a temperature below zero = generate finch.pth --temperature -1
-    generate: temperature: -1.0 ... give 0 or more
+    temperature: -1.0 ... give 0 or more
 no top-p = generate finch.pth --top-p 0
-    generate: top_p: 0.0 ... give more than 0, and 1 at most
+    top_p: 0.0 ... give more than 0, and 1 at most
 a seed out of range = generate finch.pth --seed 18446744073709551616
     argument --seed: 18446744073709551616 is not a whole number from 0 to 2^63 - 1
 a prompt that is not UTF-8 = generate finch.pth --prompt caf\udce9

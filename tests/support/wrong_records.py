@@ -115,5 +115,5 @@ thinking without a place for it = chat finch.pth --think
 a chat without a model = chat
     the following arguments are required: model
 a chat with a temperature below zero = chat finch.pth --temperature -1
-    generate: temperature: -1.0 ... give 0 or more
+    temperature: -1.0 ... give 0 or more
 """)
