@@ -74,8 +74,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_hub(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="of a data set on the hub (default: train)")
-    parser.add_argument("--config", help="of a data set on the hub that holds several sets")
+    parser.add_argument("--split", help="of a dataset on the hub (default: train)")
+    parser.add_argument("--config", help="of a dataset on the hub that holds several sets")
     parser.add_argument("--limit", type=count, metavar="DOCUMENTS", help="read only the first of them (default: all)")
 
 

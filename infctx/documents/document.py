@@ -31,7 +31,7 @@ class Reading:
     form: of records: a name in `infctx.documents.forms.FORMS`
     template: how chats become text: a name in `infctx.documents.templates.BUILT_IN`, or a file of the user's
     learn: what a model learns of records with roles: "answers", "all", or roles with commas between them
-    split, config: of data sets on the hub, hf:OWNER/DATASET (see `infctx.hub.datasets`)
+    split, config: of datasets on the hub, hf:OWNER/DATASET (see `infctx.hub.datasets`)
     limit: the most documents to read; files on the hub that are not needed for them are not downloaded
     """
 

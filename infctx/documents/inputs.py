@@ -53,7 +53,7 @@ def find_sources(
     inputs: Sequence[str], reading: Reading = AS_THEY_ARE, on_bad: OnBad | None = None
 ) -> tuple[list[Source], list[str]]:
     """Returns the files that `inputs` name, in their order, each folder and glob sorted by name; and lines for the user
-    about files left out or named twice, and about data sets on the hub.
+    about files left out or named twice, and about datasets on the hub.
 
     reading: its format is that of standard input, of named files, and of files with any other suffix
     on_bad: called with the error of each file and folder that cannot be read; without it, the first one is raised
@@ -100,7 +100,7 @@ def find_sources(
 
 
 def _of_hub(name: str, reading: Reading) -> tuple[list[Source], str]:
-    """Returns the files of a data set on the hub, none downloaded yet, and a line about them."""
+    """Returns the files of a dataset on the hub, none downloaded yet, and a line about them."""
     from infctx.hub.datasets import dataset_files, kind_of  # they load huggingface_hub
     from infctx.hub.files import describe_bytes
 
@@ -126,7 +126,7 @@ def _check(inputs: Sequence[str], reading: Reading) -> None:
         raise InputError("standard input (-) is named twice; it can be read only once")
     for option, value in (("--split", reading.split), ("--config", reading.config)):
         if value is not None and not any(name.startswith(PREFIX) for name in inputs):
-            raise InputError(f"{option}: is for data sets on the hub, {PREFIX}OWNER/DATASET; leave it out")
+            raise InputError(f"{option}: is for datasets on the hub, {PREFIX}OWNER/DATASET; leave it out")
 
 
 def _raise(error: InputError) -> None:

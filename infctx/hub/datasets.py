@@ -1,4 +1,4 @@
-"""Which files of a data set's repository hold its documents: `hf:OWNER/DATASET`, split and configuration in; files out.
+"""Which files of a dataset's repository hold its documents: `hf:OWNER/DATASET`, split and configuration in; files out.
 
 The repository's own card decides where it names files; otherwise their names do, by the usual convention: the split
 stands in the path, between letters and digits of other words, as in data/train-00000-of-00012.parquet.
@@ -37,7 +37,7 @@ Splits = dict[str, list[HubFile]]
 
 
 def dataset_files(text: str, split: str | None = None, config: str | None = None) -> list[HubFile]:
-    """Asks the hub which files hold a split of a data set, in the order of their names; downloads none of them.
+    """Asks the hub which files hold a split of a dataset, in the order of their names; downloads none of them.
 
     text: hf:OWNER/DATASET, also with @REVISION, and with :FILE or :PATTERN for these files, whatever their split
     split: None: "train", or the only one there is
@@ -46,7 +46,7 @@ def dataset_files(text: str, split: str | None = None, config: str | None = None
     """
     name = hub_name(text)
     if name is None:
-        raise InputError(f"{quoted(text)}: is no data set on the hub; give {PREFIX}OWNER/DATASET, with both parts")
+        raise InputError(f"{quoted(text)}: is no dataset on the hub; give {PREFIX}OWNER/DATASET, with both parts")
     files = list_files(HubName(name.repository, name.revision, None), "dataset")
     if name.file:
         return _named(name, files)

@@ -95,7 +95,7 @@ def prepare(
 ) -> PrepareSummary:
     """Turns texts into a folder of token stores, in memory that does not grow with the texts.
 
-    inputs: files, folders, globs, "-" (see `infctx.documents.inputs`) or data sets on the hub, hf:OWNER/DATASET
+    inputs: files, folders, globs, "-" (see `infctx.documents.inputs`) or datasets on the hub, hf:OWNER/DATASET
     output: the folder to make
     tokenizer: "world" or "bytes"
     held_out: the share of the documents (0 to 0.5) that go to the held-out split: of every 1 / held_out documents, one

@@ -65,26 +65,37 @@ def write_moments(folder: Path, engine: Engine) -> list[Path]:
 def read_moments(folder: Path, engine: Engine) -> None:
     """Restores the optimizer's state, or this rank's part of it.
 
-    Raises InputError if a parameter that learns has none, or one of another shape.
+    Raises InputError if a parameter that learns has none, or one of another shape. Only the initial state may have
+    none: it did not learn if the checkpoint was made with window.carry: lane, so it starts with zeros.
     """
     files = _tensors_of(folder, "optimizer")
     if not files:
         return
-    begun = False
+    steps = 0.0
+    initial = {part for part in engine.model.initial_parts() if part is not None}
+    without = []
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
         keys = {key: f"{name}/{key}" for key in (*MOMENTS, "step")}
         moments = {key: _read(files[stored], stored) for key, stored in keys.items() if stored in files}
         shape = getattr(parameter, "ds_shape", parameter.shape)  # from ZeRO-3, which leaves an empty tensor
+        if not moments and parameter in initial:
+            without.append((name, parameter, shape))
+            continue
         wanted = {key: (shape, parameter.dtype) for key in MOMENTS} | {"step": (torch.Size(), torch.float32)}
         found = {key: (tensor.shape, tensor.dtype) for key, tensor in moments.items()}
         if found != wanted or not 0 < moments["step"].item() < float("inf"):
             raise InputError(f"{folder}: the optimizer's state of {name} is incomplete; {ANOTHER_CHECKPOINT}")
-        if not begun:
-            engine.begin_moments(moments["step"].item())
-            begun = True
+        if not steps:
+            steps = moments["step"].item()
+            engine.begin_moments(steps)
         engine.set_moments(parameter, moments)
+    for name, parameter, shape in without:
+        if not steps:
+            raise InputError(f"{folder}: the optimizer's state of {name} is missing; {ANOTHER_CHECKPOINT}")
+        zeros = {key: torch.zeros(shape, dtype=parameter.dtype) for key in MOMENTS}
+        engine.set_moments(parameter, zeros | {"step": torch.tensor(steps)})
 
 
 def write_carry(folder: Path, carry: State, others: dict[str, Tensor], ranks: Ranks) -> list[Path]:

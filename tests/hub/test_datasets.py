@@ -1,4 +1,4 @@
-"""Data sets on the hub: which files are a split; `infctx prepare` on them, which downloads no more than it reads."""
+"""Datasets on the hub: which files are a split; `infctx prepare` on them, which downloads no more than it reads."""
 
 import gzip
 import json
@@ -109,7 +109,7 @@ def test_sets_without_data(hub):
     hub.files.clear()
     holding(hub, "a.png", "b.png")
     assert refused().startswith(f"{NAME}: holds no documents in .parquet, .jsonl, ")
-    assert refused(name="hf:pg19") == "hf:pg19: is no data set on the hub; give hf:OWNER/DATASET, with both parts"
+    assert refused(name="hf:pg19") == "hf:pg19: is no dataset on the hub; give hf:OWNER/DATASET, with both parts"
 
 
 def lines(texts):
@@ -170,7 +170,7 @@ def test_a_limit_holds_for_files_here_too(tmp_path):
 @pytest.mark.parametrize("option", ["split", "config"])
 def test_options_of_the_hub_without_the_hub(tmp_path, option):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(InputError, match=f"^--{option}: is for data sets on the hub, hf:OWNER/DATASET; leave it out$"):
+    with pytest.raises(InputError, match=f"^--{option}: is for datasets on the hub, hf:OWNER/DATASET; leave it out$"):
         prepare([str(tmp_path)], tmp_path / "out", tokenizer="bytes", reading=Reading(**{option: "x"}))
 
 

@@ -31,12 +31,12 @@ a state on the hub, offline = generate finch.pth --state some/states@v2:chat.st
     some/states@v2:chat.st: ... and HF_HUB_OFFLINE is set; unset it, or copy that cache here
 an export from the hub, offline = export some/finch out.pth
     some/finch: ... and HF_HUB_OFFLINE is set; unset it, or copy that cache here
-a data set without its owner = prepare hf:pg19 --output out
-    hf:pg19: is no data set on the hub; give hf:OWNER/DATASET, with both parts
-a data set, offline = prepare hf:some/books --output out
+a dataset without its owner = prepare hf:pg19 --output out
+    hf:pg19: is no dataset on the hub; give hf:OWNER/DATASET, with both parts
+a dataset, offline = prepare hf:some/books --output out
     some/books: ... and HF_HUB_OFFLINE is set; unset it, or copy that cache here
 a split of files here = prepare texts --output out --split train
-    --split: is for data sets on the hub, hf:OWNER/DATASET; leave it out
+    --split: is for datasets on the hub, hf:OWNER/DATASET; leave it out
 no documents at all = prepare texts --output out --limit 0
     argument --limit: 0 is not a whole number of at least 1
 """

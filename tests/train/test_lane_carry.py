@@ -127,3 +127,6 @@ def test_the_setting(tmp_path):
     checkpoint.rmdir()
     train(load_config(path))
     assert losses_of(tmp_path / "run") == whole
+    train(load_config(path, ["window.carry=document", "optimizer.steps=5"]))  # now the initial state learns
+    assert not torch.equal(infctx.load_model(tmp_path / "run" / "model.pth").initial_wkv, model.initial_wkv)
+    train(load_config(path, ["optimizer.steps=6"]))
