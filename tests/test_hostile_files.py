@@ -19,7 +19,7 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
-import infctx.parquet.column as parquet_column
+import infctx.parquet.large_pages as large_pages
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
 from infctx.errors import InputError
@@ -108,7 +108,7 @@ def read_texts(file, **reading):
 
 def read_large_pages(file):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet_column, "LARGE_PAGE_BYTES", 1)
+        patch.setattr(large_pages, "LARGE_PAGE_BYTES", 1)
         read_texts(file)
 
 

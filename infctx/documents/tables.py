@@ -15,7 +15,8 @@ from infctx.documents.document import Reading, Records, Source
 from infctx.documents.json_records import FEW_BYTES, MAX_RECORD_BYTES, MOST_VALUES, lines_of, too_long, too_many
 from infctx.documents.records import needed_columns
 from infctx.errors import InputError
-from infctx.parquet.column import TooLong, Value, columns_with_large_pages, read_values
+from infctx.parquet.column import TooLong
+from infctx.parquet.large_pages import Cell, Objects, find_long_columns, read_rows
 from infctx.small_texts import counted, quoted
 
 if TYPE_CHECKING:
@@ -167,10 +168,9 @@ def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
 def _rows(file: ParquetFile, columns: Sequence[str], source: Source) -> Iterator[Callable[[str], dict[str, Any]]]:
     """Yields for each row a function that returns it, given its place for messages."""
     for group in range(file.metadata.num_row_groups):
-        long = columns_with_large_pages(file, source.file, group, columns)
-        if long:
-            for values in zip(*(read_values(column, MAX_RECORD_BYTES) for column in long), strict=True):
-                yield partial(_long_row, columns, values)
+        if long := find_long_columns(file, source.file, group, columns):
+            for cells in read_rows(long, MAX_RECORD_BYTES):
+                yield partial(_long_row, columns, cells)
             continue
         rows = _batch_rows(file.metadata.row_group(group))
         for batch in file.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False):
@@ -187,11 +187,23 @@ def _row_of_batch(batch: RecordBatch, number: int, place: str) -> dict[str, Any]
     return {name: column[number].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
-def _long_row(columns: Sequence[str], values: Sequence[Value], place: str) -> dict[str, Any]:
-    texts = [value for value in values if not isinstance(value, TooLong)]
-    if len(texts) < len(values) or sum(len(text or b"") for text in texts) > MAX_RECORD_BYTES:
+def _long_row(columns: Sequence[str], cells: Sequence[Cell], place: str) -> dict[str, Any]:
+    texts = [cell for cell in cells if not isinstance(cell, TooLong)]
+    if len(texts) < len(cells) or sum(map(_num_bytes, texts)) > MAX_RECORD_BYTES:
         raise too_long(place, "row")
-    return {name: None if text is None else text.decode() for name, text in zip(columns, texts, strict=True)}
+    return dict(zip(columns, map(_decoded, texts), strict=True))
+
+
+def _num_bytes(cell: bytes | Objects | None) -> int:
+    if isinstance(cell, list):
+        return sum(len(value or b"") for item in cell for value in (item or {}).values())
+    return len(cell or b"")
+
+
+def _decoded(cell: bytes | Objects | None) -> Any:
+    if isinstance(cell, list):
+        return [item and {key: _decoded(value) for key, value in item.items()} for item in cell]
+    return cell if cell is None else cell.decode()
 
 
 def _records(

@@ -1,12 +1,13 @@
-"""A column of texts whose pages are large: a column of a row group in; its values out, one at a time.
+"""A column of texts: the pages of one leaf of a row group in; its values out, one at a time, with their levels.
 
-Source: README.md and Encodings.md of apache/parquet-format.
+Source: README.md and Encodings.md of apache/parquet-format. A value's definition level says how many of the things
+around it that may be missing are there, itself included; its repetition level is 0 where a row begins.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -19,8 +20,6 @@ from infctx.parquet.page_headers import DATA_PAGE, DATA_PAGE_V2, DICTIONARY_PAGE
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-LARGE_PAGE_BYTES = 32 << 20
-"""From this size on, decompressed, a page is read here and not by pyarrow."""
 MOST_PAGE_VALUES = 1 << 24
 KINDS = (DATA_PAGE, DATA_PAGE_V2, DICTIONARY_PAGE)
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = ENCODINGS = (0, 2, 8)
@@ -35,11 +34,20 @@ class TooLong(NamedTuple):
 Value = bytes | TooLong | None
 
 
+class Entry(NamedTuple):
+    """A value of a column with its levels; None where something is missing."""
+
+    repetition: int
+    definition: int
+    value: Value
+
+
 class Column(NamedTuple):
-    """A column of a row group, flat and of texts.
+    """A column of texts in a row group.
 
     offset, num_bytes: where its pages are in the file
     whole_bytes: of its pages, decompressed
+    num_entries: values, and what stands where one is missing
     codec: of its pages, as pyarrow names it
     """
 
@@ -47,94 +55,75 @@ class Column(NamedTuple):
     offset: int
     num_bytes: int
     whole_bytes: int
-    num_values: int
+    num_entries: int
     codec: str
-    can_be_null: bool
+    max_repetition: int
+    max_definition: int
 
 
-def columns_with_large_pages(file: ParquetFile, path: Path, group: int, names: Sequence[str]) -> list[Column] | None:
-    """Returns some columns of a row group if one of them has a large page and `read_values` can read them all.
-
-    None: they are for pyarrow to read.
-    """
-    columns = [_find_column(file, path, group, name) for name in names]
-    found = [column for column in columns if column]
-    if len(found) < len(columns) or all(column.whole_bytes < LARGE_PAGE_BYTES for column in found):
+def find_column(file: ParquetFile, path: Path, group: int, number: int) -> Column | None:
+    """Returns a column of a row group; None if it is not one of texts in a codec that can be read here."""
+    column, stored = file.schema.column(number), file.metadata.row_group(group).column(number)
+    if column.physical_type != "BYTE_ARRAY" or column.logical_type.type != "STRING" or stored.compression not in CODECS:
         return None
-    pages = [page for column in found for page in _pages(column)]
-    is_large = any(page.num_bytes >= LARGE_PAGE_BYTES for page in pages)
-    can_be_read = all(page.encoding in ENCODINGS and page.num_values <= MOST_PAGE_VALUES for page in pages)
-    return found if is_large and can_be_read else None
+    offset = stored.data_page_offset
+    if stored.has_dictionary_page and stored.dictionary_page_offset:
+        offset = min(offset, stored.dictionary_page_offset)
+    sizes = (stored.total_compressed_size, stored.total_uncompressed_size, stored.num_values)
+    return Column(path, offset, *sizes, stored.compression, column.max_repetition_level, column.max_definition_level)
 
 
-def read_values(column: Column, most_bytes: int) -> Iterator[Value]:
-    """Yields the values of a column, in order; None for null, and `TooLong` for one of more than `most_bytes`.
+def can_be_read(column: Column) -> bool:
+    """Returns whether `read_entries` knows the encodings of all pages."""
+    return all(page.encoding in ENCODINGS and page.num_values <= MOST_PAGE_VALUES for page in pages_of(column))
+
+
+def read_entries(column: Column, most_bytes: int) -> Iterator[Entry]:
+    """Yields the values of a column, in order, with `TooLong` for each of more than `most_bytes`.
 
     Raises ValueError for a damaged page, and OSError where the disk has no room for a page.
     """
     texts: _Texts | None = None
     try:
-        for page in _pages(column):
+        for page in pages_of(column):
             content = open_page(column.path, page, column.codec)
             end = content.tell() + page.num_bytes
             if page.kind == DICTIONARY_PAGE:
                 texts = _Texts(content, end, page.num_values, most_bytes)
                 continue
             with content:
-                yield from _values(content, end, page, column, texts, most_bytes)
+                yield from _entries(content, end, page, column, texts, most_bytes)
     finally:
         if texts:
             texts.close()
 
 
-def _find_column(file: ParquetFile, path: Path, group: int, name: str) -> Column | None:
-    """Returns a column if it is flat and of texts."""
-    schema, row_group = file.schema, file.metadata.row_group(group)
-    number = next((i for i in range(row_group.num_columns) if schema.column(i).path == name), -1)
-    if number < 0:
-        return None
-    column, stored = schema.column(number), row_group.column(number)
-    is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "STRING"
-    is_flat = column.max_repetition_level == 0 and column.max_definition_level <= 1
-    if not is_text or not is_flat or stored.compression not in CODECS:
-        return None
-    offset = stored.data_page_offset
-    if stored.has_dictionary_page and stored.dictionary_page_offset:
-        offset = min(offset, stored.dictionary_page_offset)
-    sizes = (stored.total_compressed_size, stored.total_uncompressed_size, stored.num_values)
-    return Column(path, offset, *sizes, stored.compression, column.max_definition_level == 1)
-
-
-def _pages(column: Column) -> Iterator[Page]:
-    place, end, num_values = column.offset, column.offset + column.num_bytes, 0
+def pages_of(column: Column) -> Iterator[Page]:
+    """Yields the headers of a column's pages; raises ValueError where they do not fit the column."""
+    place, end, num_entries = column.offset, column.offset + column.num_bytes, 0
     with column.path.open("rb", 1 << 12) as file:
-        while place < end and num_values < column.num_values:
+        while place < end and num_entries < column.num_entries:
             file.seek(place)
             page = read_page_header(file)
             place = page.offset + page.stored_bytes
             if place > end or page.num_bytes > column.whole_bytes:
                 raise ValueError("a page is longer than its column")
             if page.kind in (DATA_PAGE, DATA_PAGE_V2):
-                num_values += page.num_values
+                num_entries += page.num_values
             if page.kind in KINDS:
                 yield page
-    if num_values != column.num_values:
-        raise ValueError(f"{num_values} values in a column of {column.num_values}")
+    if num_entries != column.num_entries:
+        raise ValueError(f"{num_entries} values in a column of {column.num_entries}")
 
 
-def _values(
+def _entries(
     content: BinaryIO, end: int, page: Page, column: Column, texts: _Texts | None, most_bytes: int
-) -> Iterator[Value]:
-    """Yields the values of a data page."""
-    is_there = np.ones(page.num_values, bool)
-    if column.can_be_null:
-        length = page.level_bytes
-        if length is None:
-            length = _length(content, end)
-        if length > end - content.tell():
-            raise ValueError("the levels of a page are longer than the page")
-        is_there = _runs(content.read(length), 1, page.num_values) == 1
-    count = int(is_there.sum())
+) -> Iterator[Entry]:
+    """Yields what a data page holds."""
+    lengths = page.level_bytes or (None, None)
+    repetitions = _levels(content, end, lengths[0], column.max_repetition, page.num_values)
+    definitions = _levels(content, end, lengths[1], column.max_definition, page.num_values)
+    count = int((definitions == column.max_definition).sum())
     if page.encoding == PLAIN:
         values = (_read(content, _length(content, end), most_bytes) for _ in range(count))
     elif texts is None:
@@ -145,8 +134,19 @@ def _values(
         if count and numbers.max() >= len(texts):
             raise ValueError("a number that its dictionary does not have")
         values = (texts[number] for number in numbers.tolist())
-    for is_value in is_there.tolist():
-        yield next(values) if is_value else None
+    for repetition, definition in zip(repetitions.tolist(), definitions.tolist(), strict=True):
+        yield Entry(repetition, definition, next(values) if definition == column.max_definition else None)
+
+
+def _levels(content: BinaryIO, end: int, length: int | None, most: int, count: int) -> np.ndarray:
+    """Reads the levels of one kind, of which the largest is `most`."""
+    if most == 0:
+        return np.zeros(count, np.int64)
+    if length is None:
+        length = _length(content, end)
+    if length > end - content.tell():
+        raise ValueError("the levels of a page are longer than the page")
+    return _runs(content.read(length), most.bit_length(), count)
 
 
 class _Texts:

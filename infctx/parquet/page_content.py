@@ -34,7 +34,7 @@ def open_page(path: Path, page: Page, codec: str) -> BinaryIO:
     if codec == "UNCOMPRESSED" or not page.is_compressed:
         return file
     with file:
-        levels = file.read(page.level_bytes or 0)
+        levels = file.read(sum(page.level_bytes or ()))
         blocks = _blocks(file, page.stored_bytes - len(levels))
         return _decompressed(levels, blocks, page.num_bytes, codec)
 

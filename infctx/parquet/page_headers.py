@@ -19,7 +19,8 @@ class Page(NamedTuple):
 
     num_bytes: decompressed, levels included
     stored_bytes: as they are in the file, from `offset` on
-    level_bytes: of the levels before the values, which are never compressed; None: they say it themselves
+    level_bytes: of the repetition and the definition levels before the values, which are never compressed then; None:
+        they say it themselves
     """
 
     kind: int
@@ -28,7 +29,7 @@ class Page(NamedTuple):
     stored_bytes: int
     num_values: int
     encoding: int
-    level_bytes: int | None = None
+    level_bytes: tuple[int, int] | None = None
     is_compressed: bool = True
 
 
@@ -44,10 +45,10 @@ def read_page_header(file: BinaryIO) -> Page:
         elif kind == DATA_PAGE_V2:
             header = fields[DATA_HEADER_V2]
             page = page._replace(num_values=header[1], encoding=header[4])
-            page = page._replace(level_bytes=header[5] + header[6], is_compressed=header.get(7, True))
+            page = page._replace(level_bytes=(header[6], header[5]), is_compressed=header.get(7, True))
     except (KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("the header of a page is damaged") from None
-    numbers = (page.num_bytes, page.stored_bytes, page.num_values, page.encoding, page.level_bytes or 0)
+    numbers = (page.num_bytes, page.stored_bytes, page.num_values, page.encoding, *(page.level_bytes or ()))
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError("the header of a page has a negative size")
     return page

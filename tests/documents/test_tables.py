@@ -12,7 +12,7 @@ import pytest
 
 import infctx.documents.blocks as blocks_module
 import infctx.documents.tables as tables_module
-import infctx.parquet.column as parquet_column
+import infctx.parquet.large_pages as large_pages
 import infctx.parquet.page_content as page_content
 from infctx.errors import InputError
 
@@ -74,7 +74,7 @@ def some_table(seed, count=700):
 
 
 def large_pages_from(monkeypatch, num_bytes):
-    monkeypatch.setattr(parquet_column, "LARGE_PAGE_BYTES", num_bytes)
+    monkeypatch.setattr(large_pages, "LARGE_PAGE_BYTES", num_bytes)
 
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "none", "gzip", "brotli", "lz4"])

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 import infctx.documents.tables as tables_module
-import infctx.parquet.column as parquet_column
+import infctx.parquet.large_pages as large_pages
+from infctx.parquet.large_pages import find_long_columns, read_rows
 from infctx.parquet.snappy import decompress_snappy
 
 from readings import refused, texts
@@ -19,7 +20,7 @@ WORDS = ["word", " ", "\n", '"', "é", "文字", "🙂"]
 
 
 def large_pages_from(monkeypatch, num_bytes):
-    monkeypatch.setattr(parquet_column, "LARGE_PAGE_BYTES", num_bytes)
+    monkeypatch.setattr(large_pages, "LARGE_PAGE_BYTES", num_bytes)
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -41,6 +42,57 @@ def test_nulls_and_repeated_texts_in_large_pages(tmp_path, monkeypatch, use_dict
     assert len(results[0]) == sum(prompt is not None and bool((answer or "").strip()) for prompt, answer in rows)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_lists_of_objects_in_large_pages(tmp_path, monkeypatch, seed):
+    """With and without null in each place; rows and keys in their order, as pyarrow reads them."""
+    large_pages_from(monkeypatch, 1)
+    rng = random.Random(seed)
+    list_null, item_null, key_null = (bool(seed & bit) for bit in (1, 2, 4))
+
+    def some_text():
+        return None if key_null and rng.random() < 0.2 else "".join(rng.choices(WORDS, k=rng.randint(0, 30)))
+
+    def some_object():
+        return None if item_null and rng.random() < 0.2 else {"role": some_text(), "content": some_text()}
+
+    def some_list():
+        return None if list_null and rng.random() < 0.2 else [some_object() for _ in range(rng.choice([0, 1, 2, 9]))]
+
+    item = pyarrow.struct([pyarrow.field(key, pyarrow.string(), key_null) for key in ("role", "content")])
+    lists = pyarrow.list_(pyarrow.field("element", item, item_null))
+    schema = pyarrow.schema([pyarrow.field("messages", lists, list_null), ("id", "int32"), ("system", "string")])
+    rows = [{"messages": some_list(), "id": i, "system": rng.choice(["s", None])} for i in range(211)]
+    path = tmp_path / "a.parquet"
+    version = rng.choice(["1.0", "2.0"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows, schema), path, row_group_size=100, data_page_version=version, data_page_size=500
+    )
+    found, read = [], tables_module._decoded
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for group in range(3):
+            columns = find_long_columns(file, path, group, ["messages", "system"])
+            found += [(read(messages), read(system)) for messages, system in read_rows(columns, 1 << 20)]
+            assert find_long_columns(file, path, group, ["messages", "id"]) is None
+    assert found == [(row["messages"], row["system"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [["a"]],  # a list of texts
+        [[{"role": "a", "content": [{"text": "b"}]}]],  # deeper
+        [[{"role": "a", "weight": 1}]],  # numbers
+        [{"a": "b"}],  # an object without a list
+        [b"a"],
+    ],
+)
+def test_other_columns_are_left_to_pyarrow(tmp_path, monkeypatch, column):
+    large_pages_from(monkeypatch, 1)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
+    with pyarrow.parquet.ParquetFile(tmp_path / "a.parquet") as file:
+        assert find_long_columns(file, tmp_path / "a.parquet", 0, ["messages"]) is None
+
+
 @pytest.mark.parametrize("use_dictionary", [True, False])
 def test_a_row_too_long_in_a_large_page_is_left_out_alone(tmp_path, monkeypatch, use_dictionary):
     large_pages_from(monkeypatch, 1)
@@ -48,6 +100,9 @@ def test_a_row_too_long_in_a_large_page_is_left_out_alone(tmp_path, monkeypatch,
     rows = ["a" * length for length in (50, 51, 0, 60, 7)]
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", use_dictionary=use_dictionary)
     assert list(map(len, texts(tmp_path / "a.parquet", skip_bad=True))) == [50, 0, 7]
+    turns = [[{"role": "user", "content": "a" * length}, {"role": "assistant", "content": "b"}] for length in (60, 20)]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": turns}), tmp_path / "b.parquet")
+    assert len(texts(tmp_path / "b.parquet", skip_bad=True)) == 1
     refused(r"a\.parquet, row 2: a row of more than 64 MiB, too long", tmp_path / "a.parquet")
 
 
