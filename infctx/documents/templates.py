@@ -133,7 +133,7 @@ class Template(BaseModel):
         return re.split(f"{re.escape(CONTENT)}|{re.escape(REASONING)}", body, maxsplit=1)[0]
 
     def reasoning_mark(self, role: str) -> str:
-        """Returns the word that reasoning begins with, such as <think>; it is there before a model goes on."""
+        """Returns the word that reasoning begins with, such as <think>; it is there before a model continues."""
         words = (self.answer_heading(role, True) + self.answer_lead(role, True)).split()
         return words[-1] if words else ""
 

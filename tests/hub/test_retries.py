@@ -1,4 +1,4 @@
-"""What is said while the hub does not answer, by huggingface_hub's own way of trying again."""
+"""What is logged while the hub does not answer, by huggingface_hub's own way of trying again."""
 
 import logging
 
