@@ -19,10 +19,8 @@ from infctx.documents.folders import BINARY, HIDDEN, IGNORED, JSON, LINK, OTHER,
 from infctx.errors import InputError
 from infctx.hub.names import PREFIX
 from infctx.small_texts import counted, quoted
+from infctx.suffixes import COMPRESSIONS, FORMATS_BY_SUFFIX
 
-SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
-SUFFIXES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst")
 KNOWN = ".txt, .md, .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst of them)"
 REMEDIES = {
     OTHER: "--format text takes those that are text too",
@@ -109,7 +107,7 @@ def _of_hub(name: str, reading: Reading) -> tuple[list[Source], str]:
         suffix = kind_of(file.path)
         compression = Path(file.path).suffix.lower()
         compression = compression if compression in COMPRESSIONS else ""
-        sources.append(Source(str(file), reading.format or SUFFIXES[suffix], compression, True, hub_file=file))
+        sources.append(Source(str(file), reading.format or FORMATS_BY_SUFFIX[suffix], compression, True, hub_file=file))
     size = describe_bytes(sum(source.num_bytes for source in sources))
     return sources, f"{name}: {counted(len(sources), 'file')} of {suffix}, {size}, downloaded as they are read"
 
@@ -210,7 +208,7 @@ def _taken(file: _File, reading: Reading) -> Source | tuple[str, str]:
     path, named = file.path, file.named
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     suffix = (path.with_suffix("") if compression else path).suffix.lower()
-    known = SUFFIXES.get(suffix) if named or suffix != ".json" else None
+    known = FORMATS_BY_SUFFIX.get(suffix) if named or suffix != ".json" else None
     # Raw JSON or csv is no text to learn from, however the files were named.
     is_forced = named and reading.format not in (None, "text")
     source = Source(str(path), (not is_forced and known) or reading.format or "text", compression, named)

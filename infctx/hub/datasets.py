@@ -18,10 +18,10 @@ from infctx.hub.files import HubFile, download
 from infctx.hub.names import PREFIX, HubName, hub_name
 from infctx.hub.repository import first_few, list_files
 from infctx.small_texts import quoted
+from infctx.suffixes import COMPRESSIONS, FORMATS_BY_SUFFIX
 
-KINDS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
+KINDS = tuple(FORMATS_BY_SUFFIX)
 """Suffixes of files with documents.  If a split has several kinds, the first of these is the set, others are copies."""
-COMPRESSIONS = (".gz", ".zst")
 NO_DATA = re.compile(r"(?i)(readme|license|dataset_infos?|metadata|config|.*index)\.(md|txt|jsonl?)")
 SPLITS = {
     "train": ("train", "training"),
