@@ -2,7 +2,7 @@
 
 Hugging Face's remote code (`Rwkv5ForCausalLM`, `Rwkv6ForCausalLM`) only renames the tensors.  flash-linear-attention
 (`RWKV6ForCausalLM` and `RWKV7ForCausalLM`, no Eagle) also stacks and transposes some, and orders the low-rank products
-of Finch differently.
+of Finch differently.  Its first files of Goose stack the six blends of a token and the one before; those are only read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ READ = "RWKV-5.2, RWKV-6 and RWKV-7"
 """What infctx reads, for messages."""
 NAMINGS = ("official", "huggingface", "fla")
 """The naming schemes that the tensors of a file can have."""
+EARLY_FLA = "early fla"
+"""The names of fla's first files of Goose, for messages."""
 
 
 def naming_of(names: Iterable[str]) -> str:
@@ -66,6 +68,8 @@ def conversions_to_official(names: Collection[str], path: str | Path) -> dict[st
         return {name: itemgetter(name) for name in names}
     version = _version(names, naming)
     layers = _layers(names, naming)
+    if version == 7 and _stacks_blends(names):
+        naming = EARLY_FLA
     _check_names(names, naming, version, layers, path)
     found: dict[str, Conversion] = {}
     for row in _rows(naming, version, layers):
@@ -87,7 +91,7 @@ def conversions_from_official(names: Collection[str], naming: str, path: str | P
     if version == 7:
         names = [name for name in names if name not in UNUSED]
     if (naming, version) not in _LAYERS:
-        known = ", ".join(other for other, its_version in _LAYERS if its_version == version)
+        known = ", ".join(other for other in NAMINGS if (other, version) in _LAYERS)
         raise InputError(f"{path}: RWKV-{version} has no {naming} names; choose one of {known}")
     layers = _layers(names, "official")
     _check_names(names, "official", version, layers, path)
@@ -121,6 +125,11 @@ def _version(names: Collection[str], naming: str) -> int:
     if naming == "fla":
         return 7 if any(re.match(r"model\.layers\.[0-9]+\.attn\.(k_k|r_k)$", name) for name in names) else 6
     return version_of(names)
+
+
+def _stacks_blends(names: Iterable[str]) -> bool:
+    ends = {name.rpartition(".")[2] for name in names}
+    return "x_x" in ends and "x_r" not in ends
 
 
 def _layers(names: Iterable[str], naming: str) -> list[str]:
@@ -183,6 +192,7 @@ _THERE, _BACK = [3, 0, 1, 2, 4], [1, 2, 3, 0, 4]
 _SAME = _Layout("", lambda x: x, lambda x: x)
 _VECTOR = _Layout("D", lambda x: x.flatten(), lambda x: x[None, None])  # (1, 1, D)
 _STACKED = _Layout("5 D", lambda x: x.squeeze(1), lambda x: x.unsqueeze(1))  # (5, 1, D), five times (1, 1, D)
+_STACKED_SIX = _STACKED._replace(shape="6 D")
 _TRANSPOSED = _Layout("R D", lambda x: x.mT, lambda x: x.mT)
 _DOWN = _Layout(
     "5M D",
@@ -232,6 +242,28 @@ def _fla_product(letter: str) -> list[tuple[str, str, _Layout]]:
     ]
 
 
+def _fla_goose(*blends: tuple[str, str, _Layout]) -> list[_Row]:
+    return _layer(
+        ("pre_norm", "ln0", _SAME),
+        ("attn_norm", "ln1", _SAME),
+        *blends,
+        ("attn.k_k", "att.k_k", _VECTOR),
+        ("attn.k_a", "att.k_a", _VECTOR),
+        ("attn.r_k", "att.r_k", _SAME),
+        ("attn.r_proj", "att.receptance", _SAME),
+        ("attn.k_proj", "att.key", _SAME),
+        ("attn.v_proj", "att.value", _SAME),
+        ("attn.o_proj", "att.output", _SAME),
+        *(row for letter in "wva" for row in _fla_product(letter)),
+        *_fla_product("g")[:2],
+        ("attn.g_norm", "att.ln_x", _SAME),
+        ("ffn_norm", "ln2", _SAME),
+        ("ffn.x_k", "ffn.x_k", _VECTOR),
+        ("ffn.key", "ffn.key", _SAME),
+        ("ffn.value", "ffn.value", _SAME),
+    )
+
+
 _HUGGINGFACE = {"ln0": "pre_ln", "att": "attention", "ffn": "feed_forward"} | {
     f"time_mix_{word[0]}": f"time_mix_{word}" for word in ("key", "value", "receptance", "gate")
 }
@@ -241,6 +273,7 @@ _MODULES = {
     "huggingface": ("rwkv.embeddings", "rwkv.blocks", "rwkv.ln_out", "head"),
     "fla": ("model.embeddings", "model.layers", "model.norm", "lm_head"),
 }
+_MODULES[EARLY_FLA] = _MODULES["fla"]
 
 _LAYERS = {
     ("official", 5): _official(5),
@@ -283,24 +316,7 @@ _LAYERS = {
         ("ffn.receptance.linear", "ffn.receptance", _SAME),
     ),
     ("official", 7): _official(7),
-    ("fla", 7): _layer(
-        ("pre_norm", "ln0", _SAME),
-        ("attn_norm", "ln1", _SAME),
-        *((f"attn.x_{letter}", f"att.x_{letter}", _SAME) for letter in "rwkvag"),
-        ("attn.k_k", "att.k_k", _VECTOR),
-        ("attn.k_a", "att.k_a", _VECTOR),
-        ("attn.r_k", "att.r_k", _SAME),
-        ("attn.r_proj", "att.receptance", _SAME),
-        ("attn.k_proj", "att.key", _SAME),
-        ("attn.v_proj", "att.value", _SAME),
-        ("attn.o_proj", "att.output", _SAME),
-        *(row for letter in "wva" for row in _fla_product(letter)),
-        *_fla_product("g")[:2],
-        ("attn.g_norm", "att.ln_x", _SAME),
-        ("ffn_norm", "ln2", _SAME),
-        ("ffn.x_k", "ffn.x_k", _VECTOR),
-        ("ffn.key", "ffn.key", _SAME),
-        ("ffn.value", "ffn.value", _SAME),
-    ),
+    ("fla", 7): _fla_goose(*((f"attn.x_{letter}", f"att.x_{letter}", _SAME) for letter in "rwkvag")),
+    (EARLY_FLA, 7): _fla_goose(("attn.x_x", " ".join(f"att.x_{letter}" for letter in "rwkvag"), _STACKED_SIX)),
 }
 """Naming and version -> the tensors of a layer, in the order of the module's state_dict()."""

@@ -117,6 +117,24 @@ def test_the_unused_blend_of_goose_is_left_out_for_fla():
     assert_same(from_official(stored | more, "fla", "model.pth"), from_official(stored, "fla", "model.pth"))
 
 
+def stacked_blends(**options):
+    """Makes fla's tensors as its first files of Goose have them: six blends in one tensor, (6, D)."""
+    tensors = theirs("fla", 7, **options)
+    for layer in ("model.layers.0.attn", "model.layers.1.attn"):
+        tensors[f"{layer}.x_x"] = torch.cat([tensors.pop(f"{layer}.x_{letter}")[0] for letter in "rwkvag"])
+    return tensors
+
+
+def test_stacked_blends_of_early_files_of_goose():
+    assert_same(to_official(stacked_blends(), "model.pth"), official(7))
+    assert naming_of(stacked_blends()) == "fla"
+    for name, tensor, problem in [
+        ("model.layers.1.attn.x_x", torch.ones(5, 24), "has shape (5, 24); (6, D) is expected"),
+        ("model.layers.1.attn.bonus", torch.ones(3, 8), "does not belong to RWKV-7 under the early fla names"),
+    ]:
+        assert problem in refusal(to_official, stacked_blends() | {name: tensor})
+
+
 def test_mixing_as_fla_computes_it_is_ours():
     model = random_model(6, dtype=torch.float64)
     mixing = model.blocks[1].time_mix.mixing
