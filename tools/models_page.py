@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infctx.formats.published import EAGLE, FINCH, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.formats.published import EAGLE, FINCH, FLA_FOLDERS, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.model.sizes import PUBLISHED_SIZES
 from infctx.settings.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,8 @@ model:
 - If a download stops, run the same command again: it continues where it stopped. The finished file's SHA-256 is
   compared with the hub's.
 - `OWNER/REPOSITORY@REVISION:FILE` takes the file of a commit, a branch or a tag.
-- `OWNER/REPOSITORY` is enough where a repository holds one model. Otherwise infctx lists what it holds.
+- `OWNER/REPOSITORY` is enough where a repository holds one model. Otherwise infctx lists what it holds. If a name is
+  not quite right, it lists names like it.
 - For a private repository, or one with conditions of use, log in once with `hf auth login`, or set `HF_TOKEN`.
 - To download from a mirror, set `HF_ENDPOINT` to its address. With `HF_HUB_OFFLINE=1` nothing is downloaded.
 - A path that exists on your machine always comes first. A file that you downloaded otherwise is named by its path.
@@ -42,6 +44,12 @@ model:
 Each repository has many more files than these, so copy the name exactly, after the repository and a colon. The last
 column lists the files in [configs](../configs) that start from it.
 """
+NEWER = """\
+Newer files of Goose come to this repository with their date in the name, and older ones may go. For a file that is not
+listed, copy its name from the repository's page on the hub, and give it in the same way, `BlinkDL/rwkv7-g1:FILE`.
+`model.size` is then one of
+{sizes}.
+"""
 FOLDERS = """\
 ## Folders in Hugging Face's layout
 These repositories have the weights as `model.safetensors` or `pytorch_model.bin`, whole or in parts, under Hugging
@@ -50,8 +58,10 @@ such a model. infctx never runs the Python code in it.
 
 {folders}
 
-infctx also reads folders and files with the tensor names of flash-linear-attention (Finch and Goose),
-such as those of `fla-hub`.
+infctx also reads folders and files with the tensor names of flash-linear-attention (Finch and Goose). These hold Goose;
+the last column lists the files in [configs](../configs) that start from it:
+
+{fla_folders}
 
 ## Not read
 - RWKV-5.0 and 5.1, such as `RWKV-5-World-0.1B-v1-20230803-ctx4096.pth`, and RWKV-4: these are other architectures.
@@ -105,8 +115,17 @@ def models_page() -> str:
                 users = ", ".join(used.get(file.name, []))
                 parts.append(f"| {file.size} | `{file.name}` | {file.num_bytes / 1e9:.1f} | {users} |")
         parts.append("")
+        if repository == GOOSE:
+            parts.append(NEWER.format(sizes=", ".join(size for size in PUBLISHED_SIZES if size.startswith("goose"))))
     folders = "\n".join(f"- `{folder}`" for folder in PUBLISHED_FOLDERS)
-    return "\n".join(parts) + "\n" + FOLDERS.format(folders=folders)
+    return "\n".join(parts) + "\n" + FOLDERS.format(folders=folders, fla_folders=_fla_folders(used))
+
+
+def _fla_folders(used: dict[str, list[str]]) -> str:
+    lines = ["| `model.size` | folder | configs |", "|---|---|---|"]
+    for repository, size in FLA_FOLDERS.items():
+        lines.append(f"| {size} | `{repository}` | {', '.join(used.get(Path(repository).name, []))} |")
+    return "\n".join(lines)
 
 
 def _configurations() -> dict[str, list[str]]:

@@ -69,6 +69,18 @@ PUBLISHED_FOLDERS = (
 )
 """Repositories in Hugging Face's layout, with its tensor names; they are read as folders."""
 
+FLA_FOLDERS = {
+    "fla-hub/rwkv7-0.1B-g1": "goose-0.1b",
+    "fla-hub/rwkv7-0.1B-world": "goose-0.1b",
+    "fla-hub/rwkv7-0.4B-g1": "goose-0.4b",
+    "fla-hub/rwkv7-0.4B-world": "goose-0.4b",
+    "fla-hub/rwkv7-1.5B-g1": "goose-1.5b",
+    "fla-hub/rwkv7-1.5B-world": "goose-1.5b",
+    "fla-hub/rwkv7-2.9B-g1": "goose-2.9b",
+    "fla-hub/rwkv7-2.9B-world": "goose-2.9b",
+}
+"""Repositories of Goose in the same layout, with the tensor names of flash-linear-attention: each with its size."""
+
 _OTHER_VERSIONS = (
     (r"RWKV-5-World-.*-v1-.*\.pth", "RWKV-5.0 or 5.1"),
     (r"(?i)rwkv-?7[ab]-.*", "RWKV-7a or 7b (DeepEmbed)"),
