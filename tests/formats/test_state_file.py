@@ -10,6 +10,7 @@ from infctx.errors import InputError
 from infctx.formats.state_file import SUFFIXES, is_state_file, read_state
 from infctx.model.state import State
 
+from pages import files
 from places import GOLDEN
 from tiny_models import random_model, random_tokens
 
@@ -104,7 +105,7 @@ def test_merged_is_the_model_with_the_state(tmp_path, suffix, dtype):
     assert torch.equal(infctx.load_state(tmp_path / "again.pth", model).wkv, state.wkv)
 
 
-@pytest.mark.parametrize("version", [5, 6])  # 7 takes a state by hand: test_weights
+@pytest.mark.parametrize("version", [5, 6])  # 7 takes a state by hand: below
 @pytest.mark.parametrize("form", ["pth", "merged"])
 @torch.no_grad()
 def test_the_rwkv_package_starts_from_a_state(tmp_path, rwkv_package, version, form):
@@ -133,6 +134,27 @@ def test_the_rwkv_package_starts_from_a_state(tmp_path, rwkv_package, version, f
             its_state[3 * layer + 2].zero_()
         found, _ = judge.forward(tokens[0].tolist(), its_state, full_output=True)
     assert (ours - found).abs().max() <= 5e-5
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the class for RWKV-7 uses it
+def test_the_rwkv_package_starts_goose_from_a_state_as_on_the_page(tmp_path, monkeypatch, rwkv_7_package):
+    """Runs the block of docs/state-tuning.md."""
+    ((name, block),) = files("docs/state-tuning.md")
+    model = random_model(7, with_state=True, noise=0.1, num_layers=3, width=128, vocab_size=50, head_size=64)
+    infctx.save_state(model.initial_state(1), tmp_path / "state.pth")
+    tokens = torch.tensor([[33, 7, 12]])
+    wanted = model.logits(model(tokens)[0])[0, -1]
+    model.initial_wkv = None
+    assert (wanted - model.logits(model(tokens)[0])[0, -1]).abs().max() > 0.01  # the state matters
+    infctx.save_weights(model, tmp_path / "model.pth")
+    monkeypatch.chdir(tmp_path)
+    page = {}
+    exec(compile(block, name, "exec"), page)
+    assert page["prompt"] == tokens[0].tolist()
+    assert (page["logits"] - wanted).abs().max() <= 5e-5
+    again, _ = page["model"].forward(page["prompt"], page["first_state"]())
+    assert torch.equal(again, page["logits"])
 
 
 @pytest.mark.parametrize("name", ["eagle", "finch", "goose"])
