@@ -21,9 +21,10 @@ from infctx.settings.optimizer import OptimizerSettings
 from infctx.settings.run import RunSettings
 from infctx.settings.window import WindowSettings
 
-CHOICE_MODELS = ("finch-1.6b", "finch-3b", "eagle-7b", "finch-14b")
+CHOICE_MODELS = ("finch-1.6b", "finch-3b", "goose-2.9b", "eagle-7b", "finch-14b")
 CHOICE_GIGABYTES = (24, 40, 80, 141)
 CHOICE_GPUS = (1, 2, 4, 8)
+TIME_MODELS = ("finch-3b", "goose-2.9b")
 TIME_WINDOWS = (16384, 65536, 262144, 1048576)
 TIME_RANKS = (2, 4, 8)
 
@@ -40,13 +41,17 @@ def choice_table() -> str:
 
 
 def time_table() -> str:
-    """Returns Markdown: GB that a rank of Finch 3B receives for one lane's window, by its length and the ranks."""
-    lines = [f"| tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
-    lines.append("|---:|" + "---:|" * len(TIME_RANKS))
-    for tokens in TIME_WINDOWS:
-        configs = [example_config("finch-3b", ranks, time_ranks=ranks, window_tokens=tokens) for ranks in TIME_RANKS]
-        cells = [f"{step_wire(config, published_sizes('finch-3b')).time / GB:.1f} GB" for config in configs]
-        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    """Returns Markdown: GB that a rank receives for one lane's window, by the model, the window's length and the ranks.
+
+    Finch stands for Eagle too.
+    """
+    lines = [f"| model | tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
+    lines.append("|---|---:|" + "---:|" * len(TIME_RANKS))
+    for size in TIME_MODELS:
+        for tokens in TIME_WINDOWS:
+            configs = [example_config(size, ranks, time_ranks=ranks, window_tokens=tokens) for ranks in TIME_RANKS]
+            cells = [f"{step_wire(config, published_sizes(size)).time / GB:.1f} GB" for config in configs]
+            lines.append(f"| {size} | {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -136,8 +136,9 @@ def test_float32_is_exact_to_rounding():
     assert_same_gradients(model, truth, bar=2e-5)
 
 
-def test_recomputed_blocks_change_nothing():
-    model = tiny_model(6)
+@pytest.mark.parametrize("version", [6, 7])  # 7 hands the values of its first block to the others
+def test_recomputed_blocks_change_nothing(version):
+    model = tiny_model(version)
     tokens, targets, starts = random_window(93)
     infctx.window_backward(model, tokens, targets, 32, starts=starts)
     truth = {name: p.grad.clone() for name, p in model.named_parameters()}
