@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from infctx.formats.published import EAGLE, FINCH, FLA_FOLDERS, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
-from infctx.model.sizes import PUBLISHED_SIZES
+from infctx.model.sizes import NAMES, PUBLISHED_SIZES
 from infctx.settings.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +40,18 @@ model:
 
 (Written by `python tools/models_page.py` from infctx/formats/published.py.)
 
+## Three versions
+All three keep a state of fixed size, change it with each token, and read from it. They differ in the change. In
+**Eagle**, each key channel of the state fades at its own fixed rate, and a token adds its value under its key. In
+**Finch**, the token sets the rates, so it can make the state keep or forget. In **Goose**, the token first takes away
+what the state holds in the direction of its key, as much of each channel as it likes, and then adds (the delta rule):
+so it can replace a value, not only let all of it fade. Its blocks also blend their values with those of the first
+block, and its channel mix has no gate. The state has the same size in all three.
+
+{sizes}
+
+The state is that of one lane, in fp32.
+
 ## Files
 Each repository has many more files than these, so copy the name exactly, after the repository and a colon. The last
 column lists the files in [configs](../configs) that start from it.
@@ -47,8 +59,7 @@ column lists the files in [configs](../configs) that start from it.
 NEWER = """\
 Newer files of Goose come to this repository with their date in the name, and older ones may go. For a file that is not
 listed, copy its name from the repository's page on the hub, and give it in the same way, `BlinkDL/rwkv7-g1:FILE`.
-`model.size` is then one of
-{sizes}.
+`model.size` is in the table above.
 """
 FOLDERS = """\
 ## Folders in Hugging Face's layout
@@ -105,7 +116,7 @@ def models_page() -> str:
     """Returns the whole page as Markdown."""
     used = _configurations()
     shown = next(file for file in PUBLISHED_FILES if file.size == "goose-2.9b")
-    parts = [OPENING.format(name=shown.hub_name, size=shown.size)]
+    parts = [OPENING.format(name=shown.hub_name, size=shown.size, sizes=_sizes())]
     architectures = {GOOSE: "Goose (RWKV-7)", FINCH: "Finch (RWKV-6)", EAGLE: "Eagle (RWKV-5.2)"}
     for repository, architecture in architectures.items():
         parts.append(f"{architecture}, in `{repository}`:\n")
@@ -116,9 +127,17 @@ def models_page() -> str:
                 parts.append(f"| {file.size} | `{file.name}` | {file.num_bytes / 1e9:.1f} | {users} |")
         parts.append("")
         if repository == GOOSE:
-            parts.append(NEWER.format(sizes=", ".join(size for size in PUBLISHED_SIZES if size.startswith("goose"))))
+            parts.append(NEWER)
     folders = "\n".join(f"- `{folder}`" for folder in PUBLISHED_FOLDERS)
     return "\n".join(parts) + "\n" + FOLDERS.format(folders=folders, fla_folders=_fla_folders(used))
+
+
+def _sizes() -> str:
+    lines = ["| `model.size` | version | parameters | layers | width | state |", "|---|---|---:|---:|---:|---:|"]
+    for name, sizes in PUBLISHED_SIZES.items():
+        counts = f"{sizes.num_parameters:,} | {sizes.num_layers} | {sizes.width:,}"
+        lines.append(f"| {name} | {NAMES[sizes.version]} | {counts} | {4 * sizes.state_elements / 1e6:.1f} MB |")
+    return "\n".join(lines)
 
 
 def _fla_folders(used: dict[str, list[str]]) -> str:

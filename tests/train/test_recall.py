@@ -9,13 +9,28 @@ from infctx.data.lanes import Window
 from infctx.settings.window import WindowSettings
 from infctx.train.learn import freeze_weights, natural_units
 
-from bench_recall import BATCH, NOISE, QUERY, SEGMENT_TOKENS, SEGMENTS, VALUES, VOCAB_SIZE, recall_batch, train_recall
+from bench_recall import (
+    BATCH,
+    KEYS,
+    NOISE,
+    OVERWRITE,
+    QUERY,
+    RECALL,
+    SEGMENT_TOKENS,
+    SEGMENTS,
+    VALUES,
+    VOCAB_SIZE,
+    WRITES,
+    overwrite_batch,
+    recall_batch,
+    train_task,
+)
 
 
 @pytest.fixture(scope="module", params=[6, pytest.param(7, marks=pytest.mark.slow)])
 def recalling(request):
     """Trains a model on the task with the exact gradient."""
-    return train_recall(None, seed=2, version=request.param)
+    return train_task(RECALL, None, seed=2, version=request.param)
 
 
 def test_the_exact_gradient_learns_to_recall(recalling):
@@ -26,7 +41,7 @@ def test_the_exact_gradient_learns_to_recall(recalling):
 def test_the_truncated_gradient_does_not(recalling, most_steps):
     """Not in as many steps as the exact one needs, and not in many more."""
     assert recalling[2] < 400
-    assert train_recall(1, most_steps or recalling[2], seed=2, version=recalling[0].sizes.version)[1] <= 0.15
+    assert train_task(RECALL, 1, most_steps or recalling[2], seed=2, version=recalling[0].sizes.version)[1] <= 0.15
 
 
 def unmarked_batch(random, value):
@@ -69,6 +84,25 @@ def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest)
     assert lowest <= right / (4 * BATCH) <= highest
     assert (gradient_segments == 1) == (not model.initial_wkv.any())  # truncated, no gradient ever reaches it
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_key_is_asked_for_the_value_that_was_written_last(seed):
+    tokens, targets = overwrite_batch(torch.Generator().manual_seed(seed))
+    written, end = 2 * KEYS * WRITES, tokens.shape[1] - KEYS
+    assert end - SEGMENT_TOKENS * 8 >= written - KEYS  # eight segments later
+    for document, asked in zip(tokens.tolist(), targets.tolist(), strict=True):
+        held = {}
+        for place in range(0, written, 2):
+            key, value = document[place : place + 2]
+            assert value < VALUES
+            held.setdefault(key, []).append(value)
+        assert {len(values) for values in held.values()} == {WRITES}
+        assert all(NOISE <= token < VOCAB_SIZE for token in document[written:end])
+        assert asked[:end] == [-100] * end
+        for question, value in zip(document[end:], asked[end:], strict=True):
+            assert held.pop(question - KEYS)[-1] == value
+        assert not held
 
 
 def test_the_task_cannot_be_guessed():
