@@ -4,9 +4,9 @@
     python tools/bench_recall.py --task overwrite    # facts that change, with Eagle, Finch and Goose
 
 Documents of the first task are noise except for a mark with one of 16 values in the first segment, and a query as the
-last token, whose target is that value.  In those of the second, four keys are each given a value four times, in random
-order, and eight segments of noise later each key is asked for its last value.  Small models learn them in a few
-minutes; the tables show how many answers are right on new documents.
+last token, whose target is that value.  In those of the second, four keys get new values in each of four segments, and
+are asked for them at its end; and eight segments later, after noise, they are asked for the last ones.  Small models
+learn from all answers; the tables show how many of the last ones are right on new documents.  Takes minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from infctx.model.sizes import NAMES
 SEGMENT_TOKENS, SEGMENTS, VALUES, BATCH = 16, 8, 16, 32
 MARK, QUERY, NOISE = VALUES, VALUES + 1, VALUES + 2
 VOCAB_SIZE = NOISE + 16
-KEYS, WRITES = 4, 4
+KEYS, CHANGED, WRITES = 5, 2, 8
 SIZES: dict[str, Any] = {"num_layers": 1, "width": 64, "head_size": 32}
 STEPS, SEEDS = 500, 3
 
@@ -35,6 +35,8 @@ class Task(NamedTuple):
 
     batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     vocab_size: int
+    questions: int
+    """The last tokens of a document, whose answers count."""
 
 
 def main() -> None:
@@ -104,34 +106,46 @@ def recall_batch(random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def overwrite_batch(random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns documents (B, 160): KEYS keys, each written WRITES times as (key, value) in random order in the first two
-    segments; noise; at the end each key's question in random order, whose target is the value written last."""
-    keys = torch.rand(BATCH, KEYS * WRITES, generator=random).argsort(1) % KEYS  # (B, 16)
-    values = torch.randint(VALUES, keys.shape, generator=random)
-    tokens = torch.randint(NOISE, VOCAB_SIZE, (BATCH, SEGMENT_TOKENS * (SEGMENTS + 2)), generator=random)
-    written = 2 * KEYS * WRITES
-    tokens[:, 0:written:2], tokens[:, 1:written:2] = VOCAB_SIZE + keys, values
-    asked = torch.rand(BATCH, KEYS, generator=random).argsort(1)  # (B, 4)
-    tokens[:, -KEYS:] = VOCAB_SIZE + KEYS + asked
-    last = torch.stack([(keys == key).cumsum(1).argmax(1) for key in range(KEYS)], 1)  # the place of its last value
+    """Returns documents (B, 256): every key with a value in the first segment, CHANGED of them with new values in each of
+    the next, among noise; at the end of each of these segments every key's question; eight segments later once more."""
+    tokens = torch.randint(NOISE, VOCAB_SIZE, (BATCH, SEGMENT_TOKENS * (WRITES + SEGMENTS)), generator=random)
     targets = torch.full_like(tokens, -100)
-    targets[:, -KEYS:] = values.gather(1, last.gather(1, asked))
+    held = tokens.new_empty(BATCH, KEYS)  # the value of each key, written last
+    for segment in range(WRITES):
+        begin, end = SEGMENT_TOKENS * segment, SEGMENT_TOKENS * (segment + 1)
+        keys = _shuffled(KEYS, random)[:, : CHANGED if segment else KEYS]
+        values = torch.randint(VALUES, keys.shape, generator=random)
+        held.scatter_(1, keys, values)
+        places = begin + 2 * _shuffled((SEGMENT_TOKENS - KEYS) // 2, random)[:, : keys.shape[1]]
+        tokens.scatter_(1, places, VOCAB_SIZE + keys).scatter_(1, places + 1, values)
+        _ask(tokens, targets, held, end, random)
+    _ask(tokens, targets, held, tokens.shape[1], random)
     return tokens, targets
 
 
-RECALL = Task(recall_batch, VOCAB_SIZE)
-OVERWRITE = Task(overwrite_batch, VOCAB_SIZE + 2 * KEYS)
+def _ask(tokens: Tensor, targets: Tensor, held: Tensor, end: int, random: torch.Generator) -> None:
+    """Puts every key's question before `end`, in random order."""
+    asked = _shuffled(KEYS, random)
+    tokens[:, end - KEYS : end] = VOCAB_SIZE + KEYS + asked
+    targets[:, end - KEYS : end] = held.gather(1, asked)
+
+
+def _shuffled(count: int, random: torch.Generator) -> Tensor:
+    return torch.rand(BATCH, count, generator=random).argsort(1)  # (B, count)
+
+
+RECALL = Task(recall_batch, VOCAB_SIZE, 1)
+OVERWRITE = Task(overwrite_batch, VOCAB_SIZE + 2 * KEYS, KEYS)
 
 
 @torch.no_grad()
 def right_answers(task: Task, model: RWKV, random: torch.Generator, batches: int = 16) -> float:
-    """Returns the share of questions about new documents that are answered with their value."""
+    """Returns the share of the last questions in new documents that are answered with their value."""
     right = []
     for _ in range(batches):
         tokens, targets = task.batch(random)
-        hidden, _ = model(tokens)
-        asked = targets != -100
-        right.append(model.logits(hidden[asked]).argmax(-1) == targets[asked])
+        answers = model.logits(model(tokens)[0][:, -task.questions :]).argmax(-1)
+        right.append(answers == targets[:, -task.questions :])
     return torch.cat(right).double().mean().item()
 
 

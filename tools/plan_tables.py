@@ -43,7 +43,7 @@ def choice_table() -> str:
 def time_table() -> str:
     """Returns Markdown: GB that a rank receives for one lane's window, by the model, the window's length and the ranks.
 
-    Finch stands for Eagle too.
+    Eagle sends as much as Finch.
     """
     lines = [f"| model | tokens in the window | {' | '.join(f'{ranks} time_ranks' for ranks in TIME_RANKS)} |"]
     lines.append("|---|---:|" + "---:|" * len(TIME_RANKS))

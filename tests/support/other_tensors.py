@@ -2,7 +2,7 @@
 
 Each is of 2 layers, vocabulary 19, width 24, 3 heads of 8, feed-forward width 64 (Goose: 96), ranks 3 and 5 (Goose: 5,
 3, 2 and 4).  A line has name, shape, and the official name if the official tensor is the same.  N is the layer, and *
-means weight and then bias.
+means weight and then bias.  FLA_7 is what fla 0.6.0 has.
 """
 
 HUGGINGFACE_5 = """

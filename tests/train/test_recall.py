@@ -11,6 +11,7 @@ from infctx.train.learn import freeze_weights, natural_units
 
 from bench_recall import (
     BATCH,
+    CHANGED,
     KEYS,
     NOISE,
     OVERWRITE,
@@ -86,23 +87,21 @@ def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest)
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_each_key_is_asked_for_the_value_that_was_written_last(seed):
-    tokens, targets = overwrite_batch(torch.Generator().manual_seed(seed))
-    written, end = 2 * KEYS * WRITES, tokens.shape[1] - KEYS
-    assert end - SEGMENT_TOKENS * 8 >= written - KEYS  # eight segments later
+def test_each_key_is_asked_for_the_value_that_was_written_last():
+    tokens, targets = overwrite_batch(torch.Generator().manual_seed(1))
+    assert tokens.shape == (BATCH, SEGMENT_TOKENS * (WRITES + SEGMENTS))
     for document, asked in zip(tokens.tolist(), targets.tolist(), strict=True):
-        held = {}
-        for place in range(0, written, 2):
-            key, value = document[place : place + 2]
-            assert value < VALUES
-            held.setdefault(key, []).append(value)
-        assert {len(values) for values in held.values()} == {WRITES}
-        assert all(NOISE <= token < VOCAB_SIZE for token in document[written:end])
-        assert asked[:end] == [-100] * end
-        for question, value in zip(document[end:], asked[end:], strict=True):
-            assert held.pop(question - KEYS)[-1] == value
-        assert not held
+        held, writes, questions = {}, 0, []
+        for place, (token, target) in enumerate(zip(document, asked, strict=True)):
+            if VOCAB_SIZE <= token < VOCAB_SIZE + KEYS:
+                held[token], writes = document[place + 1], writes + 1
+            is_question = token >= VOCAB_SIZE + KEYS
+            assert target == (held[token - KEYS] if is_question else -100)
+            questions += [place] * is_question
+        assert writes == KEYS + CHANGED * (WRITES - 1)
+        assert len(questions) == KEYS * (WRITES + 1)
+        assert questions[-KEYS] - questions[-KEYS - 1] > SEGMENT_TOKENS * (SEGMENTS - 1)
+        assert set(held.values()) <= set(range(VALUES))
 
 
 def test_the_task_cannot_be_guessed():
