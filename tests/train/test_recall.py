@@ -104,6 +104,12 @@ def test_each_key_is_asked_for_the_value_that_was_written_last():
         assert set(held.values()) <= set(range(VALUES))
 
 
+@pytest.mark.slow
+def test_goose_learns_to_replace_values():
+    """docs/measured.md has Eagle and Finch beside it."""
+    assert train_task(OVERWRITE, None, 200, version=7)[1] >= 0.95
+
+
 def test_the_task_cannot_be_guessed():
     tokens, targets = recall_batch(torch.Generator().manual_seed(1))
     assert (tokens[:, SEGMENT_TOKENS:] >= VALUES).all()
