@@ -3,6 +3,7 @@
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save
 
 import infctx
 from infctx.errors import InputError
@@ -41,6 +42,20 @@ def test_a_model_by_its_name(hub, model, name, monkeypatch):
     assert same(infctx.load_model(name), model)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(infctx.load_model(name), model)
+
+
+def test_a_folder_of_goose_whose_blends_are_one_tensor(hub, tmp_path):
+    """As in fla's first files."""
+    model = random_model(7, num_layers=2, width=64, head_size=64, vocab_size=257)
+    infctx.save_weights(model, tmp_path / "goose.pth")
+    write_hub_folder(open_weights(tmp_path / "goose.pth"), tmp_path / "layout", torch.float32, "fla")
+    tensors = load_file(tmp_path / "layout" / "model.safetensors")
+    for layer in range(2):
+        blends = [tensors.pop(f"model.layers.{layer}.attn.x_{letter}")[0] for letter in "rwkvag"]
+        tensors[f"model.layers.{layer}.attn.x_x"] = torch.cat(blends)  # (6, D)
+    hub.add("some/goose", "config.json", (tmp_path / "layout" / "config.json").read_bytes())
+    hub.add("some/goose", "model.safetensors", save(tensors, {"format": "pt"}), lfs=True)
+    assert same(infctx.load_model("some/goose"), model)
 
 
 def test_a_state_by_its_name(hub, model, tmp_path):
