@@ -19,7 +19,7 @@ from wrong_records import RECORD_FILES
 from wrong_records import ROWS as RECORD_ROWS
 
 import infctx
-from infctx.formats.published import PUBLISHED_FILES
+from infctx.hub.published import PUBLISHED_FILES
 from infctx.model.state import State
 
 from runs import infctx_here, write_store

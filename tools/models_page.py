@@ -1,4 +1,4 @@
-"""Writes docs/models.md, the page of published models, from infctx/formats/published.py and the shipped configurations.
+"""Writes docs/models.md, the page of published models, from infctx/hub/published.py and the shipped configurations.
 
 python tools/models_page.py
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infctx.formats.published import EAGLE, FINCH, FLA_FOLDERS, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.hub.published import EAGLE, FINCH, FLA_FOLDERS, GOOSE, PUBLISHED_FILES, PUBLISHED_FOLDERS
 from infctx.model.sizes import NAMES, PUBLISHED_SIZES
 from infctx.settings.load import load_config
 
@@ -38,7 +38,7 @@ model:
 - To download from a mirror, set `HF_ENDPOINT` to its address. With `HF_HUB_OFFLINE=1` nothing is downloaded.
 - A path that exists on your machine always comes first. A file that you downloaded otherwise is named by its path.
 
-(Written by `python tools/models_page.py` from infctx/formats/published.py.)
+(Written by `python tools/models_page.py` from infctx/hub/published.py.)
 
 ## Three versions
 All three keep a state of fixed size, change it with each token, and read from it. They differ in the change. In

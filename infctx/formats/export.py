@@ -13,10 +13,10 @@ from infctx.formats.hub_folder import CODE, write_hub_folder
 from infctx.formats.hub_models import fetch_model
 from infctx.formats.model_files import find_model, find_state, tuned_over_others
 from infctx.formats.other_names import NAMINGS
-from infctx.formats.published import refuse_stopped_download
 from infctx.formats.state_file import SUFFIXES, is_state_file, read_state, save_state, state_among
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, copy_weights, open_weights
+from infctx.hub.published import refuse_stopped_download
 from infctx.model.sizes import Sizes, describe
 from infctx.model.state import State, describe_state, refuse_other_sizes
 

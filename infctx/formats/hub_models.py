@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infctx.formats.published import refuse_other_version
 from infctx.hub.names import hub_name
+from infctx.hub.published import refuse_other_version
 
 
 def fetch_model(path: Path) -> Path:

@@ -18,11 +18,11 @@ from infctx.formats.checkpoint_folder import (
     saved_settings,
 )
 from infctx.formats.hub_models import fetch_model
-from infctx.formats.published import refuse_stopped_download
 from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
 from infctx.hub.names import hub_name
+from infctx.hub.published import refuse_stopped_download
 from infctx.model.rwkv import RWKV, Compute
 from infctx.small_texts import quoted
 

@@ -13,8 +13,8 @@ from infctx.exits import LESS_MEMORY
 from infctx.formats.checkpoint_folder import LOCK, SETTINGS, STATE_FILE, checkpoints
 from infctx.formats.hub_models import to_download
 from infctx.formats.model_files import RUN_WEIGHTS
-from infctx.formats.published import missing_weights
 from infctx.hub.names import hub_name
+from infctx.hub.published import missing_weights
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy

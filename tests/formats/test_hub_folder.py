@@ -10,9 +10,9 @@ from infctx.errors import InputError
 from infctx.formats.export import export
 from infctx.formats.hub_folder import CONFIG, WEIGHTS
 from infctx.formats.other_names import from_official, naming_of
-from infctx.formats.published import PUBLISHED_FOLDERS
 from infctx.formats.tensor_file import read_tensors
 from infctx.formats.weights import stored_tensors
+from infctx.hub.published import PUBLISHED_FOLDERS
 
 from runs import infctx_here
 from tiny_models import random_model

@@ -17,7 +17,7 @@ from itertools import islice
 import pytest
 
 from infctx.documents.example_documents import cpp_documents, python_documents
-from infctx.formats.published import PUBLISHED_FILES, PUBLISHED_FOLDERS
+from infctx.hub.published import PUBLISHED_FILES, PUBLISHED_FOLDERS
 from infctx.prepare.prepare import prepare
 from infctx.settings.load import load_config
 

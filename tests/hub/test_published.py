@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from infctx.errors import InputError
-from infctx.formats.published import (
+from infctx.formats.stored_names import stored_names
+from infctx.hub.published import (
     EAGLE,
     FINCH,
     FLA_FOLDERS,
@@ -16,7 +17,6 @@ from infctx.formats.published import (
     published_file,
     refuse_stopped_download,
 )
-from infctx.formats.stored_names import stored_names
 from infctx.model.sizes import PUBLISHED_SIZES, published_sizes
 from infctx.settings.load import load_config
 
