@@ -16,6 +16,7 @@ ROOMS = (
     "data",
     "prepare",
     "cuda",
+    "cpu",
     "ops",
     "recurrence",
     "model",

@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infctx.cpu import fused
 from infctx.model.layers import Linear
 from infctx.model.sizes import Sizes
 from infctx.recurrence.layer_segment import LayerSegment
 from infctx.recurrence.token_shift import blend
 
 
-class SquaredRelu(torch.autograd.Function):
+def squared_relu(x: Tensor) -> Tensor:
+    """Returns relu(x)^2; x: (B, T, F)."""
+    return fused.squared_relu(x) if fused.fits(x) else _SquaredRelu.apply(x)
+
+
+class _SquaredRelu(torch.autograd.Function):
     """relu(x)^2 in fewer passes over memory than two separate ops; gradient 2 relu(x)."""
 
     @staticmethod
@@ -49,7 +55,7 @@ class ChannelMix(nn.Module):
         before, shift = segment.token_shift("channel_shift", x, shift)
         origin, other = (before, x) if self.weighs_current else (x, before)
         x_k, x_r = blend(origin, other - origin, torch.stack([self.mix_key, self.mix_receptance]).to(x.dtype))
-        k = SquaredRelu.apply(self.key(x_k))  # (B, T, F)
+        k = squared_relu(self.key(x_k))  # (B, T, F)
         return torch.sigmoid(self.receptance(x_r)) * self.value(k), shift
 
 
@@ -65,5 +71,5 @@ class UngatedChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, segment: LayerSegment) -> tuple[Tensor, Tensor]:
         """See `ChannelMix.forward`."""
         before, shift = segment.token_shift("channel_shift", x, shift)
-        k = SquaredRelu.apply(self.key(torch.lerp(x, before, self.mix_key.to(x.dtype))))  # (B, T, F)
-        return self.value(k), shift
+        (x_k,) = blend(x, before - x, self.mix_key[None].to(x.dtype))
+        return self.value(squared_relu(self.key(x_k))), shift

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infctx.cpu import fused
 from infctx.model.layers import HeadNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.ops.precision import state_dtype
@@ -62,29 +63,61 @@ class DeltaTimeMix(nn.Module):
         x_r, x_w, x_k, x_v, x_a, x_g = blend(x, before - x, mixes[:, None].to(x.dtype))
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         decay = _product(torch.tanh(_product(x_w, self.decay_down)), self.decay_up)
-        precise = state_dtype(x.dtype)  # a log decay in bf16 would forget documents at the wrong speed
-        w = FASTEST_DECAY * torch.sigmoid(self.decay.to(precise) + decay.to(precise))
-        rate = torch.sigmoid(self._with_base(self.rate, x_a, self.rate_down, self.rate_up))
+        rate = _product(_product(x_a, self.rate_down), self.rate_up)
         gate = _product(torch.sigmoid(_product(x_g, self.gate_down)), self.gate_up)
-        if first_value is None:
-            first_value = v
+        share = None
+        if first_value is not None:
+            share = _product(_product(x_v, self.first_value_down), self.first_value_up)
+        if self.backend in ("auto", "compiled") and fused.fits(x):
+            make_inputs, gated = self._fused_inputs, self._fused_output
         else:
-            share = self._with_base(self.first_value, x_v, self.first_value_down, self.first_value_up)
-            v = torch.lerp(v, first_value, torch.sigmoid(share))
+            make_inputs, gated = self._inputs, self._output
+        r, (w, k, mixed, a, b) = self._heads(r), make_inputs(k, v, decay, rate, first_value, share)
+        y, state = segment.wkv7(r, w, k, mixed, a, b, state, self.backend)
+        return self.output(gated(y, r, k, mixed, gate)), state, shift, v if first_value is None else first_value
+
+    def _fused_inputs(
+        self, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, first_value: Tensor | None, share: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Does what `_inputs` does in one pass over memory."""
+        k, v, decay, rate = map(self._heads, (k, v, decay, rate))
+        vectors = (self.decay, self.rate, self.removal_scale, self.key_rate)
+        scaled = tuple(part.view(self.bonus.shape).to(k.dtype) for part in vectors)
+        if first_value is None or share is None:
+            w, k, a, b = fused.delta_inputs((k, decay, rate), scaled, FASTEST_DECAY, None)
+            return w, k, v, a, b
+        base = self.first_value.view(self.bonus.shape).to(k.dtype)
+        values = v, self._heads(first_value), self._heads(share), base
+        w, k, a, b, v = fused.delta_inputs((k, decay, rate), scaled, FASTEST_DECAY, values)
+        return w, k, v, a, b
+
+    def _fused_output(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        """Does what `_output` does in one pass over memory."""
+        norm, bonus = self.head_norm, self.bonus.to(y.dtype)
+        weight, bias = (part.view(bonus.shape).to(y.dtype) for part in (norm.weight, norm.bias))
+        return fused.delta_output((y, r, k, v, self._heads(gate)), (weight, bias, bonus), norm.eps).flatten(2)
+
+    def _inputs(
+        self, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, first_value: Tensor | None, share: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """(B, T, D), decay, rate and share without their bases -> w, k, v, a, b for the op (B, T, H, N)."""
+        precise = state_dtype(k.dtype)  # a log decay in bf16 would forget documents at the wrong speed
+        w = FASTEST_DECAY * torch.sigmoid(self.decay.to(precise) + decay.to(precise))
+        rate = torch.sigmoid(self.rate.to(k.dtype) + rate)
+        if first_value is not None and share is not None:
+            v = torch.lerp(v, first_value, torch.sigmoid(self.first_value.to(k.dtype) + share))
         scale, key_rate = (part.view(self.bonus.shape).to(k.dtype) for part in (self.removal_scale, self.key_rate))
-        r, w, k, v, rate = map(self._heads, (r, w, k, v, rate))
+        w, k, v, rate = map(self._heads, (w, k, v, rate))
         k, a, b = _Removal.apply(k, rate, scale, key_rate)
-        y, state = segment.wkv7(r, w, k, v, a, b, state, self.backend)
+        return w, k, v, a, b
+
+    def _output(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        """What the op returns and its inputs (B, T, H, N), the gate (B, T, D) -> the gated output (B, T, D)."""
         own = (r * (k * self.bonus.to(k.dtype))).sum(-1, keepdim=True)  # what r finds of the token at hand
-        y = torch.addcmul(self._heads(self.head_norm(y)), own, v)
-        return self.output(y.flatten(2) * gate), state, shift, first_value
+        return torch.addcmul(self._heads(self.head_norm(y)), own, v).flatten(2) * gate
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (-1, self.head_size))  # (B, T, H, N)
-
-    @staticmethod
-    def _with_base(base: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return base.to(x.dtype) + _product(_product(x, down), up)
 
 
 class _Removal(torch.autograd.Function):

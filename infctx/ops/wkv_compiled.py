@@ -1,6 +1,6 @@
 """The WKV recurrences compiled for the CPU by numba: pairs of batch and head run side by side on torch's threads.
 
-The kernels (`wkv_numba_kernels`, `wkv7_numba_kernels`) are compiled at the first call, in 10 to 20 s, and come from
+The kernels (`wkv_kernels`, `wkv7_kernels`) are compiled at the first call, in 10 to 20 s, and come from
 numba's cache on disk in later processes.  For the backward pass, besides the inputs, S is kept every 64 tokens: at
 N = 64 that is as many numbers as r has; and so is the u of RWKV-7, as many again.  The results are the same bit for bit
 with any number of threads.
@@ -9,9 +9,7 @@ with any number of threads.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from infctx.conventions import START_SPACING
+from infctx.cpu.threads import share_out
 from infctx.ops.precision import state_dtype
 
 MIN_THREAD_TOKENS = 256
@@ -161,33 +160,20 @@ def _run(kernels: ModuleType, kernel: str, *tensors: Tensor) -> None:
     arrays = [x.detach().numpy() for x in tensors]
     function: Callable[..., None] = kernels.compiled(kernel, arrays[0].dtype)
     B, T, H, _ = tensors[0].shape
-    if B * H == 0:
-        return
-    threads = max(1, min(torch.get_num_threads(), B * H, B * H * T // MIN_THREAD_TOKENS))
-    bounds = [B * H * n // threads for n in range(threads + 1)]
-    others = [_pool(os.getpid()).submit(function, *arrays, *bounds[n : n + 2]) for n in range(1, threads)]
-    function(*arrays, *bounds[:2])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Returns the process's pool: threads do not survive a fork.  It starts only as many threads as it has work for."""
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="infctx-wkv")
+    share_out(function, arrays, B * H, min(torch.get_num_threads(), B * H * T // MIN_THREAD_TOKENS))
 
 
 def _kernels() -> ModuleType:
     """Imports numba at the first use, not with infctx."""
-    from infctx.ops import wkv_numba_kernels
+    from infctx.cpu import wkv_kernels
 
-    return wkv_numba_kernels
+    return wkv_kernels
 
 
 def _kernels7() -> ModuleType:
-    from infctx.ops import wkv7_numba_kernels
+    from infctx.cpu import wkv7_kernels
 
-    return wkv7_numba_kernels
+    return wkv7_kernels
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infctx.conventions import START_SPACING
+from infctx.cpu import fused
 
 
 def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -35,11 +36,13 @@ def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ..
 
     origin, difference: (B, T, D); mixes: (M, B, T, D), or (M, 1, 1, D) for the same at every token
     """
+    if fused.fits(origin):
+        return fused.blend(origin, difference, mixes)
     return _Blend.apply(origin, difference, mixes)
 
 
 class _Blend(torch.autograd.Function):
-    """The blends; their backward makes half as many passes over memory as autograd's."""
+    """The blends in plain torch; their backward makes half as many passes over memory as autograd's."""
 
     @staticmethod
     def forward(ctx: Any, origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
@@ -50,7 +53,7 @@ class _Blend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         difference, mixes = ctx.saved_tensors
-        d_origin = gradients[0] + gradients[1]
+        d_origin = gradients[0]
         d_difference = gradients[0] * mixes[0]
         d_mixes = torch.empty_like(mixes) if difference is not None else None
         for place, (gradient, mix) in enumerate(zip(gradients, mixes, strict=True)):
@@ -62,6 +65,8 @@ class _Blend(torch.autograd.Function):
                 d_mixes[place] = (gradient * difference).sum((0, 1))
             if place > 0:
                 d_difference.addcmul_(gradient, mix)
-            if place > 1:
+            if place == 1:
+                d_origin = d_origin + gradient  # not in place: the first gradient is not ours
+            elif place > 1:
                 d_origin += gradient
         return d_origin, d_difference, d_mixes

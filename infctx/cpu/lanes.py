@@ -1,4 +1,4 @@
-"""Vector instructions for the kernels of `wkv_compiled`, written with llvmlite.
+"""Vector instructions for the kernels of `wkv_compiled` and `fused`, written with llvmlite.
 
 LLVM's vectorizer does not keep eight accumulators in registers across an outer loop, and it checks at run time whether
 any two pointers overlap.  So the loops over a chunk are written here as vector instructions.  A `@macro` is Python that
@@ -64,7 +64,7 @@ class Lanes:
         self.scalar = ir.FloatType() if self.bytes == 4 else ir.DoubleType()
         self.L = VECTOR_BYTES // self.bytes
         self.vector = ir.VectorType(self.scalar, self.L)
-        self.add, self.sub, self.mul = builder.fadd, builder.fsub, builder.fmul
+        self.add, self.sub, self.mul, self.divide = builder.fadd, builder.fsub, builder.fmul, builder.fdiv
 
     def index(self, *terms: Term) -> ir.Value:
         known, unknown = 0, []
@@ -119,6 +119,12 @@ class Lanes:
         """Runs over 0, step, 2 step, ... below count."""
         bounds = (self.index(0), count, self.index(step))
         with cgutils.for_range_slice(self.builder, *bounds, INDEX) as (index, _):
+            yield index
+
+    @contextlib.contextmanager
+    def span(self, begin: ir.Value, end: ir.Value) -> Iterator[ir.Value]:
+        """Runs over the columns begin, begin + L, ... below end."""
+        with cgutils.for_range_slice(self.builder, begin, end, self.index(self.L), INDEX) as (index, _):
             yield index
 
     def columns(self, width: ir.Value) -> contextlib.AbstractContextManager[ir.Value]:
@@ -186,6 +192,66 @@ class Lanes:
         vanishes = build.fcmp_ordered("<", x, self.constant((1 - bias) * math.log(2)))
         return build.select(vanishes, self.constant(0.0), self.mul(series, build.bitcast(exponent, self.vector)))
 
+    def sigmoid(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Returns sigmoid(x) and sigmoid(-x), both to a few ulp."""
+        small = self.exp(self.sub(self.constant(0.0), self.call("llvm.fabs", self.vector, x)))
+        near = self.divide(self.constant(1.0), self.add(self.constant(1.0), small))
+        far, positive = self.mul(near, small), self.builder.fcmp_ordered(">", x, self.constant(0.0))
+        return self.builder.select(positive, near, far), self.builder.select(positive, far, near)
+
+    def whole(self, slot: ir.Value) -> ir.Value:
+        """Returns the sum over the lanes of an accumulator, in every lane."""
+        vector, half = self.builder.load(slot), self.L // 2
+        while half:
+            vector = self.add(vector, self.shuffle(vector, vector, [(n + half) % self.L for n in range(self.L)]))
+            half //= 2
+        return vector
+
+    def valid(self, left: ir.Value) -> ir.Value:
+        """Returns which lanes come before the first `left`."""
+        lanes = ir.Constant(ir.VectorType(INDEX, self.L), list(range(self.L)))
+        return self.builder.icmp_signed("<", lanes, self.fill(left))
+
+    def within(self, value: ir.Value, N: ir.Value, column: ir.Value) -> ir.Value:
+        """Returns the value with zeros beyond column N."""
+        return self.builder.select(self.valid(self.builder.sub(N, column)), value, self.constant(0.0))
+
+    def positive(self, x: ir.Value) -> ir.Value:
+        """Returns max(x, 0); NaN stays NaN."""
+        return self.builder.select(self.builder.fcmp_ordered("<", x, self.constant(0.0)), self.constant(0.0), x)
+
+    def negative(self, x: ir.Value) -> ir.Value:
+        return self.sub(self.constant(-0.0), x)
+
+    def root(self, x: ir.Value) -> ir.Value:
+        return self.call("llvm.sqrt", self.vector, x)
+
+    def inverse_root(self, x: ir.Value) -> ir.Value:
+        return self.divide(self.constant(1.0), self.root(x))
+
+    def length(self, square: ir.Value, shortest: float) -> tuple[ir.Value, ir.Value]:
+        """From the accumulator of a vector's square: whether it is too short, and 1 / max(its length, shortest)."""
+        length, least = self.root(self.whole(square)), self.constant(shortest)
+        is_short = self.builder.fcmp_ordered("<", length, least)
+        return is_short, self.divide(self.constant(1.0), self.builder.select(is_short, least, length))
+
+    def number(self, value: ir.Value) -> ir.Value:
+        """Returns a number of the kernel's caller, a double, in every lane."""
+        return self.fill(self.builder.fptrunc(value, self.scalar) if self.bytes == 4 else value)
+
+    def count(self, N: ir.Value) -> ir.Value:
+        return self.fill(self.builder.sitofp(N, self.scalar))
+
+    def parts(self, data: ir.Value, number: int, width: ir.Value, column: ir.Value) -> list[ir.Value]:
+        """Loads a column of several vectors that lie one after the other."""
+        return [self.load(data, (n, width), column) for n in range(number)]
+
+    def add_parts(self, values: Sequence[ir.Value | None], data: ir.Value, width: ir.Value, column: ir.Value) -> None:
+        """Adds to a column of several vectors; None: nothing."""
+        for n, value in enumerate(values):
+            if value is not None:
+                self.store(self.add(self.load(data, (n, width), column), value), data, (n, width), column)
+
     def inside(
         self, array: ir.Value, token: Sequence[ir.Value], limit: Sequence[ir.Value], column: ir.Value
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -198,12 +264,30 @@ class Lanes:
         offset = self.index((b, over_batch), (t, over_time), (h, over_heads), (column, self.bytes))
         data = build.bitcast(build.gep(build.bitcast(array.data, BYTES), [offset]), self.vector.as_pointer())
         left = build.select(build.icmp_signed("<", t, limit[0]), build.sub(limit[1], column), self.index(0))
-        lanes = ir.Constant(ir.VectorType(INDEX, self.L), list(range(self.L)))
-        return data, ir.Constant(ir.IntType(32), self.bytes), build.icmp_signed("<", lanes, self.fill(left))
+        return data, ir.Constant(ir.IntType(32), self.bytes), self.valid(left)
 
     def load_inside(self, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> ir.Value:
         """Loads from the array, with zeros outside of it."""
         return self.call("llvm.masked.load", self.vector, *self.inside(array, *where), self.constant(0.0))
+
+    def row_at(self, places: ir.Value, n: ir.Value, row: ir.Value, size: ir.Value) -> ir.Value:
+        """Returns the address of a row of `size` numbers in the array whose address is places[n]."""
+        data = self.builder.load(self.builder.gep(places, [n]))
+        return self.builder.gep(self.builder.inttoptr(data, self.scalar.as_pointer()), [self.index((row, size))])
+
+    def rows_at(self, places: ir.Value, count: int, row: ir.Value, size: ir.Value) -> list[ir.Value]:
+        return [self.row_at(places, self.index(n), row, size) for n in range(count)]
+
+    def part(self, data: ir.Value, size: ir.Value, column: ir.Value) -> tuple[ir.Value, ...]:
+        align = ir.Constant(ir.IntType(32), self.bytes)
+        return self.place(data, column), align, self.valid(self.builder.sub(size, column))
+
+    def load_part(self, data: ir.Value, size: ir.Value, column: ir.Value) -> ir.Value:
+        """Loads a row from a column on, with zeros from `size` on."""
+        return self.call("llvm.masked.load", self.vector, *self.part(data, size, column), self.constant(0.0))
+
+    def store_part(self, value: ir.Value, data: ir.Value, size: ir.Value, column: ir.Value) -> None:
+        self.call("llvm.masked.store", ir.VoidType(), value, *self.part(data, size, column))
 
     def store_inside(self, value: ir.Value, array: ir.Value, *where: ir.Value | Sequence[ir.Value]) -> None:
         self.call("llvm.masked.store", ir.VoidType(), value, *self.inside(array, *where))

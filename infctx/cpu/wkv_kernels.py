@@ -19,8 +19,8 @@ import numpy as np
 from numba import njit, types
 
 from infctx.conventions import START_SPACING
-from infctx.ops import wkv_numba_lanes
-from infctx.ops.wkv_numba_lanes import (
+from infctx.cpu import lanes
+from infctx.cpu.lanes import (
     CHUNK,
     TOKENS,
     VECTOR_BYTES,
@@ -45,8 +45,8 @@ def compiled(kernel: str, dtype: np.dtype) -> Callable[..., None]:
     inputs = (*[tokens] * 4, real[:, :], flags, matrices)
     kept = real[:, :, ::1]
     if kernel == "forward":
-        return build(_forward, (*inputs, matrices, tokens, matrices, kept), (wkv_numba_lanes,))
-    return build(_backward, (*inputs, kept, *[tokens] * 6, kept, *[matrices] * 2), (wkv_numba_lanes,))
+        return build(_forward, (*inputs, matrices, tokens, matrices, kept), (lanes,))
+    return build(_backward, (*inputs, kept, *[tokens] * 6, kept, *[matrices] * 2), (lanes,))
 
 
 def build(
@@ -67,8 +67,8 @@ def build(
 
 def padded_size(size: int, item_bytes: int) -> int:
     """Returns N rounded up to whole vectors."""
-    lanes = VECTOR_BYTES // item_bytes
-    return -(-size // lanes) * lanes
+    vector = VECTOR_BYTES // item_bytes
+    return -(-size // vector) * vector
 
 
 def _forward(version: str) -> Callable[..., None]:
@@ -170,8 +170,8 @@ def _backward(version: str) -> Callable[..., None]:
 
 @njit
 def width_of(size, like):
-    lanes = VECTOR_BYTES // like.itemsize
-    return -(-size // lanes) * lanes
+    vector = VECTOR_BYTES // like.itemsize
+    return -(-size // vector) * vector
 
 
 @njit

@@ -1,4 +1,4 @@
-"""The kernels of `wkv7_compiled`: forward and backward over whole heads, in chunks as in `wkv_numba_kernels`.
+"""The kernels of `wkv7_compiled`: forward and backward over whole heads, in chunks as in `wkv_kernels`.
 
 With u_t = S_{t-1}^T a_t each token writes two vectors, k_t v_t and b_t u_t.  a reads before the decay e_t of the token,
 r after it: r'_t = r_t e_t.  P_t and Q_t are the products of the decays before and after token t of the chunk, D that of
@@ -9,7 +9,7 @@ all, R_x[t, s] = r'_t x_s (decays between), A_x[t, s] = a_t x_s (decays between)
     S <- D S + sum_s ((b_s Q_s) u_s + (k_s Q_s) v_s)
 
 The triangle in u is solved token by token, in registers.  The forward pass keeps u for the backward pass, which has the
-same triangle transposed.  As in `wkv_numba_kernels` decays are never divided by: every decay is exact.
+same triangle transposed.  As in `wkv_kernels` decays are never divided by: every decay is exact.
 Scores are rows of 16 for each token t: 8 for b, then 8 for k.
 """
 
@@ -20,9 +20,8 @@ import numpy as np
 from numba import njit, types
 
 from infctx.conventions import START_SPACING
-from infctx.ops import wkv_numba_kernels, wkv_numba_lanes
-from infctx.ops.wkv_numba_kernels import KEPT_TOKENS, add, build, decay_keys, put, scratch, width_of
-from infctx.ops.wkv_numba_lanes import (
+from infctx.cpu import lanes, wkv_kernels
+from infctx.cpu.lanes import (
     CHUNK,
     TOKENS,
     load_decays,
@@ -32,6 +31,7 @@ from infctx.ops.wkv_numba_lanes import (
     store_tokens,
     transpose,
 )
+from infctx.cpu.wkv_kernels import KEPT_TOKENS, add, build, decay_keys, put, scratch, width_of
 
 ROW = 2 * CHUNK
 
@@ -42,7 +42,7 @@ def compiled(kernel: str, dtype: np.dtype) -> Callable[..., None]:
     real, flags = types.float32 if dtype == np.float32 else types.float64, types.boolean[:, :]
     tokens = matrices = types.Array(real, 4, "A")
     inputs, kept = (*[tokens] * 6, flags, matrices), real[:, :, ::1]
-    sources = (wkv_numba_lanes, wkv_numba_kernels)
+    sources = (lanes, wkv_kernels)
     if kernel == "forward":
         return build(_forward, (*inputs, matrices, tokens, matrices, kept, tokens), sources)
     return build(_backward, (*inputs, kept, tokens, tokens, matrices, *[tokens] * 6, *[matrices] * 2), sources)
@@ -301,7 +301,7 @@ def solve_back(x, dv, du, dy, rscores, ascores, width):
 def token_gradients(x, dr, dk, da, db, dw, r, k, a, b, e, decay, ddecay, drscores, dascores, width):
     """From the gradients of r'_t P_t, k_t Q_t, a_t P_t, b_t Q_t, which dr, dk, da and db hold, to those of the inputs.
 
-    The gradient of log decay t is the sum over all paths that cross t, as in `wkv_numba_kernels`.
+    The gradient of log decay t is the sum over all paths that cross t, as in `wkv_kernels`.
     """
     with x.columns(width) as column:
         rs, ks, as_, bs, es = (x.rows(data, width, column) for data in (r, k, a, b, e))
