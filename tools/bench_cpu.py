@@ -1,10 +1,11 @@
 """Speed on a CPU, in one thread: segments of training and a plain matrix product, in turn, on the same core.
 
     python tools/bench_cpu.py                    six layers of width 384, segments of 512, one lane, fp32
+    python tools/bench_cpu.py --version 6 7      two versions in turn
     python tools/bench_cpu.py --long             adds 16,384 tokens, exact, at vocabulary 4,096
 
 Figures are CPU seconds (time.process_time), medians over rounds.  Ratios are computed round by round, so that they hold
-while the machine's speed drifts.  FLOPs of training count 6 per parameter and token, as usual.
+while the machine's speed drifts; quartiles show how much they do.  FLOPs of training count 6 per parameter and token.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,57 +23,91 @@ import infctx
 from infctx.machine import peak_memory
 from infctx.model.rwkv import RWKV
 
+LAYERS, WIDTH = 6, 384
 SEGMENT_TOKENS = 512
 SEGMENTS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", type=int, choices=(5, 6, 7), default=6)
+    parser.add_argument("--version", type=int, choices=(5, 6, 7), nargs="+", default=[6])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--long", action="store_true", help="16,384 tokens at vocabulary 4,096: CPU seconds and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    share_of_matrix_product(options.version, options.rounds)
+    shares_of_matrix_product(options.version, options.rounds)
     if options.long:
-        long_document(options.version)
+        for version in options.version:
+            long_document(version)
 
 
-def share_of_matrix_product(version: int, rounds: int) -> None:
-    """Prints truncated and exact training next to the matrix product of the channel mix."""
-    model = make_model(version, vocab_size=256)
-    tokens = torch.randint(256, (1, SEGMENTS * SEGMENT_TOKENS + 1))
-    flops = 6 * model.sizes.num_parameters * (tokens.shape[1] - 1)
-
-    def train(gradient_segments: int | None) -> None:
-        model.zero_grad()
-        infctx.window_backward(model, tokens[:, :-1], tokens[:, 1:], SEGMENT_TOKENS, gradient_segments)
-
-    left, right = torch.randn(SEGMENT_TOKENS, 384), torch.randn(384, 1344)
+def shares_of_matrix_product(versions: list[int], rounds: int) -> None:
+    """Prints truncated and exact training, and the WKV op of all layers, next to the channel mix's matrix product."""
+    left, right = torch.randn(SEGMENT_TOKENS, WIDTH), torch.randn(WIDTH, 1344)
     repeats = 400
-    product_flops = repeats * 2 * SEGMENT_TOKENS * 384 * 1344
+    product_flops = repeats * 2 * SEGMENT_TOKENS * WIDTH * 1344
 
     def product() -> None:
         for _ in range(repeats):
             left @ right
 
-    rows = []
+    subjects = [Subject(version) for version in versions]
+    rows: dict[int, list[tuple[float, ...]]] = {version: [] for version in versions}
     for _ in range(rounds + 1):
-        before, truncated, exact, after = (
-            cpu_seconds(work) for work in (product, lambda: train(1), lambda: train(None), product)
-        )
-        rows.append(((before + after) / 2 / product_flops, truncated / flops, exact / flops))
-    rows = rows[1:]  # the first round compiles and fills the caches
-    plain, truncated, exact = (statistics.median(column) for column in zip(*rows, strict=True))
-    per_token = flops / (tokens.shape[1] - 1)
-    print(f"RWKV-{version}, 6 layers, width 384, segments of {SEGMENT_TOKENS}, fp32, one thread")
+        before = cpu_seconds(product)
+        for subject in subjects:
+            works = partial(subject.train, 1), partial(subject.train, None), subject.op
+            seconds = [cpu_seconds(work) for work in works]
+            after = cpu_seconds(product)
+            plain, before = (before + after) / 2 / product_flops, after
+            rows[subject.version].append((plain, *(x / subject.flops for x in seconds)))
+    for subject in subjects:
+        report(subject, rows[subject.version][1:])  # the first round compiles and fills the caches
+
+
+def report(subject: Subject, rows: list[tuple[float, ...]]) -> None:
+    plain, truncated, exact, _ = (statistics.median(column) for column in zip(*rows, strict=True))
+    per_token = subject.flops / (SEGMENTS * SEGMENT_TOKENS)
+    print(f"RWKV-{subject.version}, {LAYERS} layers, width {WIDTH}, segments of {SEGMENT_TOKENS}, fp32, one thread")
     print(f"plain matrix product      {1e-9 / plain:8.1f} GFLOP/CPU-s")
     for name, seconds in (("truncated at each segment", truncated), (f"exact over {SEGMENTS} segments", exact)):
         print(f"{name:<25} {1e-9 / seconds:8.1f} GFLOP/CPU-s  {1 / seconds / per_token:8,.0f} tokens/CPU-s")
-    print(f"truncated / product       {statistics.median(row[0] / row[1] for row in rows):8.3f}")
-    print(f"exact / truncated (time)  {statistics.median(row[2] / row[1] for row in rows):8.3f}")
+    for name, one, other in (
+        ("truncated / product", 0, 1),
+        ("exact / truncated (time)", 2, 1),
+        ("op / truncated (time)", 3, 1),
+    ):
+        ratios = sorted(row[one] / row[other] for row in rows)
+        quarter = len(ratios) // 4
+        print(f"{name:<25} {statistics.median(ratios):8.3f}  ({ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})")
+
+
+class Subject:
+    """A model of one version, tokens for it, and inputs of its WKV op."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.model = version, make_model(version, vocab_size=256)
+        self.tokens = torch.randint(256, (1, SEGMENTS * SEGMENT_TOKENS + 1))
+        self.flops = 6 * self.model.sizes.num_parameters * SEGMENTS * SEGMENT_TOKENS
+        heads, size = self.model.sizes.num_heads, self.model.sizes.head_size
+        r, k, v, w, direction, self.gradient = torch.randn(6, 1, SEGMENT_TOKENS, heads, size)
+        w, kappa = -0.6 * torch.sigmoid(w), torch.nn.functional.normalize(direction, dim=-1)
+        self.inputs = [r, w, k, v, -kappa, kappa * torch.sigmoid(r)] if version == 7 else [r, k, v, w, r[0, 0].clone()]
+        self.inputs = [x.clone().requires_grad_() for x in self.inputs]
+        self.state = torch.zeros(1, heads, size, size)
+
+    def train(self, gradient_segments: int | None) -> None:
+        self.model.zero_grad()
+        tokens, targets = self.tokens[:, :-1], self.tokens[:, 1:]
+        infctx.window_backward(self.model, tokens, targets, SEGMENT_TOKENS, gradient_segments)
+
+    def op(self) -> None:
+        """Runs the op forward and backward as often as a truncated step does."""
+        op: Callable[..., tuple[torch.Tensor, torch.Tensor]] = infctx.wkv7 if self.version == 7 else infctx.wkv
+        for _ in range(SEGMENTS * LAYERS):
+            torch.autograd.grad(op(*self.inputs, self.state)[0], self.inputs, self.gradient)
 
 
 def long_document(version: int, num_tokens: int = 16384) -> None:
@@ -85,7 +121,7 @@ def long_document(version: int, num_tokens: int = 16384) -> None:
 
 def make_model(version: int, vocab_size: int) -> RWKV:
     """Makes new weights, slightly changed so that no matrix is zero."""
-    model = infctx.build_model(version=version, num_layers=6, width=384, vocab_size=vocab_size)
+    model = infctx.build_model(version=version, num_layers=LAYERS, width=WIDTH, vocab_size=vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
