@@ -1,9 +1,8 @@
 """The WKV recurrences compiled for the CPU by numba: pairs of batch and head run side by side on torch's threads.
 
-The kernels (`wkv_kernels`, `wkv7_kernels`) are compiled at the first call, in 10 to 20 s, and come from
-numba's cache on disk in later processes.  For the backward pass, besides the inputs, S is kept every 64 tokens: at
-N = 64 that is as many numbers as r has; and so is the u of RWKV-7, as many again.  The results are the same bit for bit
-with any number of threads.
+The kernels (infctx/cpu) are compiled at the first call, in 10 to 20 s, and come from numba's cache on disk in later
+processes.  For the backward pass, besides the inputs, S is kept every 64 tokens: at N = 64 that is as many numbers as r
+has; and so is the u of RWKV-7, as many again.  The results are the same bit for bit with any number of threads.
 """
 
 from __future__ import annotations
