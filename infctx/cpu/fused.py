@@ -3,7 +3,7 @@
 Plain torch goes over memory once for every step, and on a CPU that takes longer than the arithmetic.  Every function
 here has a counterpart in plain torch, next to where it is called, for other devices and dtypes.  Results are the same
 bit for bit with any number of threads; gradients of first order only.  Numba compiles the kernels at first use, in
-in about 5 s for a dtype, and later processes get them from its cache on disk.
+about 5 s for a dtype, and later processes get them from its cache on disk.
 """
 
 from __future__ import annotations
