@@ -38,17 +38,20 @@ INFCTX_DEVICE void find_dscores(float* dscores, const Input* dy, const Input* v)
     }
 }
 
-struct Gradients {
-    Own r, k, w;
+// Paths that leave the tokens seen so far, by the token that reads and by the one that wrote; w, those that are done.
+struct Paths {
+    Own w, reads, writes;
+};
+
+struct Gradients : Paths {
+    Own r, k;
     float u[2];  // of the lane's own tokens
-    // Paths that leave the tokens seen so far, by the token that reads and by the one that wrote.
-    Own reads, writes;
 };
 
 // The gradient of the decays of one half of a block of 2 half tokens: all paths from the other half's writes to later
 // tokens, or to its reads from earlier ones, cross all of this half.
 template <int32 half>
-INFCTX_DEVICE void cross_halves(Gradients& d) {
+INFCTX_DEVICE void cross_halves(Paths& d) {
     float sums[2][2];
     FOR_EACH_PAIR(channel, group) {
         const float *reads = d.reads.x[channel][group], *writes = d.writes.x[channel][group];

@@ -27,7 +27,8 @@ constexpr int32 num_columns = num_channels / 8;  // fragments side by side
 static_assert(num_channels % 16 == 0 && num_channels <= 64, "wkv_cuda.py pads heads, and cuts those that are larger");
 
 // Pitches of rows in shared memory, in elements, so that lanes that read together have no bank conflicts.
-constexpr int32 value_pitch = sizeof(Input) == 2 ? num_channels + 8 : num_channels + 4;  // of r k v dy as loaded
+constexpr int32 float_pitch = num_channels + 4;                                          // of fp32 by token, as loaded
+constexpr int32 value_pitch = sizeof(Input) == 2 ? num_channels + 8 : float_pitch;       // of r k v dy as loaded
 constexpr int32 read_pitch = num_channels + 8;                                           // of operands read by rows
 constexpr int32 write_pitch = num_channels + 4;                                          // and by columns
 constexpr int32 score_pitch = 24;
@@ -211,9 +212,10 @@ INFCTX_DEVICE Own staged_own(const float* rows, int32 slab) {
 }
 
 // Starts copying rows of inputs, zeros from `end`; this is `thread` of `threads`.
-template <int32 count, int32 threads>
-INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 first_token, int32 end, int32 thread) {
-    constexpr int32 packet = 16 / sizeof(Input);
+template <int32 count, int32 threads, typename Element>
+INFCTX_DEVICE void start_copy(Element* to, const Rows<const Element>& rows, int32 first_token, int32 end,
+                              int32 thread) {
+    constexpr int32 packet = 16 / sizeof(Element), pitch = sizeof(Element) == 2 ? value_pitch : float_pitch;
     constexpr int32 packets = num_channels / packet;
 #pragma unroll
     for (int32 turn = 0; turn < (count * packets + threads - 1) / threads; ++turn) {
@@ -222,6 +224,6 @@ INFCTX_DEVICE void start_copy(Input* to, const Rows<const Input>& rows, int32 fi
         const int32 token = first_token + index / packets;
         const int32 column = index % packets * packet;
         const bool inside = token < end;
-        cp_async_16(to + index / packets * value_pitch + column, rows.at(inside ? token : 0) + column, inside);
+        cp_async_16(to + index / packets * pitch + column, rows.at(inside ? token : 0) + column, inside);
     }
 }

@@ -92,15 +92,17 @@ struct InputBlock {
 };
 
 // Tokens 2t and 2t + 1 of channel g: a product over tokens.
-INFCTX_DEVICE InputBlock load_by_tokens(const Input* rows, int32 first_channel) {
+INFCTX_DEVICE InputBlock load_by_tokens(const float* rows, int32 first_channel) {
     InputBlock block;
-#ifdef INPUT_FLOAT
     FOR_EACH_TOKEN(group, which) {
-        const float* from = rows + (8 * group + 2 * lane_place() + which) * value_pitch + first_channel + lane_group();
+        const float* from = rows + (8 * group + 2 * lane_place() + which) * float_pitch + first_channel + lane_group();
         block.x[group][0][which] = from[0];
         block.x[group][1][which] = from[8];
     }
-#else
+    return block;
+}
+INFCTX_DEVICE InputBlock load_by_tokens(const bf16* rows, int32 first_channel) {
+    InputBlock block;
     uint32 x[4];
     const int32 row = lane_index() % 16, column = lane_index() / 16 * 8;
     ldmatrix_transposed(x, rows + row * value_pitch + first_channel + column);
@@ -109,21 +111,22 @@ INFCTX_DEVICE InputBlock load_by_tokens(const Input* rows, int32 first_channel) 
         block.x[i % 2][i / 2][0] = first_of(x[i]);
         block.x[i % 2][i / 2][1] = second_of(x[i]);
     }
-#endif
     return block;
 }
 
 // Channels 2t and 2t + 1 of token g: a product over channels.
-INFCTX_DEVICE InputBlock load_by_channels(const Input* rows, int32 first_channel) {
+INFCTX_DEVICE InputBlock load_by_channels(const float* rows, int32 first_channel) {
     InputBlock block;
-#ifdef INPUT_FLOAT
 #pragma unroll
     for (int32 group = 0; group < 2; ++group) {
-        const float* from = rows + (8 * group + lane_group()) * value_pitch + first_channel + 2 * lane_place();
+        const float* from = rows + (8 * group + lane_group()) * float_pitch + first_channel + 2 * lane_place();
         block.x[group][0][0] = from[0], block.x[group][0][1] = from[1];
         block.x[group][1][0] = from[8], block.x[group][1][1] = from[9];
     }
-#else
+    return block;
+}
+INFCTX_DEVICE InputBlock load_by_channels(const bf16* rows, int32 first_channel) {
+    InputBlock block;
     uint32 x[4];
     const int32 row = lane_index() % 16, column = lane_index() / 16 * 8;
     ldmatrix(x, rows + row * value_pitch + first_channel + column);
@@ -132,7 +135,6 @@ INFCTX_DEVICE InputBlock load_by_channels(const Input* rows, int32 first_channel
         block.x[i % 2][i / 2][0] = first_of(x[i]);
         block.x[i % 2][i / 2][1] = second_of(x[i]);
     }
-#endif
     return block;
 }
 

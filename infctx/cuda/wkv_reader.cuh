@@ -84,8 +84,8 @@ INFCTX_DEVICE void find_scores(float* scores, const float* levels, const float* 
     }
 }
 
-template <bool backward>
-struct Reader {
+// A state of a warp: 16 values by all keys, in registers.
+struct ValueSlab {
     SumFragment state[num_columns];  // row g is value channel g of the warp's 16, columns are keys
 
     INFCTX_DEVICE void clear() {
@@ -111,7 +111,10 @@ struct Reader {
             for (int32 i = 0; i < 4; ++i) matrix[(8 * n + i % 2) * num_channels + i / 2 * 8] = state[n].x[i];
         }
     }
+};
 
+template <bool backward>
+struct Reader : ValueSlab {
     // results[group]: the reads of the chunk's tokens, value channels by tokens; then the state advances.
     INFCTX_DEVICE void advance(SumFragment (&results)[2], const Staged& staged, const float* scores,
                                const Input* values, int32 slab) {
