@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infctx.cuda import wkv_cuda
+from infctx.cuda import wkv7_cuda, wkv_cuda
 from infctx.cuda.wkv_layout import Layout, cut
 from infctx.ops import wkv
 
@@ -27,6 +27,8 @@ _machine: list[wkv_cuda.Machine] = []
 _library = torch.library.Library("infctx", "IMPL")
 _library.impl("wkv_forward", lambda *inputs: wkv_cuda.forward(_machine[-1], *inputs), "CPU")
 _library.impl("wkv_backward", lambda *inputs: wkv_cuda.backward(_machine[-1], *inputs), "CPU")
+_library.impl("wkv7_forward", lambda *inputs: wkv7_cuda.forward7(_machine[-1], *inputs), "CPU")
+_library.impl("wkv7_backward", lambda *inputs: wkv7_cuda.backward7(_machine[-1], *inputs), "CPU")
 
 
 @contextlib.contextmanager
