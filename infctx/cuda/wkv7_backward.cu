@@ -1,0 +1,266 @@
+// All gradients of RWKV-7, for one head size and one input type: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
+// README.md has the derivation; wkv7_cuda.py the shapes and the order of the launches.
+
+#include "wkv7_gradients.cuh"
+#include "wkv7_reader.cuh"
+#include "wkv7_spans.cuh"
+
+extern "C" __global__ void __launch_bounds__(span_threads)
+wkv7_sum_span_gradients(const Input* r, const float* w, const Input* a, const Input* b, const Input* dy,
+                        const uint8* starts, float* sums, float* transitions, int64 num_batches, int64 num_tokens,
+                        int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
+                        int64 w_head) {
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
+    const Span7Input input = {r, a, b, dy, w, w_batch, w_token, w_head, starts, nullptr, 0};
+    sum_span7<true>(problem, input, sums, transitions, 1, static_cast<int32>(num_spans) - 1);
+}
+
+extern "C" __global__ void __launch_bounds__(join_threads)
+wkv7_join_span_gradients(const float* dfinal, const float* sums, const float* transitions, float* gradients,
+                         int64 spans, int64 row_ends, int64 end_step) {
+    join_spans7<true>(dfinal, sums, transitions, gradients, spans, row_ends, end_step);
+}
+
+constexpr int32 chunk_floats = chunk_tokens * float_pitch;
+
+struct Shared7 {
+    Input *v, *dy;  // of the tile
+    float* u;       // inner values of the tile, (tile_tokens, float_pitch)
+    StagedBoth staged;
+    float *levels, *bonuses, *scores;
+    // These lie where the levels are, which are no longer needed then: the gradient of the state after the chunk
+    // (N, float_pitch), of its inner values, and of its scores.
+    float *gradient, *du, *dscores;
+};
+
+INFCTX_DEVICE Shared7 find_shared7(unsigned char* start) {
+    Shared7 shared;
+    shared.v = reinterpret_cast<Input*>(start);
+    shared.dy = shared.v + tile_chunks * chunk_values;
+    shared.u = reinterpret_cast<float*>(shared.dy + tile_chunks * chunk_values);
+    float* staged = shared.u + tile_chunks * chunk_floats;
+    shared.staged = find_staged_both(staged);
+    shared.levels = staged + staged_both_floats;
+    shared.bonuses = shared.levels + both_levels_floats;
+    shared.scores = shared.bonuses + both_bonus_floats;
+    shared.gradient = shared.levels;
+    shared.du = shared.gradient + num_channels * float_pitch;
+    shared.dscores = shared.du + chunk_floats;
+    static_assert(num_channels * float_pitch + chunk_floats + all_scores_floats <= both_levels_floats, "they fit");
+    return shared;
+}
+
+struct Backward7Input {
+    const Input *r, *k, *v, *a, *b, *dy;
+    const float *w, *u;      // u: the inner values
+    const float* gradients;  // of the state after each span
+    const uint8* starts;
+    const float* initial;
+    const float* kept;  // the state before each tile
+    int64 w_batch, w_token, w_head, initial_batch;
+};
+
+struct Backward7Output {
+    Input *dr, *dk, *dv, *da, *db;
+    float *dw, *dstate, *dinitial;
+};
+
+struct Span7 {
+    const Problem& problem;
+    const Backward7Input& input;
+    Place place;
+    Shared7 shared;
+    int32 num_chunks, slab;
+
+    // Computed each time: keeping the address of the flags would need registers.
+    INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place).at(chunk); }
+    INFCTX_DEVICE Rows<const Input> rows() const { return find_rows(input.r, problem, place); }
+    INFCTX_DEVICE OwnPlaces places(int32 chunk) const {
+        return own_places(rows(), slab, place.token_at(chunk), place.end_token);
+    }
+    INFCTX_DEVICE Own load(const Input* start, int32 chunk) const { return to_own(load_own(start, places(chunk))); }
+    INFCTX_DEVICE Decays load_decays(int32 chunk) const {
+        const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
+        const OwnPlaces at = own_places(w_rows, slab, place.token_at(chunk), place.end_token);
+        return find_decays(to_own(load_own(input.w, at)));
+    }
+    INFCTX_DEVICE Vectors load_vectors(int32 chunk) const {
+        const OwnPlaces at = places(chunk);
+        return {to_own(load_own(input.r, at)), to_own(load_own(input.k, at)), to_own(load_own(input.a, at)),
+                to_own(load_own(input.b, at))};
+    }
+};
+
+// Loads v, dy and the inner values of a tile, when the one before is no longer in use.
+INFCTX_DEVICE void fetch_tile7(const Span7& span, int32 first) {
+    const Backward7Input& input = span.input;
+    const int32 token = span.place.token_at(first), end = span.place.end_token;
+    sync_block();
+    start_copy<tile_tokens, span_threads>(span.shared.v, find_rows(input.v, span.problem, span.place), token, end,
+                                          threadIdx.x);
+    start_copy<tile_tokens, span_threads>(span.shared.dy, find_rows(input.dy, span.problem, span.place), token, end,
+                                          threadIdx.x);
+    start_copy<tile_tokens, span_threads>(span.shared.u, find_rows(input.u, span.problem, span.place), token, end,
+                                          threadIdx.x);
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_block();
+}
+
+// this = decays this + keys values + inner keys inner values, summed over the tokens of a chunk: see KeySlab::advance.
+INFCTX_DEVICE void advance_both(KeySlab& state, const Decays& decays, const Own& keys, const Input* values,
+                                const Own& inner_keys, const float* inner_values) {
+    const Left<of_states> left[2] = {left_of<of_states>(keys, 0), left_of<of_states>(keys, 1)};
+    const Left<of_states> inner_left[2] = {left_of<of_states>(inner_keys, 0), left_of<of_states>(inner_keys, 1)};
+#pragma unroll
+    for (int32 n = 0; n < num_columns; n += 2) {
+        const InputBlock block = load_by_tokens(values, 8 * n), inner_block = load_by_tokens(inner_values, 8 * n);
+#pragma unroll
+        for (int32 half = 0; half < 2; ++half) {
+            SumFragment sum = {};
+#pragma unroll
+            for (int32 group = 0; group < 2; ++group) {
+                const float *two = block.x[group][half], *inner_two = inner_block.x[group][half];
+                multiply(sum, left[group], make_right<of_inputs>(two[0], two[1]));
+                multiply(sum, inner_left[group], make_right<full>(inner_two[0], inner_two[1]));
+            }
+            float* numbers = state.x[n + half].x;
+#pragma unroll
+            for (int32 i = 0; i < 4; ++i) numbers[i] = multiply_add(numbers[i], decays.whole[i / 2], sum.x[i]);
+        }
+    }
+}
+
+// The state before a chunk of the tile, recomputed from the one kept before the tile.
+INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, int32 chunk) {
+    const Problem& problem = span.problem;
+    const Backward7Input& input = span.input;
+    const int64 tile = span.place.row * problem.num_tiles() + span.place.token_at(first) / tile_tokens;
+    state.load(find_matrix(input.kept, tile), span.slab);
+#pragma unroll 1
+    for (int32 passed = 0; passed <= chunk; ++passed) {
+        if (span.begins_at(first + passed)) {
+            state.clear();
+            if (input.initial != nullptr) {
+                const int64 index = span.place.batch * input.initial_batch + span.place.head;
+                state.load(find_matrix(input.initial, index), span.slab);
+            }
+        }
+        if (passed == chunk) break;
+        const Own k = span.load(input.k, first + passed), b = span.load(input.b, first + passed);
+        const Decays decays = span.load_decays(first + passed);
+        advance_both(state, decays, until_end(k, decays), span.shared.v + passed * chunk_values, until_end(b, decays),
+                     span.shared.u + passed * chunk_floats);
+    }
+}
+
+// The gradient of the state after the chunk, from lanes that own values to lanes that own keys.
+INFCTX_DEVICE void share_gradient(float* matrix, int32 slab, const ValueSlab& gradient) {
+    float* to = matrix + 2 * lane_place() * float_pitch + 16 * slab + lane_group();
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) {
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) to[(8 * n + i % 2) * float_pitch + i / 2 * 8] = gradient.state[n].x[i];
+    }
+}
+
+INFCTX_DEVICE void share_du(float* rows, int32 slab, const SumFragment (&found)[2]) {
+    float* to = rows + 2 * lane_place() * float_pitch + 16 * slab + lane_group();
+#pragma unroll
+    for (int32 group = 0; group < 2; ++group) {
+#pragma unroll
+        for (int32 i = 0; i < 4; ++i) to[(8 * group + i % 2) * float_pitch + i / 2 * 8] = found[group].x[i];
+    }
+}
+
+// dv of the chunk, and the gradient of its inner values; then `gradient` is that of the state before it.
+INFCTX_DEVICE void read_values_back(BothReader<true>& gradient, const Span7& span, const Backward7Output& output,
+                                    int32 first, int32 chunk) {
+    const Shared7& shared = span.shared;
+    stage_both<true, true>(shared.staged, shared.levels, shared.bonuses, span.slab, span.load_vectors(first + chunk),
+                           span.load_decays(first + chunk));
+    sync_block();
+    find_all_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab);
+    sync_block();
+    solve<true>(shared.staged, shared.scores);
+    share_gradient(shared.gradient, span.slab, gradient);
+    sync_block();
+    SumFragment found[2], results[2];
+    gradient.read<true, true>(found, results, shared.staged, shared.scores, shared.dy + chunk * chunk_values, span.slab);
+    share_du(shared.du, span.slab, found);
+    store_tokens(find_rows(output.dv, span.problem, span.place), span.slab, span.place.token_at(first + chunk),
+                 span.place.end_token, results);
+    gradient.advance<true>(shared.staged);
+    if (!span.begins_at(first + chunk)) return;
+    if (output.dinitial != nullptr) {
+        float* matrix = find_matrix(output.dinitial, span.place.row * span.problem.num_spans + span.place.span);
+        ValueSlab sum;
+        sum.load(matrix, span.slab);
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+#pragma unroll
+            for (int32 i = 0; i < 4; ++i) sum.state[n].x[i] += gradient.state[n].x[i];
+        }
+        sum.store(matrix, span.slab);
+    }
+    gradient.clear();
+}
+
+// dr, dw, dk, da, db of the chunk.
+INFCTX_DEVICE void find_key_gradients(const Span7& span, const Backward7Output& output, int32 first, int32 chunk) {
+    const Shared7& shared = span.shared;
+    const Input *v = shared.v + chunk * chunk_values, *dy = shared.dy + chunk * chunk_values;
+    const float* u = shared.u + chunk * chunk_floats;
+    Gradients7 d;
+    {
+        KeySlab state;
+        find_state(state, span, first, chunk);
+        sync_block();
+        find_all_dscores(shared.dscores, dy, shared.du, v, u, span.slab);
+        read_outside7(d, state, shared.gradient, span.slab, dy, shared.du, v, u);
+    }
+    sync_block();
+    const Vectors x = span.load_vectors(first + chunk);
+    const Decays decays = span.load_decays(first + chunk);
+    scale_outside7(d, x, decays);
+    find_inner_gradients7(d, shared.dscores, x, decays);
+    sync_warp();  // only so that the addresses are computed here and not kept from above
+    const OwnPlaces results = span.places(first + chunk);
+    store_own(output.dr, results, d.r);
+    store_own(output.dw, results, d.w);
+    store_own(output.dk, results, d.k);
+    store_own(output.da, results, d.a);
+    store_own(output.db, results, d.b);
+}
+
+extern "C" __global__ void __launch_bounds__(span_threads)
+wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, const Input* a, const Input* b,
+              const float* inner_values, const Input* dy, const float* gradients, const uint8* starts,
+              const float* initial, const float* kept, Input* dr, float* dw, Input* dk, Input* dv, Input* da, Input* db,
+              float* dstate, float* dinitial, int64 num_batches, int64 num_tokens, int64 num_heads, int64 num_spans,
+              int64 span_tokens, int64 w_batch, int64 w_token, int64 w_head, int64 initial_batch) {
+    DYNAMIC_SHARED(shared_bytes);
+    const Problem problem = {num_batches, num_tokens, num_heads, num_spans, span_tokens};
+    const Backward7Input input = {r, k, v, a, b, dy, w, inner_values, gradients, starts, initial, kept,
+                                  w_batch, w_token, w_head, initial_batch};
+    const Backward7Output output = {dr, dk, dv, da, db, dw, dstate, dinitial};
+    const Place place = find_place(problem, 0, static_cast<int32>(num_spans));
+    const Span7 span = {problem, input, place, find_shared7(shared_bytes), place.num_chunks(), warp_index()};
+
+    for (int32 i = threadIdx.x; i < all_scores_floats; i += span_threads) span.shared.scores[i] = 0.0f;
+    BothReader<true> gradient;
+    gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab);
+    int32 first = span.num_chunks;
+#pragma unroll 1
+    for (int32 chunk = span.num_chunks - 1; chunk >= 0; --chunk) {
+        if (chunk < first) {
+            first = chunk / tile_chunks * tile_chunks;
+            fetch_tile7(span, first);
+        } else {
+            sync_block();
+        }
+        read_values_back(gradient, span, output, first, chunk - first);
+        find_key_gradients(span, output, first, chunk - first);
+    }
+    if (place.span == 0) gradient.store(find_matrix(dstate, place.row), span.slab);
+}
