@@ -31,6 +31,9 @@ struct Shared7 {
     // These lie where the levels are, which are no longer needed then: the gradient of the state after the chunk
     // (N, float_pitch), of its inner values, and of its scores.
     float *gradient, *du, *dscores;
+    // This lies where the chunk is staged, when it has been read: the gradient of the state before it, in the lanes'
+    // layout, so that the registers are free.
+    float* parked;
 };
 
 INFCTX_DEVICE Shared7 find_shared7(unsigned char* start) {
@@ -46,7 +49,9 @@ INFCTX_DEVICE Shared7 find_shared7(unsigned char* start) {
     shared.gradient = shared.levels;
     shared.du = shared.gradient + num_channels * float_pitch;
     shared.dscores = shared.du + chunk_floats;
+    shared.parked = staged;
     static_assert(num_channels * float_pitch + chunk_floats + all_scores_floats <= both_levels_floats, "they fit");
+    static_assert(num_channels * num_channels <= staged_both_floats, "it fits");
     return shared;
 }
 
@@ -68,20 +73,29 @@ struct Backward7Output {
 struct Span7 {
     const Problem& problem;
     const Backward7Input& input;
-    Place place;
+    Place at_first;
     Shared7 shared;
-    int32 num_chunks, slab;
+    int32 num_chunks;
+
+    // Computed each time, as lane_group() is: offsets that follow from them would take more registers.
+    INFCTX_DEVICE Place place() const {
+        Place place = at_first;
+        place.batch = opaque(place.batch), place.head = opaque(place.head), place.row = opaque(place.row);
+        return place;
+    }
+    INFCTX_DEVICE int32 slab() const { return opaque(static_cast<int32>(threadIdx.x)) / 32; }
 
     // Computed each time: keeping the address of the flags would need registers.
-    INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place).at(chunk); }
-    INFCTX_DEVICE Rows<const Input> rows() const { return find_rows(input.r, problem, place); }
+    INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place()).at(chunk); }
     INFCTX_DEVICE OwnPlaces places(int32 chunk) const {
-        return own_places(rows(), slab, place.token_at(chunk), place.end_token);
+        const Place here = place();
+        return own_places(find_rows(input.r, problem, here), slab(), here.token_at(chunk), here.end_token);
     }
     INFCTX_DEVICE Own load(const Input* start, int32 chunk) const { return to_own(load_own(start, places(chunk))); }
     INFCTX_DEVICE Decays load_decays(int32 chunk) const {
-        const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
-        const OwnPlaces at = own_places(w_rows, slab, place.token_at(chunk), place.end_token);
+        const Place here = place();
+        const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, here);
+        const OwnPlaces at = own_places(w_rows, slab(), here.token_at(chunk), here.end_token);
         return find_decays(to_own(load_own(input.w, at)));
     }
     INFCTX_DEVICE Vectors load_vectors(int32 chunk) const {
@@ -94,14 +108,13 @@ struct Span7 {
 // Loads v, dy and the inner values of a tile, when the one before is no longer in use.
 INFCTX_DEVICE void fetch_tile7(const Span7& span, int32 first) {
     const Backward7Input& input = span.input;
-    const int32 token = span.place.token_at(first), end = span.place.end_token;
+    const int32 token = span.place().token_at(first), end = span.place().end_token;
     sync_block();
-    start_copy<tile_tokens, span_threads>(span.shared.v, find_rows(input.v, span.problem, span.place), token, end,
-                                          threadIdx.x);
-    start_copy<tile_tokens, span_threads>(span.shared.dy, find_rows(input.dy, span.problem, span.place), token, end,
-                                          threadIdx.x);
-    start_copy<tile_tokens, span_threads>(span.shared.u, find_rows(input.u, span.problem, span.place), token, end,
-                                          threadIdx.x);
+    const int32 thread = opaque(static_cast<int32>(threadIdx.x));  // addresses are computed here and not kept
+    start_copy<tile_tokens, span_threads>(span.shared.v, find_rows(input.v, span.problem, span.place()), token, end, thread);
+    start_copy<tile_tokens, span_threads>(span.shared.dy, find_rows(input.dy, span.problem, span.place()), token, end,
+                                          thread);
+    start_copy<tile_tokens, span_threads>(span.shared.u, find_rows(input.u, span.problem, span.place()), token, end, thread);
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
@@ -135,15 +148,15 @@ INFCTX_DEVICE void advance_both(KeySlab& state, const Decays& decays, const Own&
 INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, int32 chunk) {
     const Problem& problem = span.problem;
     const Backward7Input& input = span.input;
-    const int64 tile = span.place.row * problem.num_tiles() + span.place.token_at(first) / tile_tokens;
-    state.load(find_matrix(input.kept, tile), span.slab);
+    const int64 tile = span.place().row * problem.num_tiles() + span.place().token_at(first) / tile_tokens;
+    state.load(find_matrix(input.kept, tile), span.slab());
 #pragma unroll 1
     for (int32 passed = 0; passed <= chunk; ++passed) {
         if (span.begins_at(first + passed)) {
             state.clear();
             if (input.initial != nullptr) {
-                const int64 index = span.place.batch * input.initial_batch + span.place.head;
-                state.load(find_matrix(input.initial, index), span.slab);
+                const int64 index = span.place().batch * input.initial_batch + span.place().head;
+                state.load(find_matrix(input.initial, index), span.slab());
             }
         }
         if (passed == chunk) break;
@@ -152,6 +165,19 @@ INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, in
         advance_both(state, decays, until_end(k, decays), span.shared.v + passed * chunk_values, until_end(b, decays),
                      span.shared.u + passed * chunk_floats);
     }
+}
+
+// Stores to and loads from places that no other lane reads.
+INFCTX_DEVICE float* parking_place(const Shared7& shared, int32 slab) {
+    return shared.parked + (slab * 32 * num_columns + opaque(lane_index())) * 4;
+}
+INFCTX_DEVICE void park(float* to, const ValueSlab& gradient) {
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) put_four(to + n * 128, gradient.state[n].x);
+}
+INFCTX_DEVICE void take_back(ValueSlab& gradient, const float* from) {
+#pragma unroll
+    for (int32 n = 0; n < num_columns; ++n) take_four(gradient.state[n].x, from + n * 128);
 }
 
 // The gradient of the state after the chunk, from lanes that own values to lanes that own keys.
@@ -177,52 +203,55 @@ INFCTX_DEVICE void share_du(float* rows, int32 slab, const SumFragment (&found)[
 INFCTX_DEVICE void read_values_back(BothReader<true>& gradient, const Span7& span, const Backward7Output& output,
                                     int32 first, int32 chunk) {
     const Shared7& shared = span.shared;
-    stage_both<true, true>(shared.staged, shared.levels, shared.bonuses, span.slab, span.load_vectors(first + chunk),
+    stage_both<true, true>(shared.staged, shared.levels, shared.bonuses, span.slab(), span.load_vectors(first + chunk),
                            span.load_decays(first + chunk));
     sync_block();
-    find_all_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab);
+    find_all_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab());
     sync_block();
     solve<true>(shared.staged, shared.scores);
-    share_gradient(shared.gradient, span.slab, gradient);
+    share_gradient(shared.gradient, span.slab(), gradient);
     sync_block();
     SumFragment found[2], results[2];
-    gradient.read<true, true>(found, results, shared.staged, shared.scores, shared.dy + chunk * chunk_values, span.slab);
-    share_du(shared.du, span.slab, found);
-    store_tokens(find_rows(output.dv, span.problem, span.place), span.slab, span.place.token_at(first + chunk),
-                 span.place.end_token, results);
+    gradient.read<true, true>(found, results, shared.staged, shared.scores, shared.dy + chunk * chunk_values, span.slab());
+    share_du(shared.du, span.slab(), found);
+    store_tokens(find_rows(output.dv, span.problem, span.place()), span.slab(), span.place().token_at(first + chunk),
+                 span.place().end_token, results);
     gradient.advance<true>(shared.staged);
     if (!span.begins_at(first + chunk)) return;
     if (output.dinitial != nullptr) {
-        float* matrix = find_matrix(output.dinitial, span.place.row * span.problem.num_spans + span.place.span);
+        float* matrix = find_matrix(output.dinitial, span.place().row * span.problem.num_spans + span.place().span);
         ValueSlab sum;
-        sum.load(matrix, span.slab);
+        sum.load(matrix, span.slab());
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
 #pragma unroll
             for (int32 i = 0; i < 4; ++i) sum.state[n].x[i] += gradient.state[n].x[i];
         }
-        sum.store(matrix, span.slab);
+        sum.store(matrix, span.slab());
     }
     gradient.clear();
 }
 
 // dr, dw, dk, da, db of the chunk.
-INFCTX_DEVICE void find_key_gradients(const Span7& span, const Backward7Output& output, int32 first, int32 chunk) {
+INFCTX_DEVICE void find_key_gradients(BothReader<true>& gradient, const Span7& span, const Backward7Output& output, int32 first, int32 chunk) {
     const Shared7& shared = span.shared;
     const Input *v = shared.v + chunk * chunk_values, *dy = shared.dy + chunk * chunk_values;
     const float* u = shared.u + chunk * chunk_floats;
     Gradients7 d;
+    sync_block();
+    park(parking_place(shared, span.slab()), gradient);
     {
         KeySlab state;
         find_state(state, span, first, chunk);
-        sync_block();
-        find_all_dscores(shared.dscores, dy, shared.du, v, u, span.slab);
-        read_outside7(d, state, shared.gradient, span.slab, dy, shared.du, v, u);
+        find_all_dscores(shared.dscores, dy, shared.du, v, u, span.slab());
+        read_outside7(d, state, shared.gradient, span.slab(), dy, shared.du, v, u);
     }
     sync_block();
-    const Vectors x = span.load_vectors(first + chunk);
-    const Decays decays = span.load_decays(first + chunk);
+    Vectors x = span.load_vectors(first + chunk);
+    Decays decays = span.load_decays(first + chunk);
     scale_outside7(d, x, decays);
+    forget_products(x.r), forget_products(x.k), forget_products(x.a), forget_products(x.b);
+    forget_products(decays);
     find_inner_gradients7(d, shared.dscores, x, decays);
     sync_warp();  // only so that the addresses are computed here and not kept from above
     const OwnPlaces results = span.places(first + chunk);
@@ -231,6 +260,7 @@ INFCTX_DEVICE void find_key_gradients(const Span7& span, const Backward7Output& 
     store_own(output.dk, results, d.k);
     store_own(output.da, results, d.a);
     store_own(output.db, results, d.b);
+    take_back(gradient, parking_place(shared, span.slab()));
 }
 
 extern "C" __global__ void __launch_bounds__(span_threads)
@@ -245,11 +275,11 @@ wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, co
                                   w_batch, w_token, w_head, initial_batch};
     const Backward7Output output = {dr, dk, dv, da, db, dw, dstate, dinitial};
     const Place place = find_place(problem, 0, static_cast<int32>(num_spans));
-    const Span7 span = {problem, input, place, find_shared7(shared_bytes), place.num_chunks(), warp_index()};
+    const Span7 span = {problem, input, place, find_shared7(shared_bytes), place.num_chunks()};
 
     for (int32 i = threadIdx.x; i < all_scores_floats; i += span_threads) span.shared.scores[i] = 0.0f;
     BothReader<true> gradient;
-    gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab);
+    gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab());
     int32 first = span.num_chunks;
 #pragma unroll 1
     for (int32 chunk = span.num_chunks - 1; chunk >= 0; --chunk) {
@@ -260,7 +290,7 @@ wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, co
             sync_block();
         }
         read_values_back(gradient, span, output, first, chunk - first);
-        find_key_gradients(span, output, first, chunk - first);
+        find_key_gradients(gradient, span, output, first, chunk - first);
     }
-    if (place.span == 0) gradient.store(find_matrix(dstate, place.row), span.slab);
+    if (place.span == 0) gradient.store(find_matrix(dstate, place.row), span.slab());
 }

@@ -123,7 +123,7 @@ INFCTX_DEVICE void find_all_scores(float* scores, const float* levels, const flo
         }
     }
     if (warp == 0) {
-        const int32 token = lane_index() % chunk_tokens, of_b = lane_index() / chunk_tokens;
+        const int32 lane = opaque(lane_index()), token = lane % chunk_tokens, of_b = lane / chunk_tokens;
         float bonus = 0.0f;
         for (int32 slab = 0; slab < num_slabs; ++slab) {
             bonus += bonuses[of_b * bonus_floats + slab * chunk_tokens + token];
@@ -140,7 +140,7 @@ constexpr int32 solve_columns = num_channels + chunk_tokens;
 // Both are replaced by the solution, so that inner values = inner readers * state + scores of outer * outer values.
 template <bool backward>
 INFCTX_DEVICE void solve(const StagedBoth& staged, float* scores) {
-    const int32 column = static_cast<int32>(threadIdx.x);
+    const int32 column = opaque(static_cast<int32>(threadIdx.x));
     if (column >= solve_columns) return;
     const float* between = scores_of(scores, inner, inner);
     const bool of_state = column < num_channels;

@@ -127,6 +127,11 @@ constexpr int32 join_threads = num_channels * join_columns / 4;
 INFCTX_DEVICE void put_four(float* to, const float (&x)[4]) {
     store_packet<16>(to, Packet<16>{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}});
 }
+INFCTX_DEVICE void take_four(float (&x)[4], const float* from) {
+    const Packet<16> packet = load_packet<16>(from);
+#pragma unroll
+    for (int32 i = 0; i < 4; ++i) x[i] = bits_float(packet.x[i]);
+}
 
 // ends[s + 1] = transitions[s] ends[s] + sums[s], from ends[0] = outside, or backward from the other end.  outside:
 // (B, H, N, N); a head's spans + 1 ends are every `end_step`-th of its `row_ends` matrices.
@@ -140,11 +145,6 @@ INFCTX_DEVICE void join_spans7(const float* outside, const float* sums, const fl
     const int64 row = static_cast<int64>(blockIdx.x) / num_slabs;
     const int32 column = static_cast<int32>(blockIdx.x % num_slabs) * join_columns + 4 * four;
     const int64 element = static_cast<int64>(key) * num_channels + column;
-    const auto take_four = [](float (&x)[4], const float* from) {
-        const Packet<16> packet = load_packet<16>(from);
-#pragma unroll
-        for (int32 i = 0; i < 4; ++i) x[i] = bits_float(packet.x[i]);
-    };
     float state[4];
     take_four(state, find_matrix(outside, row) + element);
     for (int64 step = 0; step < spans; ++step) {
