@@ -148,7 +148,9 @@ INFCTX_DEVICE void advance_both(KeySlab& state, const Decays& decays, const Own&
 INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, int32 chunk) {
     const Problem& problem = span.problem;
     const Backward7Input& input = span.input;
-    const int64 tile = span.place().row * problem.num_tiles() + span.place().token_at(first) / tile_tokens;
+    // A number of tokens is below 2^31.
+    const int32 tiles = (opaque(static_cast<int32>(problem.num_tokens)) + tile_tokens - 1) / tile_tokens;
+    const int64 tile = static_cast<int64>(span.place().row) * tiles + span.place().token_at(first) / tile_tokens;
     state.load(find_matrix(input.kept, tile), span.slab());
 #pragma unroll 1
     for (int32 passed = 0; passed <= chunk; ++passed) {
@@ -252,6 +254,7 @@ INFCTX_DEVICE void find_key_gradients(BothReader<true>& gradient, const Span7& s
     scale_outside7(d, x, decays);
     forget_products(x.r), forget_products(x.k), forget_products(x.a), forget_products(x.b);
     forget_products(decays);
+    sync_warp();
     find_inner_gradients7(d, shared.dscores, x, decays);
     sync_warp();  // only so that the addresses are computed here and not kept from above
     const OwnPlaces results = span.places(first + chunk);
