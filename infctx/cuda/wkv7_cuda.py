@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import check_torch, load_kernels
 from infctx.cuda.wkv7_layout import (
     backward_shared_bytes,
@@ -47,24 +48,30 @@ def wkv7_cuda(
     """
     if r.dtype not in DTYPES:
         raise InputError(f"wkv7: backend 'cuda' takes bf16 and fp32, not {r.dtype}; choose chunked")
-    too_large = why_too_large(r.shape[3])
+    too_large = _why_too_large(r.shape[3])
     if too_large:
-        raise InputError(f"wkv7: backend 'cuda' {too_large}; choose chunked")
+        raise InputError(f"wkv7: backend 'cuda' takes {too_large}; choose chunked")
     inputs = (r, w, k, v, a, b, state, starts, initial)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _WKV7.apply(*inputs)
     return torch.ops.infctx.wkv7_forward(*inputs, False)[:2]
 
 
-def why_too_large(channels: int) -> str | None:
-    """Returns what the kernels say to heads that they cannot run.  Those of RWKV-6 are cut into pieces; here the keys of
-    a head meet in every token, so pieces would not be independent.  No published model has larger heads."""
+def _why_too_large(channels: int) -> str | None:
+    """Returns what heads the kernels take, if these are too large.
+
+    Those of RWKV-6 are cut into pieces; here the keys of a head meet in every token, so pieces would not be
+    independent.  No published model has larger heads.
+    """
     most = HEAD_SIZES[-1]
-    return f"takes heads of at most {most} channels, not {channels}" if channels > most else None
+    return f"heads of at most {most} channels, not {channels}" if channels > most else None
 
 
 def compile_kernels7(device: int, dtype: torch.dtype, channels: int) -> None:
     """Builds the kernels of both directions, so that no later call compiles; raises KernelsUnavailable."""
+    too_large = _why_too_large(channels)
+    if too_large:
+        raise KernelsUnavailable(f"the CUDA kernels take {too_large}")
     for source in SOURCES:
         _gpu(device).load(source, compiler_options(channels, dtype))
 

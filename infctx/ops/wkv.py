@@ -12,6 +12,7 @@ from torch import Tensor
 from infctx.conventions import START_SPACING
 from infctx.cuda.compile import KernelsUnavailable
 from infctx.cuda.driver import DriverError
+from infctx.cuda.wkv7_cuda import compile_kernels7, wkv7_cuda
 from infctx.cuda.wkv_cuda import DTYPES as CUDA_DTYPES
 from infctx.cuda.wkv_cuda import compile_kernels, wkv_cuda
 from infctx.errors import InputError
@@ -22,9 +23,10 @@ from infctx.ops.wkv_compiled import wkv7_compiled, wkv_compiled
 from infctx.ops.wkv_reference import wkv7_reference, wkv_reference
 
 BACKENDS = {"reference": wkv_reference, "chunked": wkv_chunked, "compiled": wkv_compiled, "cuda": wkv_cuda}
-BACKENDS_7 = {"reference": wkv7_reference, "chunked": wkv7_chunked, "compiled": wkv7_compiled}
+BACKENDS_7 = {"reference": wkv7_reference, "chunked": wkv7_chunked, "compiled": wkv7_compiled, "cuda": wkv7_cuda}
 REPORT = "what tools/gpu/gpu_check.py says"
 ONLY_ON = {"compiled": "cpu", "cuda": "cuda"}
+Op = Literal["wkv", "wkv7"]
 
 log = logging.getLogger(__name__)
 
@@ -87,48 +89,52 @@ def wkv7(
     w:       (B, T, H, N), fp32 (fp64 with fp64), any log decay <= 0, also far beyond RWKV-7's -0.6065
     state, starts, initial: as for `infctx.wkv`
     backend: "reference" (a loop over time: the definition), "chunked" (plain torch, any device), "compiled"
-             (numba, CPU), or "auto": compiled on a CPU, chunked elsewhere
+             (numba, CPU), "cuda" (kernels for NVIDIA GPUs, bf16 and fp32, heads of at most 64 channels), or "auto":
+             compiled on a CPU, cuda on a GPU that can run it, chunked elsewhere
 
     Returns and raises as `infctx.wkv` does; y is read after its token is written, in RWKV-5 and RWKV-6 before.
     """
     _check("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, state, starts, initial)
-    return BACKENDS_7[pick_backend(backend, r.device.type, "wkv7")](r, w, k, v, a, b, state, starts, initial)
+    picked = choose_backend(backend, r.device.type, r.device.index, r.dtype, r.shape[3], "wkv7")
+    return BACKENDS_7[picked](r, w, k, v, a, b, state, starts, initial)
 
 
 # Without this torch.compile would trace the search for a compiler.
 @torch.compiler.assume_constant_result
-def choose_backend(backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int) -> str:
+def choose_backend(
+    backend: str, device_type: str, device_index: int | None, dtype: torch.dtype, channels: int, op: Op = "wkv"
+) -> str:
     """Returns the name of the backend for tensors of this dtype and head size on this device."""
     if backend == "auto" and device_type == "cuda" and dtype in CUDA_DTYPES:
-        backend = _cuda_or_chunked(device_index, dtype, channels)
-    return pick_backend(backend, device_type)
+        backend = _cuda_or_chunked(op, device_index, dtype, channels)
+    return pick_backend(backend, device_type, op)
 
 
 @functools.cache
-def _cuda_or_chunked(device_index: int, dtype: torch.dtype, channels: int) -> str:
+def _cuda_or_chunked(op: Op, device_index: int, dtype: torch.dtype, channels: int) -> str:
     try:
-        compile_kernels(device_index, dtype, channels)
-        wrong = find_disagreement(torch.device("cuda", device_index), dtype, channels)
+        (compile_kernels if op == "wkv" else compile_kernels7)(device_index, dtype, channels)
+        wrong = find_disagreement(torch.device("cuda", device_index), dtype, channels, op)
     except KernelsUnavailable as error:
-        return _chunked_because(str(error))
+        return _chunked_because(op, str(error))
     except DriverError as error:
-        return _chunked_because(f"{error}; update the GPU's driver, or report this with {REPORT}")
+        return _chunked_because(op, f"{error}; update the GPU's driver, or report this with {REPORT}")
     if wrong:
         name = torch.cuda.get_device_name(device_index)
         are_wrong = f"on {name} the CUDA kernels are wrong for {channels} channels in {dtype}: {wrong}"
-        return _chunked_because(f"{are_wrong}; please report this with {REPORT}")
+        return _chunked_because(op, f"{are_wrong}; please report this with {REPORT}")
     return "cuda"
 
 
 @functools.cache
-def _chunked_because(reason: str) -> str:
+def _chunked_because(op: Op, reason: str) -> str:
     """Says so once for each reason."""
-    log.warning("wkv runs in plain torch, many times slower: %s", reason)
+    log.warning("%s runs in plain torch, many times slower: %s", op, reason)
     return "chunked"
 
 
 @functools.cache
-def pick_backend(backend: str, device_type: str, op: Literal["wkv", "wkv7"] = "wkv") -> str:
+def pick_backend(backend: str, device_type: str, op: Op = "wkv") -> str:
     """Returns the name of the backend to run, and logs it once."""
     backends = BACKENDS if op == "wkv" else BACKENDS_7
     if backend == "auto":
@@ -138,8 +144,7 @@ def pick_backend(backend: str, device_type: str, op: Literal["wkv", "wkv7"] = "w
     only_on = ONLY_ON.get(backend, device_type)
     if only_on != device_type:
         raise InputError(f"{op}: backend {backend!r} runs on {only_on}, not on {device_type}; choose auto or chunked")
-    slow = " (plain torch: there are no CUDA kernels for RWKV-7 yet)"
-    log.info("%s backend on %s: %s%s", op, device_type, backend, slow if (op, device_type) == ("wkv7", "cuda") else "")
+    log.info("%s backend on %s: %s", op, device_type, backend)
     return backend
 
 

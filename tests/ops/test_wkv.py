@@ -203,18 +203,6 @@ def test_the_choice_is_logged_once(caplog):
     assert [record.message for record in caplog.records] == ["wkv backend on cpu: compiled"]
 
 
-def test_rwkv_7_says_that_a_gpu_has_no_kernels_for_it(caplog):
-    pick_backend.cache_clear()
-    with caplog.at_level("INFO", logger="infctx"):
-        assert [pick_backend("auto", "cuda", "wkv7") for _ in range(3)] == ["chunked"] * 3
-    (said,) = [record.message for record in caplog.records]
-    assert said == "wkv7 backend on cuda: chunked (plain torch: there are no CUDA kernels for RWKV-7 yet)"
-    with pytest.raises(
-        InputError, match="^wkv7: there is no backend 'cuda'; choose auto, reference, chunked, compiled$"
-    ):
-        pick_backend("cuda", "cuda", "wkv7")
-
-
 def test_the_cuda_kernels_are_for_gpus():
     inputs, _, _ = random_inputs(0, dtype=torch.float32, shape=(1, 20, 1, 16))
     with pytest.raises(InputError, match="^wkv: backend 'cuda' runs on cuda, not on cpu; choose auto or chunked$"):
@@ -238,6 +226,7 @@ def compilations(monkeypatch):
 
     asked = Compilations()
     monkeypatch.setattr(wkv_module, "compile_kernels", asked.compile)
+    monkeypatch.setattr(wkv_module, "compile_kernels7", asked.compile)
     monkeypatch.setattr(wkv_module, "find_disagreement", lambda *what: asked.wrong)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     yield asked
@@ -245,21 +234,23 @@ def compilations(monkeypatch):
         function.cache_clear()
 
 
-def test_a_gpu_runs_the_kernels(compilations, caplog):
+@pytest.mark.parametrize("op", ["wkv", "wkv7"])
+def test_a_gpu_runs_the_kernels(op, compilations, caplog):
     with caplog.at_level("INFO", logger="infctx"):
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-            assert choose_backend("auto", "cuda", 0, dtype, 64) == "cuda"
+            assert choose_backend("auto", "cuda", 0, dtype, 64, op) == "cuda"
     assert compilations == [(0, torch.bfloat16, 64), (0, torch.float32, 64)]
-    assert [record.message for record in caplog.records] == ["wkv backend on cuda: cuda"]
+    assert [record.message for record in caplog.records] == [f"{op} backend on cuda: cuda"]
 
 
-def test_without_kernels_a_gpu_runs_plain_torch_and_says_so_once(compilations, caplog):
+@pytest.mark.parametrize("op", ["wkv", "wkv7"])
+def test_without_kernels_a_gpu_runs_plain_torch_and_says_so_once(op, compilations, caplog):
     compilations.refuse = KernelsUnavailable("no NVRTC here; install one")
     with caplog.at_level("WARNING", logger="infctx"):
         for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-            assert choose_backend("auto", "cuda", 0, dtype, 64) == "chunked"
+            assert choose_backend("auto", "cuda", 0, dtype, 64, op) == "chunked"
     said = [record.message for record in caplog.records]
-    assert said == ["wkv runs in plain torch, many times slower: no NVRTC here; install one"]
+    assert said == [f"{op} runs in plain torch, many times slower: no NVRTC here; install one"]
 
 
 def test_an_error_of_the_driver_is_a_reason_like_any_other(compilations, caplog):

@@ -12,31 +12,38 @@ from infctx.ops.wkv_check import find_disagreement
 from wkv_emulated import SOURCES, emulated
 
 
-@pytest.mark.parametrize("channels", [64, 80])
+@pytest.mark.parametrize("op, channels", [("wkv", 64), ("wkv", 80), ("wkv7", 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_that_are_right_agree(dtype, channels):
+def test_kernels_that_are_right_agree(dtype, op, channels):
     with emulated(processors=40) as launched:
-        assert find_disagreement("cpu", dtype, channels) is None
+        assert find_disagreement("cpu", dtype, channels, op) is None
     if channels == 64:  # few enough heads that time is cut into spans
-        assert "wkv_sum_spans" in launched and "wkv_sum_span_gradients" in launched
+        assert f"{op}_sum_spans" in launched and f"{op}_sum_span_gradients" in launched
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong", "said"),
+    ("file", "right", "wrong", "said", "op"),
     [
-        ("wkv_gradients.cuh", "d.w.x[channel][group][0] += reads[1];", "", "the gradient of w"),
-        ("wkv_decays.cuh", "decays.first[channel][group] = decay_of(first);", "decays.first[channel][group] = 1;", "y"),
-        ("wkv_spans.cuh", "if (begins && backward) state.clear();", "", "the gradient of"),
+        ("wkv_gradients.cuh", "d.w.x[channel][group][0] += reads[1];", "", "the gradient of w", "wkv"),
+        (
+            "wkv_decays.cuh",
+            "decays.first[channel][group] = decay_of(first);",
+            "decays.first[channel][group] = 1;",
+            "y",
+            "wkv",
+        ),
+        ("wkv_spans.cuh", "if (begins && backward) state.clear();", "", "the gradient of", "wkv"),
+        ("wkv7_gradients.cuh", "+= r * late;", "+= r * decay;", "the gradient of w", "wkv7"),
     ],
 )
-def test_kernels_that_are_wrong_do_not(tmp_path, file, right, wrong, said):
+def test_kernels_that_are_wrong_do_not(tmp_path, file, right, wrong, said, op):
     shutil.copytree(SOURCES, tmp_path / "cuda")
     source = tmp_path / "cuda" / file
     text = source.read_text()
     assert right in text
     source.write_text(text.replace(right, wrong))
     with emulated(processors=40, source_folder=tmp_path / "cuda"):
-        found = find_disagreement("cpu", torch.float32, 64)
+        found = find_disagreement("cpu", torch.float32, 64, op)
     assert found is not None and found.startswith(said)
 
 

@@ -19,6 +19,7 @@ from emulator.emulator import Argument, Emulation, build
 from wkv_inputs import random_inputs
 
 NAMES = ("r", "k", "v", "w", "u", "state")
+NAMES_7 = ("r", "w", "k", "v", "a", "b", "state")
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_BAR = 2e-6  # relative RMS of fp32 arithmetic; ours is 3e-7
 SOURCES = Path(wkv_cuda.__file__).parent
@@ -86,27 +87,33 @@ def values_and_gradients(
     starts: Tensor | None,
     cotangents: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Returns y, S_T, and the gradients of all inputs under both outputs' cotangents; `initial` may be left out."""
+    """Returns y, S_T, and the gradients of all inputs under both outputs' cotangents; `initial` may be left out.
+
+    Inputs with an a are those of RWKV-7."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     initial = leaves.get("initial")
-    y, state = op(*(leaves[name] for name in NAMES), starts, initial)
+    y, state = op(*(leaves[name] for name in names_of(inputs)), starts, initial)
     torch.autograd.backward((y, state), (cotangents[0].to(y.dtype), cotangents[1].to(state.dtype)))
     zeros = {name: torch.zeros_like(x) for name, x in leaves.items() if x.grad is None}
     gradients = {f"d{name}": zeros.get(name, x.grad) for name, x in leaves.items()}
     return {"y": y.detach(), "S_T": state.detach()} | gradients
 
 
+def names_of(inputs: dict[str, Tensor]) -> tuple[str, ...]:
+    return NAMES_7 if "a" in inputs else NAMES
+
+
 def make_inputs(
-    seed: int, dtype: torch.dtype, shape: Sequence[int], decay: str | float = "ordinary"
+    seed: int, dtype: torch.dtype, shape: Sequence[int], decay: str | float = "ordinary", op: str = "wkv"
 ) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
-    """Returns `random_inputs` with r, k, v and the cotangent of y in `dtype`, everything else in fp32."""
+    """Returns `random_inputs` with r, k, v, a, b and the cotangent of y in `dtype`, everything else in fp32."""
     known = decay if decay in ("ordinary", "extreme") else "ordinary"
-    inputs, starts, cotangents = random_inputs(seed, known, torch.float32, shape)
+    inputs, starts, cotangents = random_inputs(seed, known, torch.float32, shape, op)
     if decay == "slow":
         inputs["w"] = inputs["w"] * math.exp(-5)  # -exp(z - 7)
     elif isinstance(decay, float):
         inputs["w"] = torch.full_like(inputs["w"], decay)
-    for name in ("r", "k", "v"):
+    for name in {"r", "k", "v", "a", "b"} & inputs.keys():
         inputs[name] = inputs[name].to(dtype)
     return inputs, starts, [cotangents[0].to(dtype), cotangents[1]]
 
