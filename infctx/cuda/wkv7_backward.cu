@@ -249,11 +249,9 @@ INFCTX_DEVICE void find_key_gradients(BothReader<true>& gradient, const Span7& s
         read_outside7(d, state, shared.gradient, span.slab(), dy, shared.du, v, u);
     }
     sync_block();
-    Vectors x = span.load_vectors(first + chunk);
-    Decays decays = span.load_decays(first + chunk);
+    const Vectors x = span.load_vectors(first + chunk);
+    const Decays decays = span.load_decays(first + chunk);
     scale_outside7(d, x, decays);
-    forget_products(x.r), forget_products(x.k), forget_products(x.a), forget_products(x.b);
-    forget_products(decays);
     sync_warp();
     find_inner_gradients7(d, shared.dscores, x, decays);
     sync_warp();  // only so that the addresses are computed here and not kept from above
@@ -277,7 +275,8 @@ wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, co
     const Backward7Input input = {r, k, v, a, b, dy, w, inner_values, gradients, starts, initial, kept,
                                   w_batch, w_token, w_head, initial_batch};
     const Backward7Output output = {dr, dk, dv, da, db, dw, dstate, dinitial};
-    const Place place = find_place(problem, 0, static_cast<int32>(num_spans));
+    Place place = find_place(problem, 0, static_cast<int32>(num_spans));
+    place.end_token = opaque(place.end_token);  // a register, rather than where it comes from
     const Span7 span = {problem, input, place, find_shared7(shared_bytes), place.num_chunks()};
 
     for (int32 i = threadIdx.x; i < all_scores_floats; i += span_threads) span.shared.scores[i] = 0.0f;

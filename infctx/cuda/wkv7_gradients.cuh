@@ -147,6 +147,7 @@ INFCTX_DEVICE void meet_halves7(Gradients7& d, float* dscores, const Vectors& x,
         const auto outer_left = left_of<of_states>(of_outer, others);
         multiply(outer_sums[group], outer_left, load_dscores<half>(dscores_of(dscores, outer, outer), group));
         multiply(inner_sums[group], outer_left, load_dscores<half>(dscores_of(dscores, inner, outer), group));
+        sync_warp();
         const auto inner_left = left_of<of_states>(of_inner, others);
         multiply(outer_sums[group], inner_left, load_dscores<half>(dscores_of(dscores, outer, inner), group));
         multiply(inner_sums[group], inner_left, load_dscores<half>(dscores_of(dscores, inner, inner), group));
@@ -170,7 +171,7 @@ INFCTX_DEVICE void meet_halves7(Gradients7& d, float* dscores, const Vectors& x,
 
 // From inside the chunk; then d is complete, and d.r is that of r.
 INFCTX_DEVICE void find_inner_gradients7(Gradients7& d, float* dscores, const Vectors& x, const Decays& decays) {
-    // The warp syncs only so that compilers do one level at a time, with fewer registers.
+    // The warp syncs, here and in `meet_halves7`, only so that compilers do one thing at a time, with fewer registers.
     meet_halves7<8>(d, dscores, x, decays);
     cross_halves<4>(d);
     sync_warp();

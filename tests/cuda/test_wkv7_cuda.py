@@ -26,7 +26,10 @@ ROUNDED = ("y", "dr", "dk", "dv", "da", "db")  # to bf16, if the inputs are
 SIZES = [(32, FP32), (64, BF16)]
 ALL_SIZES = [
     *SIZES,
-    *(pytest.param(size, dtype, marks=pytest.mark.slow) for size, dtype in ((16, FP32), (16, BF16), (32, BF16), (64, FP32))),
+    *(
+        pytest.param(size, dtype, marks=pytest.mark.slow)
+        for size, dtype in ((16, FP32), (16, BF16), (32, BF16), (64, FP32))
+    ),
 ]
 
 
@@ -206,7 +209,9 @@ def test_decays_expanded_over_time_and_other_strides():
     inputs["w"] = inputs["w"][:1, :1].expand(inputs["r"].shape)
     with emulated(processors=24):
         expected = values_and_gradients(wkv7_cuda, inputs | {"w": inputs["w"].contiguous()}, starts, cotangents)
-        by_head = {name: x if name == "w" else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+        by_head = {
+            name: x if name == "w" else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()
+        }
         assert same_bits(values_and_gradients(wkv7_cuda, by_head, starts, cotangents), expected)
 
 

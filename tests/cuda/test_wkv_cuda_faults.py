@@ -1,6 +1,7 @@
 """The tests of the CUDA WKV op find faults: every order of threads gives the same bits, every output is written,
 faults planted in the kernels' sources are caught, sanitizers find nothing, and offsets do not overflow."""
 
+import functools
 import itertools
 import re
 import shutil
@@ -8,42 +9,68 @@ import shutil
 import pytest
 import torch
 
+from infctx.cuda.wkv7_cuda import wkv7_cuda
 from infctx.cuda.wkv_cuda import wkv_cuda
-from infctx.ops.wkv_reference import wkv_reference
+from infctx.ops.wkv_reference import wkv7_reference, wkv_reference
 
 from emulator.emulator import ORDERS, EmulatorError, build
-from wkv_emulated import DTYPES, FP32_BAR, NAMES, SOURCES, emulated, make_inputs, same_bits, values_and_gradients
+from wkv_emulated import (
+    DTYPES,
+    FP32_BAR,
+    SOURCES,
+    emulated,
+    make_inputs,
+    names_of,
+    same_bits,
+    values_and_gradients,
+)
 from wkv_inputs import relative_rms
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles with g++")
 
+OPS = {"wkv": (wkv_cuda, wkv_reference), "wkv7": (wkv7_cuda, wkv7_reference)}
+
 # ---- every order, every element ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [32, 64])
-def test_every_order_gives_the_same_bits(channels, dtype):
-    inputs, starts, cotangents = make_inputs(1, dtype, (2, 150, 2, channels))
+@pytest.mark.parametrize(
+    "op, channels, dtype",
+    [
+        *(("wkv", channels, dtype) for channels in (32, 64) for dtype in DTYPES),
+        ("wkv7", 64, torch.bfloat16),
+        pytest.param("wkv7", 32, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_every_order_gives_the_same_bits(op, channels, dtype):
+    inputs, starts, cotangents = make_inputs(
+        1, dtype, (2, 150, 2, channels) if op == "wkv" else (1, 150, 1, channels), op=op
+    )
     for processors in (1, 24):
         results = []
         for order in (*ORDERS, "forward"):
             with emulated(processors, order) as launched:
-                results.append(values_and_gradients(wkv_cuda, inputs, starts, cotangents))
+                results.append(values_and_gradients(OPS[op][0], inputs, starts, cotangents))
         assert len(launched) == (2 if processors == 1 else 6)
         assert all(same_bits(result, results[0]) for result in results[1:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 77, 2, 32), (1, 150, 1, 60), (1, 20, 1, 80)])
-def test_every_element_of_the_outputs_is_written(shape, dtype, monkeypatch):
-    inputs, starts, cotangents = make_inputs(2, dtype, shape)
-    calls = [(inputs, starts), ({name: inputs[name] for name in NAMES}, None)]
+@pytest.mark.parametrize(
+    "op, shape, dtype",
+    [
+        *(("wkv", shape, dtype) for shape in ((2, 77, 2, 32), (1, 150, 1, 60), (1, 20, 1, 80)) for dtype in DTYPES),
+        ("wkv7", (2, 77, 1, 20), torch.float32),
+        ("wkv7", (1, 150, 1, 60), torch.bfloat16),
+    ],
+)
+def test_every_element_of_the_outputs_is_written(op, shape, dtype, monkeypatch):
+    inputs, starts, cotangents = make_inputs(2, dtype, shape, op=op)
+    calls = [(inputs, starts), ({name: inputs[name] for name in names_of(inputs)}, None)]
 
     def run_all():
         results = []
         for processors in (1, 24):
             with emulated(processors):
-                results += [values_and_gradients(wkv_cuda, given, begins, cotangents) for given, begins in calls]
+                results += [values_and_gradients(OPS[op][0], given, begins, cotangents) for given, begins in calls]
         return results
 
     expected = run_all()
@@ -63,14 +90,15 @@ def test_every_element_of_the_outputs_is_written(shape, dtype, monkeypatch):
         assert all(x.isfinite().all() for x in one.values())
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
-def test_sanitizers_find_nothing(dtype):
-    inputs, starts, cotangents = make_inputs(3, dtype, (1, 117, 1, 32))
+def test_sanitizers_find_nothing(dtype, op):
+    inputs, starts, cotangents = make_inputs(3, dtype, (1, 117, 1, 32), op=op)
     with emulated(processors=24):
-        expected = values_and_gradients(wkv_cuda, inputs, starts, cotangents)
+        expected = values_and_gradients(OPS[op][0], inputs, starts, cotangents)
     with emulated(processors=24, sanitize=True) as launched:
-        assert same_bits(values_and_gradients(wkv_cuda, inputs, starts, cotangents), expected)
+        assert same_bits(values_and_gradients(OPS[op][0], inputs, starts, cotangents), expected)
     assert len(launched) == 6
 
 
@@ -127,6 +155,51 @@ BACKWARD_FAULTS = {
 }
 
 
+FORWARD_FAULTS_7 = {
+    "no barrier before scores": "sync_block(); find_all_scores<false> => find_all_scores<false>",
+    "no barrier before the solution": "sync_block(); solve<false> => solve<false>",
+    "no barrier after the solution": "cp_async_wait<1>(); sync_block(); => cp_async_wait<1>();",
+    "no barrier at the end of a chunk": "reader.advance<true>(staged); sync_block(); => reader.advance<true>(staged);",
+    "values are not waited for": "cp_async_wait<1>(); => cp_async_wait<2>();",
+    "one buffer of values": "forward_stages = 2; => forward_stages = 1;",
+    "starts are passed over": "if (begins.at(chunk)) { => if (false) {",
+    "spans pass over starts": "if (begins && !backward) { => if (false) {",
+    "transitions pass over starts": "sum.clear(); transition.clear(); } => sum.clear(); }",
+    "a transition that is transposed": "store_by_values(find_matrix(transitions, index), slab, transition) => "
+    "transition.store(find_matrix(transitions, index), slab)",
+    "another span's beginning": "(backward ? span + 1 : span) => (backward ? span : span + 1)",
+    "one buffer of joined states": "matrix + step % 2 * size => matrix",
+    "no barrier in the join": "+ key; sync_block(); => + key;",
+    "r reads before its token's decay": "Own late = late_of(x.r, decays); stage => Own late = x.r; stage",
+    "r does not read its own token's b": "stage_bonus(bonuses + bonus_floats, slab, x.r, x.b) => "
+    "stage_bonus(bonuses + bonus_floats, slab, x.r, x.k)",
+    "the solution forgets a token": "if (before < step) => if (before + 1 < step)",
+    "inner values are not written": "multiply(sum, inner_values[i], right); =>",
+}
+BACKWARD_FAULTS_7 = {
+    "a tile is overwritten": "sync_block(); const int32 thread => const int32 thread",
+    "a tile is not waited for": "cp_async_wait<0>(); sync_block(); } => cp_async_wait<1>(); sync_block(); }",
+    "no barrier before scores": "sync_block(); find_all_scores<true> => find_all_scores<true>",
+    "no barrier before the solution": "sync_block(); solve<true> => solve<true>",
+    "no barrier after the solution": "gradient); sync_block(); SumFragment => gradient); SumFragment",
+    "no barrier before a state is parked": "sync_block(); park( => park(",
+    "no barrier after the scores' gradients": "} sync_block(); const Vectors => } const Vectors",
+    "dS_T is lost": "gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab()) => "
+    "gradient.clear()",
+    "starts are passed over": "gradient.clear(); =>",
+    "the walk passes over starts": "if (span.begins_at(first + passed)) { => if (false) {",
+    "spans pass over starts": "if (begins && backward) sum.clear(), transition.clear(); =>",
+    "transitions pass over starts": "sum.clear(), transition.clear(); => sum.clear();",
+    "dinitial of one start alone": "sum.state[n].x[i] += gradient => sum.state[n].x[i] = gradient",
+    "a pair of scores' gradients is exchanged": "pair / 2, writer = pair % 2; => pair % 2, writer = pair / 2;",
+    "a level is left out": "meet_halves7<2>(d, dscores, x, decays); =>",
+    "the decay of r's own token": "+= r * late; => += 0;",
+    "paths of the inner vectors": "+ inner_sum * of_inner.x[channel][group][which]; => ;",
+    "decay of the wrong side": "d.b.x[channel][group][which] *= until => d.b.x[channel][group][which] *= since",
+    "writes tokens after the end": "if (places.inside(group, which)) { store => if (true) { store",
+}
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """`planted(fault)`: a copy of the kernels with the fault, and a cache for such copies."""
@@ -148,23 +221,34 @@ def planted(tmp_path_factory):
     return plant
 
 
-@pytest.fixture(scope="module")
-def problem():
+@pytest.fixture(scope="module", params=OPS)
+def problem(request):
+    return make_problem(request.param)
+
+
+@functools.cache
+def make_problem(op):
     """Returns a call of each op with three spans, and its results in float64."""
-    inputs, starts, cotangents = make_inputs(4, torch.float32, (2, 149, 2, 32), "slow")  # a leak shows far away
+    lanes, heads = (2, 2) if op == "wkv" else (2, 1)
+    inputs, starts, cotangents = make_inputs(
+        4, torch.float32, (lanes, 149, heads, 32), "slow", op
+    )  # leaks show far away
     starts = torch.zeros_like(starts)
     starts[0, [1, 2, 6]] = True  # two documents begin in the first span, one in the second
     starts[1, 9] = True
     precise = {name: x.double() for name, x in inputs.items()}
-    truth = values_and_gradients(wkv_reference, precise, starts, [x.double() for x in cotangents])
-    tokens = tuple(inputs[name] for name in NAMES[:5])
+    truth = values_and_gradients(OPS[op][1], precise, starts, [x.double() for x in cotangents])
+    names = names_of(inputs)
+    tokens = tuple(inputs[name] for name in names[:-1])
+    forward, backward = (getattr(torch.ops.infctx, f"{op}_{way}") for way in ("forward", "backward"))
     with emulated(processors=24):
-        kept = torch.ops.infctx.wkv_forward(*tokens, inputs["state"], starts, inputs["initial"], True)[2]
+        saved = forward(*tokens, inputs["state"], starts, inputs["initial"], True)[2:]
     return (
-        ((*tokens, inputs["state"], starts, inputs["initial"], True), [truth["y"], truth["S_T"]]),
+        (forward, (*tokens, inputs["state"], starts, inputs["initial"], True), [truth["y"], truth["S_T"]]),
         (
-            (*tokens, starts, inputs["initial"], kept, *cotangents, True),
-            [truth[f"d{name}"] for name in (*NAMES, "initial")],
+            backward,
+            (*tokens, starts, inputs["initial"], *saved, *cotangents, True),
+            [truth[f"d{name}"] for name in (*names, "initial")],
         ),
     )
 
@@ -188,24 +272,32 @@ def how_caught(op, call, truth, **kernels):
 
 def test_nothing_is_caught_without_a_fault(problem):
     forward, backward = problem
-    assert not how_caught(torch.ops.infctx.wkv_forward, *forward)
-    assert not how_caught(torch.ops.infctx.wkv_backward, *backward)
+    assert not how_caught(*forward)
+    assert not how_caught(*backward)
 
 
-def one_of_six(faults):
-    """Picks every sixth fault; the others are marked slow."""
-    slow = [pytest.mark.slow]
-    return [pytest.param(fault, marks=slow if number % 6 else []) for number, fault in enumerate(faults)]
+def one_of(count, **by_op):
+    """Lists all faults by op, and marks all but every so many slow."""
+    return [
+        pytest.param(op, fault, marks=[pytest.mark.slow] if number % count[op] else [])
+        for op, faults in by_op.items()
+        for number, fault in enumerate(faults)
+    ]
 
 
-@pytest.mark.parametrize("fault", one_of_six(FORWARD_FAULTS))
-def test_fault_in_the_forward_is_caught(fault, planted, problem):
-    assert how_caught(torch.ops.infctx.wkv_forward, *problem[0], **planted(FORWARD_FAULTS[fault]))
+ONE_OF = {"wkv": 6, "wkv7": 20}
 
 
-@pytest.mark.parametrize("fault", one_of_six(BACKWARD_FAULTS))
-def test_fault_in_the_backward_is_caught(fault, planted, problem):
-    assert how_caught(torch.ops.infctx.wkv_backward, *problem[1], **planted(BACKWARD_FAULTS[fault]))
+@pytest.mark.parametrize("op, fault", one_of(ONE_OF, wkv=FORWARD_FAULTS, wkv7=FORWARD_FAULTS_7))
+def test_fault_in_the_forward_is_caught(op, fault, planted):
+    faults = FORWARD_FAULTS if op == "wkv" else FORWARD_FAULTS_7
+    assert how_caught(*make_problem(op)[0], **planted(faults[fault]))
+
+
+@pytest.mark.parametrize("op, fault", one_of(ONE_OF, wkv=BACKWARD_FAULTS, wkv7=BACKWARD_FAULTS_7))
+def test_fault_in_the_backward_is_caught(op, fault, planted):
+    faults = BACKWARD_FAULTS if op == "wkv" else BACKWARD_FAULTS_7
+    assert how_caught(*make_problem(op)[1], **planted(faults[fault]))
 
 
 # ---- offsets beyond 2^31 ----

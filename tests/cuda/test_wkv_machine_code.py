@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from infctx.cuda import compile as compiler
-from infctx.cuda import wkv_cuda
+from infctx.cuda import wkv7_cuda, wkv_cuda
 from infctx.cuda.compile import Compiled, Resources, compile_source, cubin
 from infctx.cuda.wkv_layout import compiler_options, cut
 
@@ -29,9 +30,11 @@ FOLDER = Path(wkv_cuda.__file__).parent
 KERNELS = {
     "wkv_forward.cu": {"wkv_sum_spans", "wkv_join_spans", "wkv_forward"},
     "wkv_backward.cu": {"wkv_sum_span_gradients", "wkv_join_span_gradients", "wkv_backward"},
+    "wkv7_forward.cu": {"wkv7_sum_spans", "wkv7_join_spans", "wkv7_forward"},
+    "wkv7_backward.cu": {"wkv7_sum_span_gradients", "wkv7_join_span_gradients", "wkv7_backward"},
 }
-# They add up matrices, one thread per element.
-JOINS = {"wkv_join_spans", "wkv_join_span_gradients"}
+# They add up or multiply matrices, a few elements a thread, without tensor cores.
+JOINS = {name for names in KERNELS.values() for name in names if "_join_" in name}
 
 # Per multiprocessor and per block, on every architecture from sm_80 up.
 BLOCK_REGISTERS = 65_536
@@ -80,6 +83,16 @@ MAIN_BUILDS = builds(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), (
 OTHER_BUILDS = builds(("sm_80", "sm_90", "sm_120"), (16, 32))
 
 
+def quick_first(builds: Sequence[Build]) -> list[ParameterSet]:
+    """Marks the builds of RWKV-7 slow, 5 to 10 seconds each, except those of one architecture."""
+    kept = [build for build in MAIN_BUILDS if (build.arch, build.dtype) == ("sm_80", torch.bfloat16)]
+    slow = [build.source.startswith("wkv7") and build not in kept for build in builds]
+    return [
+        pytest.param(build, id=str(build), marks=[pytest.mark.slow] if is_slow else [])
+        for build, is_slow in zip(builds, slow, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Launch:
     threads: int
@@ -113,6 +126,9 @@ def launches_of(channels: int, dtype: torch.dtype) -> dict[str, Recorder]:
     starts = torch.zeros(1, 16, dtype=torch.bool)
     _, _, kept = wkv_cuda.forward(machine, r, k, v, w, u, state, starts, state, True)
     wkv_cuda.backward(machine, r, k, v, w, u, starts, state, kept, dy, state, True)
+    tokens = (r, w, k, v, dy, dy)
+    _, _, *saved = wkv7_cuda.forward7(machine, *tokens, state, starts, state, True)
+    wkv7_cuda.backward7(machine, *tokens, starts, state, *saved, dy, state, True)
     return recorders
 
 
@@ -179,7 +195,7 @@ def code_problems(instructions: Sequence[tuple[str, str]], wanted: set[str], may
     return problems + [f"calls {name}" for name in sorted(called - may_call)]
 
 
-@pytest.mark.parametrize("build", MAIN_BUILDS + OTHER_BUILDS, ids=str)
+@pytest.mark.parametrize("build", quick_first(MAIN_BUILDS + OTHER_BUILDS))
 def test_nothing_spills_and_every_launch_fits(build):
     launches = launches_of(build.channels, build.dtype)[build.source].launches
     resources = compiled(build).resources
@@ -189,7 +205,7 @@ def test_nothing_spills_and_every_launch_fits(build):
         assert resource_problems(used, launches[name]) == [], name
 
 
-@pytest.mark.parametrize("build", MAIN_BUILDS, ids=str)
+@pytest.mark.parametrize("build", quick_first(MAIN_BUILDS))
 def test_the_right_instructions_do_the_work(build):
     kernels = disassemble(compiled(build).cubin)
     assert set(kernels) == KERNELS[build.source]
@@ -285,7 +301,7 @@ def test_spills_without_enough_registers_are_found():
     assert any("spill stores" in problem for problem in problems)
 
 
-@pytest.mark.parametrize("source", KERNELS)
+@pytest.mark.parametrize("source", ["wkv_forward.cu", "wkv7_forward.cu"])
 def test_the_second_time_nothing_is_compiled(source, tmp_path, monkeypatch):
     arguments = ((FOLDER / source).read_text(), source, "sm_90", ("-DHEAD_SIZE=16",), headers(), tmp_path)
     first = cubin(*arguments)
