@@ -18,12 +18,14 @@ from infctx.ops.wkv_chunked import wkv_chunked
 
 import gpu_check
 import gpu_correctness
+import gpu_goose
 import gpu_launches
 from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict
 from places import ROOT
 from wkv_emulated import emulated
 
 TINY = Case((2, 150, 2, 16), FP32, documents=True)
+TINY_7 = Case((1, 150, 1, 32), FP32, documents=True)
 
 
 @pytest.fixture
@@ -113,6 +115,10 @@ def test_the_judge_and_the_other_checks(subject):
         lambda subject: gpu_correctness.cut_anywhere(dataclasses.replace(TINY, documents=False), subject),
         lambda subject: gpu_correctness.two_halves(dataclasses.replace(TINY, dtype=BF16), False, subject),
         lambda subject: gpu_correctness.two_halves(dataclasses.replace(TINY, dtype=BF16), True, subject),
+        gpu_goose.judge,
+        lambda subject: gpu_goose.accuracy(TINY_7, subject),
+        lambda subject: gpu_goose.same_bits(TINY_7, subject),
+        lambda subject: gpu_goose.memory_of_nan(TINY_7, subject),
     ):
         verdict = run(subject)
         assert verdict.passed, verdict.text

@@ -35,6 +35,7 @@ from infctx.cuda.wkv_cuda import processors_of
 from infctx.files import atomic_file
 
 import gpu_correctness
+import gpu_goose
 import gpu_launches
 from bench_wkv import default_output
 from gpu_correctness import Check, Subject, Verdict
@@ -116,6 +117,7 @@ def all_checks() -> list[Check]:
     return [
         *gpu_launches.compile_checks(),
         *gpu_correctness.checks(),
+        *gpu_goose.checks(),
         *gpu_launches.checks(),
         *gpu_launches.sanitizer_checks(),
     ]

@@ -36,6 +36,7 @@ from gpu_correctness import BF16, FP32, Case, Check, Subject, Verdict, accuracy,
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("wkv_forward.cu", "wkv_backward.cu")
+SOURCES_7 = ("wkv7_forward.cu", "wkv7_backward.cu")
 COLD_SECONDS_BAR = 5.0
 WARM_SECONDS_BAR = 0.010
 SANITIZER_SECONDS = 60
@@ -81,8 +82,9 @@ import logging, sys
 import torch
 from infctx.ops.wkv import choose_backend
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
-for dtype in (torch.bfloat16, torch.float32):
-    print(choose_backend("auto", "cuda", int(sys.argv[1]), dtype, 64))
+for op in ("wkv", "wkv7"):
+    for dtype in (torch.bfloat16, torch.float32):
+        print(choose_backend("auto", "cuda", int(sys.argv[1]), dtype, 64, op))
 """
 
 
@@ -121,7 +123,9 @@ def compile_all(subject: Subject) -> Verdict:
     """Compiles into the user's cache, in parallel processes: the compiler does one source at a time."""
     major, minor = torch.cuda.get_device_capability(subject.device)
     variants = {compiler_options(size, dtype) for size in HEAD_SIZES for dtype in (BF16, FP32)}
-    programs = [(source, f"sm_{major}{minor}", *options) for source in reversed(SOURCES) for options in variants]
+    programs = [
+        (source, f"sm_{major}{minor}", *options) for source in reversed(SOURCES + SOURCES_7) for options in variants
+    ]
 
     def compile_one(arguments: Sequence[str]) -> tuple[int, str]:
         done = _run_python(["-c", COMPILE, *arguments], seconds=90)
@@ -141,7 +145,7 @@ def auto_trusts(subject: Subject) -> Verdict:
     said = done.stdout.splitlines()
     if done.returncode:
         return Verdict(False, done.stderr.strip().rpartition("\n")[2])
-    return Verdict(said == ["cuda", "cuda"], "for bf16 and fp32: " + ", ".join(said))
+    return Verdict(said == ["cuda"] * 4, "for bf16 and fp32, then for version 7: " + ", ".join(said))
 
 
 def first_use_of(dtype: torch.dtype, subject: Subject) -> Verdict:
