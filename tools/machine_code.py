@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from infctx.cuda import wkv7_layout
 from infctx.cuda.compile import Compiled, KernelsUnavailable, compile_source
 from infctx.cuda.driver import SOURCE_FOLDER
 from infctx.cuda.wkv_layout import backward_shared_bytes, cut, forward_shared_bytes, span_shared_bytes
@@ -63,6 +64,8 @@ def print_replay(compiled: Compiled, head_size: int, dtype: torch.dtype) -> None
     """Prints a row for each kernel with a loop of chunks: see machine_replay.py for what is modeled and what is not."""
     layout = cut((1, 4096, 1, head_size), dtype, spans=2)
     shared = {"wkv_forward": forward_shared_bytes, "wkv_backward": backward_shared_bytes}
+    shared |= {"wkv7_forward": wkv7_layout.forward_shared_bytes, "wkv7_backward": wkv7_layout.backward_shared_bytes}
+    shared |= {f"wkv7_sum_span{end}": wkv7_layout.span_shared_bytes for end in ("s", "_gradients")}
     print(
         "| kernel | instructions a chunk, each warp | products | issue limit, cycles | cycles by blocks a processor |"
     )

@@ -231,11 +231,11 @@ def backward7(
     dstate = dfinal.new_empty(dfinal.shape)
     by_span = (layout.batch, layout.heads, layout.spans, layout.head_size, layout.head_size)
     dinitial = dfinal.new_zeros(by_span) if learns and starts is not None else None
-    arguments = (r, w, k, v, a, b, inner, dy, gradients, starts, initial, kept)
-    arguments = (*arguments, dr, dw, dk, dv, da, db, dstate, dinitial, *numbers, initial_heads)
+    arguments = (r, w, k, v, a, b, inner, dy, gradients, starts, initial, kept, dr, dw, dk, dv, da, db, dstate)
     grid = layout.rows * layout.spans
     if grid:
-        kernels.launch("wkv7_backward", grid, 32 * layout.warps, backward_shared_bytes(layout), arguments)
+        given = (*arguments, dinitial, *numbers, initial_heads)
+        kernels.launch("wkv7_backward", grid, 32 * layout.warps, backward_shared_bytes(layout), given)
     found = [layout.whole(x) for x in (dr, dw, dk, dv, da, db)]
     if learns:
         dinitial = layout.unpadded((dfinal.new_zeros(by_span) if dinitial is None else dinitial).sum(2))

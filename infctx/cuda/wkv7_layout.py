@@ -19,7 +19,7 @@ SCORES_BYTES = 4 * 4 * CHUNK_TOKENS * 24
 
 @dataclass(frozen=True)
 class Costs:
-    """What one direction costs on an H100, at 64 channels of bf16: reckoned by `tools/machine_code.py --replay` at
+    """What one direction costs on an H100, at 64 channels of bf16: computed by `tools/machine_code.py --replay` at
     1,755 MHz, and not yet measured.
 
     run, sum: microseconds for a chunk, where a processor has one block of the run, or of the sums of spans
@@ -38,7 +38,7 @@ COSTS = {
     "backward": Costs(run=8.0, sum=3.5, crowd=0.3, megabyte=0.29),
 }
 JOIN_SPAN = 1.5
-"""Microseconds for a span that is joined: a product of two matrices, reckoned in the same way."""
+"""Microseconds for a span that is joined: a product of two matrices, computed in the same way."""
 REGISTERS = 255
 MOST_WAVES = 4
 """More blocks than this many for each place on the GPU are not tried."""
@@ -85,7 +85,7 @@ def forward_bytes(layout: Layout, keep: bool = True) -> float:
     """r w k v a b and y; the states and inner values that are kept; with several spans w k v a b again, and their sums,
     transitions and ends."""
     row, exact = layout.head_size * layout.dtype.itemsize, 4 * layout.head_size
-    by_token = 6 * row + exact + (exact if keep else 0)
+    by_token: float = 6 * row + exact + (exact if keep else 0)
     if layout.spans > 1:
         by_token += (layout.spans - 1) * layout.span_tokens / layout.tokens * (4 * row + exact)
     return by_token + _states_bytes(layout, layout.tiles if keep else 0, kept_ends=keep)
@@ -94,7 +94,7 @@ def forward_bytes(layout: Layout, keep: bool = True) -> float:
 def backward_bytes(layout: Layout) -> float:
     """r w k v a b dy, the kept states and inner values, dr dw dk dv da db; with several spans r w a b dy again."""
     row, exact = layout.head_size * layout.dtype.itemsize, 4 * layout.head_size
-    by_token = 11 * row + 3 * exact
+    by_token: float = 11 * row + 3 * exact
     if layout.spans > 1:
         by_token += (1 - layout.span_tokens / layout.tokens) * (4 * row + exact)
     return by_token + _states_bytes(layout, layout.tiles, kept_ends=False)

@@ -59,7 +59,7 @@ INFCTX_DEVICE void stage_levels(float* levels, int32 slab, const Own& reader, co
     stage_level<1>(levels + 3 * level, slab, meet_at<1>(reader, writer, decays));
 }
 
-// What r finds of its own token: sums over the slab's channels.
+// What r finds of the token it is in: sums over the slab's channels.
 INFCTX_DEVICE void stage_bonus(float* bonuses, int32 slab, const Own& r, const Own& writer) {
     FOR_EACH_TOKEN(group, which) {
         float bonus = r.x[0][group][which] * writer.x[0][group][which];

@@ -277,7 +277,7 @@ def test_nothing_is_caught_without_a_fault(problem):
 
 
 def one_of(count, **by_op):
-    """Lists all faults by op, and marks all but every so many slow."""
+    """Lists all faults by op, and marks all but one in several slow."""
     return [
         pytest.param(op, fault, marks=[pytest.mark.slow] if number % count[op] else [])
         for op, faults in by_op.items()

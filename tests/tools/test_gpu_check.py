@@ -86,7 +86,7 @@ def test_every_variant_is_compiled(subject, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(gpu_launches, "_run_python", run)
     assert gpu_launches.compile_all(subject).passed
-    assert sorted(map(tuple, asked)) == sorted({tuple(each) for each in asked}) and len(asked) == 12
+    assert sorted(map(tuple, asked)) == sorted({tuple(each) for each in asked}) and len(asked) == 24
 
 
 @pytest.mark.parametrize("which", ["y", *gpu_correctness.GRADIENTS])

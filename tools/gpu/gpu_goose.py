@@ -149,9 +149,12 @@ def cut_anywhere(case: Case, subject: Subject) -> Verdict:
     whole = outputs(wkv7_cuda, inputs, cotangents)
 
     def in_pieces(cut: int, *given: Tensor) -> tuple[Tensor, Tensor]:
-        *tokens, state, _, _ = given
-        first, between = wkv7_cuda(*(x[:, :cut] for x in tokens), state)
-        second, final = wkv7_cuda(*(x[:, cut:] for x in tokens), between)
+        def run(part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+            r, w, k, v, a, b = (x[:, part] for x in given[:6])
+            return wkv7_cuda(r, w, k, v, a, b, state)
+
+        first, between = run(slice(cut), given[6])
+        second, final = run(slice(cut, None), between)
         return torch.cat([first, second], 1), final
 
     worst = [errors(outputs(partial(in_pieces, cut), inputs, cotangents), whole) for cut in (1, 77, 128, 199)]
