@@ -73,7 +73,8 @@ class _Blend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:
         difference, mixes = difference.contiguous(), mixes.contiguous()
-        ctx.save_for_backward(difference, mixes)
+        # Only the gradient of the mixes needs it, and frozen mixes have none.
+        ctx.save_for_backward(difference if ctx.needs_input_grad[2] else None, mixes)
         blends = origin.new_empty(len(mixes), *origin.shape)
         _run("blend", _blocks(origin), origin.shape, (mixes.flatten(1, 2),), (origin, difference, blends))
         return blends.unbind(0)
@@ -82,7 +83,9 @@ class _Blend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         difference, mixes = ctx.saved_tensors
-        d_origin, d_difference = torch.empty_like(difference), torch.empty_like(difference)
+        d_origin, d_difference = (gradients[0].new_empty(gradients[0].shape) for _ in range(2))
+        if difference is None:
+            difference = gradients[0]  # it is not read
         d_mixes = torch.zeros_like(mixes) if ctx.needs_input_grad[2] else mixes[:0]
         _run("blend_back", _blocks(difference), difference.shape, (mixes.flatten(1, 2), d_mixes.flatten(1, 2)),
              (difference, d_origin, d_difference, *gradients))  # fmt: skip

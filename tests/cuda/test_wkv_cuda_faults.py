@@ -161,7 +161,6 @@ FORWARD_FAULTS_7 = {
     "no barrier after the solution": "cp_async_wait<1>(); sync_block(); => cp_async_wait<1>();",
     "no barrier at the end of a chunk": "reader.advance<true>(staged); sync_block(); => reader.advance<true>(staged);",
     "values are not waited for": "cp_async_wait<1>(); => cp_async_wait<2>();",
-    "one buffer of values": "forward_stages = 2; => forward_stages = 1;",
     "starts are passed over": "if (begins.at(chunk)) { => if (false) {",
     "spans pass over starts": "if (begins && !backward) { => if (false) {",
     "transitions pass over starts": "sum.clear(); transition.clear(); } => sum.clear(); }",
@@ -177,7 +176,6 @@ FORWARD_FAULTS_7 = {
     "inner values are not written": "multiply(sum, inner_values[i], right); =>",
 }
 BACKWARD_FAULTS_7 = {
-    "a tile is overwritten": "sync_block(); const int32 thread => const int32 thread",
     "a tile is not waited for": "cp_async_wait<0>(); sync_block(); } => cp_async_wait<1>(); sync_block(); }",
     "no barrier before scores": "sync_block(); find_all_scores<true> => find_all_scores<true>",
     "no barrier before the solution": "sync_block(); solve<true> => solve<true>",
