@@ -5,7 +5,7 @@
 #include "wkv7_reader.cuh"
 #include "wkv7_spans.cuh"
 
-extern "C" __global__ void __launch_bounds__(span_threads)
+extern "C" __global__ void __launch_bounds__(span_threads, 1)
 wkv7_sum_span_gradients(const Input* r, const float* w, const Input* a, const Input* b, const Input* dy,
                         const uint8* starts, float* sums, float* transitions, int64 num_batches, int64 num_tokens,
                         int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token,
@@ -34,7 +34,9 @@ struct Shared7 {
     // This lies where the chunk is staged, when it has been read: the gradient of the state before it, in the lanes'
     // layout, so that the registers are free.
     float* parked;
+    Place* place;  // of the block: loading it each time is cheaper than registers
 };
+constexpr int32 place_floats = 8;
 
 INFCTX_DEVICE Shared7 find_shared7(unsigned char* start) {
     Shared7 shared;
@@ -50,6 +52,8 @@ INFCTX_DEVICE Shared7 find_shared7(unsigned char* start) {
     shared.du = shared.gradient + num_channels * float_pitch;
     shared.dscores = shared.du + chunk_floats;
     shared.parked = staged;
+    shared.place = reinterpret_cast<Place*>(shared.scores + all_scores_floats);
+    static_assert(sizeof(Place) <= 4 * place_floats, "it fits");
     static_assert(num_channels * float_pitch + chunk_floats + all_scores_floats <= both_levels_floats, "they fit");
     static_assert(num_channels * num_channels <= staged_both_floats, "it fits");
     return shared;
@@ -73,24 +77,20 @@ struct Backward7Output {
 struct Span7 {
     const Problem& problem;
     const Backward7Input& input;
-    Place at_first;
     Shared7 shared;
-    int32 num_chunks;
 
-    // Computed each time, as lane_group() is: offsets that follow from them would take more registers.
-    INFCTX_DEVICE Place place() const {
-        Place place = at_first;
-        place.batch = opaque(place.batch), place.head = opaque(place.head), place.row = opaque(place.row);
-        return place;
-    }
+    INFCTX_DEVICE Place place() const { return *shared.place; }
+    // Computed each time, as lane_group() is.
     INFCTX_DEVICE int32 slab() const { return opaque(static_cast<int32>(threadIdx.x)) / 32; }
 
-    // Computed each time: keeping the address of the flags would need registers.
     INFCTX_DEVICE bool begins_at(int32 chunk) const { return find_starts(input.starts, problem, place()).at(chunk); }
     INFCTX_DEVICE OwnPlaces places(int32 chunk) const {
         const Place here = place();
         return own_places(find_rows(input.r, problem, here), slab(), here.token_at(chunk), here.end_token);
     }
+    INFCTX_DEVICE const Input* v_of(int32 chunk) const { return shared.v + chunk % tile_chunks * chunk_values; }
+    INFCTX_DEVICE const Input* dy_of(int32 chunk) const { return shared.dy + chunk % tile_chunks * chunk_values; }
+    INFCTX_DEVICE const float* u_of(int32 chunk) const { return shared.u + chunk % tile_chunks * chunk_floats; }
     INFCTX_DEVICE Own load(const Input* start, int32 chunk) const { return to_own(load_own(start, places(chunk))); }
     INFCTX_DEVICE Decays load_decays(int32 chunk) const {
         const Place here = place();
@@ -105,11 +105,11 @@ struct Span7 {
     }
 };
 
-// Loads v, dy and the inner values of a tile, when the one before is no longer in use.
+// Loads v, dy and the inner values of a tile.  The one before is no longer in use: all of it is read before the last
+// barrier of its first chunk.
 INFCTX_DEVICE void fetch_tile7(const Span7& span, int32 first) {
     const Backward7Input& input = span.input;
     const int32 token = span.place().token_at(first), end = span.place().end_token;
-    sync_block();
     const int32 thread = opaque(static_cast<int32>(threadIdx.x));  // addresses are computed here and not kept
     start_copy<tile_tokens, span_threads>(span.shared.v, find_rows(input.v, span.problem, span.place()), token, end, thread);
     start_copy<tile_tokens, span_threads>(span.shared.dy, find_rows(input.dy, span.problem, span.place()), token, end,
@@ -145,7 +145,8 @@ INFCTX_DEVICE void advance_both(KeySlab& state, const Decays& decays, const Own&
 }
 
 // The state before a chunk of the tile, recomputed from the one kept before the tile.
-INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, int32 chunk) {
+INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 chunk) {
+    const int32 first = chunk / tile_chunks * tile_chunks;
     const Problem& problem = span.problem;
     const Backward7Input& input = span.input;
     // A number of tokens is below 2^31.
@@ -153,19 +154,19 @@ INFCTX_DEVICE void find_state(KeySlab& state, const Span7& span, int32 first, in
     const int64 tile = static_cast<int64>(span.place().row) * tiles + span.place().token_at(first) / tile_tokens;
     state.load(find_matrix(input.kept, tile), span.slab());
 #pragma unroll 1
-    for (int32 passed = 0; passed <= chunk; ++passed) {
-        if (span.begins_at(first + passed)) {
+    for (int32 passed = first; passed <= chunk; ++passed) {
+        if (span.begins_at(passed)) {
             state.clear();
             if (input.initial != nullptr) {
-                const int64 index = span.place().batch * input.initial_batch + span.place().head;
+                const Place place = span.place();
+                const int64 index = place.batch * input.initial_batch + place.head;
                 state.load(find_matrix(input.initial, index), span.slab());
             }
         }
         if (passed == chunk) break;
-        const Own k = span.load(input.k, first + passed), b = span.load(input.b, first + passed);
-        const Decays decays = span.load_decays(first + passed);
-        advance_both(state, decays, until_end(k, decays), span.shared.v + passed * chunk_values, until_end(b, decays),
-                     span.shared.u + passed * chunk_floats);
+        const Own k = span.load(input.k, passed), b = span.load(input.b, passed);
+        const Decays decays = span.load_decays(passed);
+        advance_both(state, decays, until_end(k, decays), span.v_of(passed), until_end(b, decays), span.u_of(passed));
     }
 }
 
@@ -203,10 +204,10 @@ INFCTX_DEVICE void share_du(float* rows, int32 slab, const SumFragment (&found)[
 
 // dv of the chunk, and the gradient of its inner values; then `gradient` is that of the state before it.
 INFCTX_DEVICE void read_values_back(BothReader<true>& gradient, const Span7& span, const Backward7Output& output,
-                                    int32 first, int32 chunk) {
+                                    int32 chunk) {
     const Shared7& shared = span.shared;
-    stage_both<true, true>(shared.staged, shared.levels, shared.bonuses, span.slab(), span.load_vectors(first + chunk),
-                           span.load_decays(first + chunk));
+    stage_both<true, true>(shared.staged, shared.levels, shared.bonuses, span.slab(), span.load_vectors(chunk),
+                           span.load_decays(chunk));
     sync_block();
     find_all_scores<true>(shared.scores, shared.levels, shared.bonuses, span.slab());
     sync_block();
@@ -214,12 +215,12 @@ INFCTX_DEVICE void read_values_back(BothReader<true>& gradient, const Span7& spa
     share_gradient(shared.gradient, span.slab(), gradient);
     sync_block();
     SumFragment found[2], results[2];
-    gradient.read<true, true>(found, results, shared.staged, shared.scores, shared.dy + chunk * chunk_values, span.slab());
+    gradient.read<true, true>(found, results, shared.staged, shared.scores, span.dy_of(chunk), span.slab());
     share_du(shared.du, span.slab(), found);
-    store_tokens(find_rows(output.dv, span.problem, span.place()), span.slab(), span.place().token_at(first + chunk),
+    store_tokens(find_rows(output.dv, span.problem, span.place()), span.slab(), span.place().token_at(chunk),
                  span.place().end_token, results);
     gradient.advance<true>(shared.staged);
-    if (!span.begins_at(first + chunk)) return;
+    if (!span.begins_at(chunk)) return;
     if (output.dinitial != nullptr) {
         float* matrix = find_matrix(output.dinitial, span.place().row * span.problem.num_spans + span.place().span);
         ValueSlab sum;
@@ -235,36 +236,44 @@ INFCTX_DEVICE void read_values_back(BothReader<true>& gradient, const Span7& spa
 }
 
 // dr, dw, dk, da, db of the chunk.
-INFCTX_DEVICE void find_key_gradients(BothReader<true>& gradient, const Span7& span, const Backward7Output& output, int32 first, int32 chunk) {
+INFCTX_DEVICE void find_key_gradients(BothReader<true>& gradient, const Span7& span, const Backward7Output& output, int32 chunk) {
     const Shared7& shared = span.shared;
-    const Input *v = shared.v + chunk * chunk_values, *dy = shared.dy + chunk * chunk_values;
-    const float* u = shared.u + chunk * chunk_floats;
+    const Input *v = span.v_of(chunk), *dy = span.dy_of(chunk);
+    const float* u = span.u_of(chunk);
     Gradients7 d;
     sync_block();
     park(parking_place(shared, span.slab()), gradient);
     {
         KeySlab state;
-        find_state(state, span, first, chunk);
+        find_state(state, span, chunk);
         find_all_dscores(shared.dscores, dy, shared.du, v, u, span.slab());
         read_outside7(d, state, shared.gradient, span.slab(), dy, shared.du, v, u);
     }
     sync_block();
-    const Vectors x = span.load_vectors(first + chunk);
-    const Decays decays = span.load_decays(first + chunk);
+    const Vectors x = span.load_vectors(chunk);
+    const Decays decays = span.load_decays(chunk);
     scale_outside7(d, x, decays);
     sync_warp();
     find_inner_gradients7(d, shared.dscores, x, decays);
     sync_warp();  // only so that the addresses are computed here and not kept from above
-    const OwnPlaces results = span.places(first + chunk);
+    const OwnPlaces results = span.places(chunk);
     store_own(output.dr, results, d.r);
     store_own(output.dw, results, d.w);
     store_own(output.dk, results, d.k);
     store_own(output.da, results, d.a);
     store_own(output.db, results, d.b);
     take_back(gradient, parking_place(shared, span.slab()));
+    sync_block();
 }
 
-extern "C" __global__ void __launch_bounds__(span_threads)
+// With one block at least, ptxas gives a lane more than 168 registers, which small heads need; at 64 channels it spills.
+#if HEAD_SIZE < 64
+#define BACKWARD_BOUNDS span_threads, 1
+#else
+#define BACKWARD_BOUNDS span_threads
+#endif
+
+extern "C" __global__ void __launch_bounds__(BACKWARD_BOUNDS)
 wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, const Input* a, const Input* b,
               const float* inner_values, const Input* dy, const float* gradients, const uint8* starts,
               const float* initial, const float* kept, Input* dr, float* dw, Input* dk, Input* dv, Input* da, Input* db,
@@ -275,24 +284,20 @@ wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, co
     const Backward7Input input = {r, k, v, a, b, dy, w, inner_values, gradients, starts, initial, kept,
                                   w_batch, w_token, w_head, initial_batch};
     const Backward7Output output = {dr, dk, dv, da, db, dw, dstate, dinitial};
-    Place place = find_place(problem, 0, static_cast<int32>(num_spans));
-    place.end_token = opaque(place.end_token);  // a register, rather than where it comes from
-    const Span7 span = {problem, input, place, find_shared7(shared_bytes), place.num_chunks()};
-
+    const Span7 span = {problem, input, find_shared7(shared_bytes)};
+    if (threadIdx.x == 0) *span.shared.place = find_place(problem, 0, static_cast<int32>(num_spans));
     for (int32 i = threadIdx.x; i < all_scores_floats; i += span_threads) span.shared.scores[i] = 0.0f;
+    sync_block();
     BothReader<true> gradient;
-    gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab());
-    int32 first = span.num_chunks;
+    gradient.load(find_matrix(gradients, span.place().row * num_spans + span.place().span), span.slab());
+    const int32 last_chunk = span.place().num_chunks() - 1;
 #pragma unroll 1
-    for (int32 chunk = span.num_chunks - 1; chunk >= 0; --chunk) {
-        if (chunk < first) {
-            first = chunk / tile_chunks * tile_chunks;
-            fetch_tile7(span, first);
-        } else {
-            sync_block();
+    for (int32 chunk = last_chunk; chunk >= 0; --chunk) {
+        if (chunk == last_chunk || chunk % tile_chunks == tile_chunks - 1) {
+            fetch_tile7(span, chunk / tile_chunks * tile_chunks);
         }
-        read_values_back(gradient, span, output, first, chunk - first);
-        find_key_gradients(gradient, span, output, first, chunk - first);
+        read_values_back(gradient, span, output, chunk);
+        find_key_gradients(gradient, span, output, chunk);
     }
-    if (place.span == 0) gradient.store(find_matrix(dstate, place.row), span.slab());
+    if (span.place().span == 0) gradient.store(find_matrix(dstate, span.place().row), span.slab());
 }

@@ -4,7 +4,7 @@
 #include "wkv7_reader.cuh"
 #include "wkv7_spans.cuh"
 
-extern "C" __global__ void __launch_bounds__(span_threads)
+extern "C" __global__ void __launch_bounds__(span_threads, 1)
 wkv7_sum_spans(const float* w, const Input* k, const Input* v, const Input* a, const Input* b, const uint8* starts,
                const float* initial, float* sums, float* transitions, int64 num_batches, int64 num_tokens,
                int64 num_heads, int64 num_spans, int64 span_tokens, int64 w_batch, int64 w_token, int64 w_head,

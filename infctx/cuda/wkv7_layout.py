@@ -25,21 +25,23 @@ class Costs:
     run, sum: microseconds for a chunk, where a processor has one block of the run, or of the sums of spans
     crowd:    the share of that time that a second block on the processor adds
     megabyte: microseconds for a million bytes read or written, as for RWKV-6
+    registers: of a lane of the run, on sm_90
     """
 
     run: float
     sum: float
     crowd: float
     megabyte: float
+    registers: int
 
 
 COSTS = {
-    "forward": Costs(run=3.7, sum=3.5, crowd=0.3, megabyte=0.25),
-    "backward": Costs(run=8.0, sum=3.5, crowd=0.3, megabyte=0.29),
+    "forward": Costs(run=3.65, sum=3.3, crowd=0.3, megabyte=0.25, registers=168),
+    "backward": Costs(run=13.6, sum=3.3, crowd=0.25, megabyte=0.29, registers=176),
 }
 JOIN_SPAN = 1.5
 """Microseconds for a span that is joined: a product of two matrices, computed in the same way."""
-REGISTERS = 255
+SUM_REGISTERS = 216
 MOST_WAVES = 4
 """More blocks than this many for each place on the GPU are not tried."""
 
@@ -65,15 +67,15 @@ def microseconds(layout: Layout, processors: Processors, direction: str) -> floa
     }[direction]
     chunks = -(-min(layout.span_tokens, layout.tokens) // CHUNK_TOKENS)
 
-    def waves(blocks: int, block_bytes: int) -> float:
-        slots = blocks_at_once(processors, threads, REGISTERS, block_bytes)
+    def waves(blocks: int, registers: int, block_bytes: int) -> float:
+        slots = blocks_at_once(processors, threads, registers, block_bytes)
         full, rest = divmod(-(-blocks // processors.count), slots)
         return full * (1 + costs.crowd * (slots - 1)) + (1 + costs.crowd * (rest - 1) if rest else 0)
 
     time = costs.megabyte * traffic(layout) * layout.rows * layout.tokens / 1e6
-    time += costs.run * chunks * waves(layout.rows * layout.spans, shared_bytes(layout))
+    time += costs.run * chunks * waves(layout.rows * layout.spans, costs.registers, shared_bytes(layout))
     if layout.spans > 1:
-        time += costs.sum * chunks * waves(layout.rows * (layout.spans - 1), span_shared_bytes(layout))
+        time += costs.sum * chunks * waves(layout.rows * (layout.spans - 1), SUM_REGISTERS, span_shared_bytes(layout))
         time += JOIN_SPAN * layout.spans
     return time
 
@@ -124,8 +126,8 @@ def join_shared_bytes(layout: Layout) -> int:
 
 
 def backward_shared_bytes(layout: Layout) -> int:
-    chunks = layout.tile_tokens // CHUNK_TOKENS
-    return chunks * (2 * _values_bytes(layout) + _floats_bytes(layout)) + _chunk_bytes(layout)
+    chunks, place = layout.tile_tokens // CHUNK_TOKENS, 32
+    return place + chunks * (2 * _values_bytes(layout) + _floats_bytes(layout)) + _chunk_bytes(layout)
 
 
 def _chunk_bytes(layout: Layout) -> int:

@@ -53,7 +53,8 @@ INFCTX_DEVICE void sum_span7(const Problem& problem, const Span7Input& input, fl
     float* scores = bonuses + both_bonus_floats;
     const StagedBoth staged = find_staged_both(staged_floats_of);
 
-    const Place place = find_place(problem, first_span, spans);
+    Place place = find_place(problem, first_span, spans);
+    place.end_token = opaque(place.end_token);  // a register, rather than where it comes from
     const auto rows = find_rows(input.a, problem, place);  // and of all tensors of its shape
     const auto value_rows = find_rows(input.values, problem, place);
     const auto w_rows = find_decay_rows(input.w, input.w_batch, input.w_token, input.w_head, place);
@@ -65,7 +66,8 @@ INFCTX_DEVICE void sum_span7(const Problem& problem, const Span7Input& input, fl
     const auto copy_values = [&](int32 step) {
         if (step < num_chunks) {
             start_copy<chunk_tokens, span_threads>(stages + step % sum_stages * chunk_values, value_rows,
-                                                   token_at(step), place.end_token, threadIdx.x);
+                                                   token_at(step), place.end_token,
+                                                   opaque(static_cast<int32>(threadIdx.x)));
         }
         cp_async_commit();
     };

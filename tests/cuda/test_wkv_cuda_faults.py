@@ -181,11 +181,12 @@ BACKWARD_FAULTS_7 = {
     "no barrier before the solution": "sync_block(); solve<true> => solve<true>",
     "no barrier after the solution": "gradient); sync_block(); SumFragment => gradient); SumFragment",
     "no barrier before a state is parked": "sync_block(); park( => park(",
+    "no barrier at the end of a chunk": "span.slab())); sync_block(); } => span.slab())); }",
     "no barrier after the scores' gradients": "} sync_block(); const Vectors => } const Vectors",
-    "dS_T is lost": "gradient.load(find_matrix(gradients, place.row * num_spans + place.span), span.slab()) => "
-    "gradient.clear()",
+    "dS_T is lost": "gradient.load(find_matrix(gradients, span.place().row * num_spans + span.place().span), "
+    "span.slab()) => gradient.clear()",
     "starts are passed over": "gradient.clear(); =>",
-    "the walk passes over starts": "if (span.begins_at(first + passed)) { => if (false) {",
+    "the walk passes over starts": "if (span.begins_at(passed)) { => if (false) {",
     "spans pass over starts": "if (begins && backward) sum.clear(), transition.clear(); =>",
     "transitions pass over starts": "sum.clear(), transition.clear(); => sum.clear();",
     "dinitial of one start alone": "sum.state[n].x[i] += gradient => sum.state[n].x[i] = gradient",
