@@ -319,5 +319,5 @@ def test_all_sources_are_packaged_and_stand_on_their_own():
     for path in sorted(FOLDER.glob("*.cu*")):
         included = re.findall(r"^\s*#\s*include\s*(.*?)\s*$", path.read_text(), re.MULTILINE)
         assert {name.strip('"') for name in included} <= set(headers()), path.name
-        exported = re.findall(r'extern "C" __global__ [^{]*?(\w+)\s*\((?!\w+\))', path.read_text())
+        exported = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\))?\s*(\w+)\(', path.read_text())
         assert set(exported) == KERNELS.get(path.name, set()), path.name
