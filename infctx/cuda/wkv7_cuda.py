@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from infctx.cuda.compile import KernelsUnavailable
-from infctx.cuda.driver import check_torch, load_kernels
 from infctx.cuda.wkv7_layout import (
     backward_shared_bytes,
     find_layout7,
@@ -24,7 +23,16 @@ from infctx.cuda.wkv7_layout import (
     join_shared_bytes,
     span_shared_bytes,
 )
-from infctx.cuda.wkv_cuda import DTYPES, Launcher, Machine, processors_of
+from infctx.cuda.wkv_cuda import (
+    DTYPES,
+    Launcher,
+    Machine,
+    launch_spans,
+    machine_on,
+    new_matrices,
+    sum_over_spans,
+    zeros_by_span,
+)
 from infctx.cuda.wkv_layout import HEAD_SIZES, Layout, compiler_options, kept_shape, padded_size
 from infctx.errors import InputError
 
@@ -119,16 +127,7 @@ def _backward_on_gpu(r: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _gpu(device: int) -> Machine:
-    check_torch()
-    processors = processors_of(device)
-
-    def load(file_name: str, options: tuple[str, ...]) -> Launcher:
-        return load_kernels(file_name, device, options)
-
-    def layout(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> Layout:
-        return find_layout7(shape, dtype, processors, direction)
-
-    return Machine(load, layout)
+    return machine_on(device, find_layout7)
 
 
 @torch.library.register_fake("infctx::wkv7_forward", lib=_library)
@@ -179,10 +178,10 @@ def forward7(
         if keep:
             states, row_states, state_step = kept, layout.tiles, layout.span_tokens // layout.tile_tokens
         else:
-            states, row_states, state_step = _matrices(layout, state, layout.spans), layout.spans, 1
-        sums, transitions = (_matrices(layout, state, layout.spans - 1) for _ in range(2))
+            states, row_states, state_step = new_matrices(layout, state, layout.spans), layout.spans, 1
+        sums, transitions = (new_matrices(layout, state, layout.spans - 1) for _ in range(2))
         arguments = (w, k, v, a, b, starts, initial, sums, transitions, *numbers)
-        _launch_spans(kernels, "wkv7_sum_spans", layout, arguments)
+        launch_spans(kernels, "wkv7_sum_spans", layout, span_shared_bytes(layout), arguments)
         ends = (states, layout.spans - 1, row_states, state_step)
         _launch_join(kernels, "wkv7_join_spans", layout, (state, sums, transitions, *ends))
     y, final = layout.tokens_like(r), state.new_empty(state.shape)
@@ -220,38 +219,23 @@ def backward7(
     numbers = (*layout.numbers, *w.stride()[:3])
     gradients = dfinal = layout.matrices(dfinal)
     if layout.spans > 1:
-        gradients = _matrices(layout, dfinal, layout.spans)
-        sums, transitions = (_matrices(layout, dfinal, layout.spans - 1) for _ in range(2))
+        gradients = new_matrices(layout, dfinal, layout.spans)
+        sums, transitions = (new_matrices(layout, dfinal, layout.spans - 1) for _ in range(2))
         spans = (r, w, a, b, dy, starts, sums, transitions, *numbers)
-        _launch_spans(kernels, "wkv7_sum_span_gradients", layout, spans)
+        launch_spans(kernels, "wkv7_sum_span_gradients", layout, span_shared_bytes(layout), spans)
         join = (dfinal, sums, transitions, gradients, layout.spans - 1, layout.spans, 1)
         _launch_join(kernels, "wkv7_join_span_gradients", layout, join)
     dr, dk, dv, da, db = (layout.tokens_like(r) for _ in range(5))
     dw = layout.tokens_like(r, dtype=torch.float32)
     dstate = dfinal.new_empty(dfinal.shape)
-    by_span = (layout.batch, layout.heads, layout.spans, layout.head_size, layout.head_size)
-    dinitial = dfinal.new_zeros(by_span) if learns and starts is not None else None
+    dinitial = zeros_by_span(layout, dfinal) if learns and starts is not None else None
     arguments = (r, w, k, v, a, b, inner, dy, gradients, starts, initial, kept, dr, dw, dk, dv, da, db, dstate)
     grid = layout.rows * layout.spans
     if grid:
         given = (*arguments, dinitial, *numbers, initial_heads)
         kernels.launch("wkv7_backward", grid, 32 * layout.warps, backward_shared_bytes(layout), given)
     found = [layout.whole(x) for x in (dr, dw, dk, dv, da, db)]
-    if learns:
-        dinitial = layout.unpadded((dfinal.new_zeros(by_span) if dinitial is None else dinitial).sum(2))
-    else:
-        dinitial = dfinal.new_empty(0)
-    return (*found, layout.unpadded(dstate), dinitial)
-
-
-def _matrices(layout: Layout, like: Tensor, count: int) -> Tensor:
-    """Allocates that many matrices for each head."""
-    return like.new_empty((layout.rows, count, layout.head_size, layout.head_size))
-
-
-def _launch_spans(kernels: Launcher, name: str, layout: Layout, arguments: tuple[Any, ...]) -> None:
-    grid = layout.rows * (layout.spans - 1)
-    kernels.launch(name, grid, 32 * layout.warps, span_shared_bytes(layout), arguments)
+    return (*found, layout.unpadded(dstate), sum_over_spans(layout, dfinal, dinitial, learns))
 
 
 def _launch_join(kernels: Launcher, name: str, layout: Layout, arguments: tuple[Any, ...]) -> None:

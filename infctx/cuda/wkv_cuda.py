@@ -171,6 +171,11 @@ def _backward_on_gpu(r: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _gpu(device: int) -> Machine:
+    return machine_on(device, find_layout)
+
+
+def machine_on(device: int, find: Callable[[tuple[int, ...], torch.dtype, Processors, str], Layout]) -> Machine:
+    """Returns a GPU; find: finds the layout of a call."""
     check_torch()
 
     def load(file_name: str, options: tuple[str, ...]) -> Launcher:
@@ -179,7 +184,7 @@ def _gpu(device: int) -> Machine:
     processors = processors_of(device)
 
     def layout(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> Layout:
-        return find_layout(shape, dtype, processors, direction)
+        return find(shape, dtype, processors, direction)
 
     return Machine(load, layout)
 
@@ -245,11 +250,12 @@ def forward(
     row_states, state_step = 1, 0
     if layout.spans > 1:
         sums, decays = _span_buffers(layout, state)
-        _launch_spans(kernels, "wkv_sum_spans", layout, (k, v, w, starts, initial, sums, decays, *numbers))
+        spans = (k, v, w, starts, initial, sums, decays, *numbers)
+        launch_spans(kernels, "wkv_sum_spans", layout, span_shared_bytes(layout), spans)
         if keep:
             states, row_states, state_step = kept, layout.tiles, layout.span_tokens // layout.tile_tokens
         else:
-            states, row_states, state_step = _span_ends(layout, state), layout.spans, 1
+            states, row_states, state_step = new_matrices(layout, state, layout.spans), layout.spans, 1
         ends = (states, row_states, state_step)
         _launch_join(kernels, "wkv_join_spans", layout, state, sums, decays, *ends)
     y = layout.tokens_like(r)
@@ -287,17 +293,16 @@ def backward(
     gradients = dfinal = layout.matrices(dfinal)
     if layout.spans > 1:
         sums, decays = _span_buffers(layout, dfinal)
-        gradients = _span_ends(layout, dfinal)
-        _launch_spans(kernels, "wkv_sum_span_gradients", layout, (r, dy, w, starts, sums, decays, *numbers))
+        gradients = new_matrices(layout, dfinal, layout.spans)
+        spans = (r, dy, w, starts, sums, decays, *numbers)
+        launch_spans(kernels, "wkv_sum_span_gradients", layout, span_shared_bytes(layout), spans)
         _launch_join(kernels, "wkv_join_span_gradients", layout, dfinal, sums, decays, gradients, layout.spans, 1)
     dr, dk, dv = (layout.tokens_like(r) for _ in range(3))
     dw = layout.tokens_like(r, dtype=torch.float32)
     chunks = -(-layout.tokens // CHUNK_TOKENS)
     du = r.new_empty((layout.batch * chunks, *u.shape), dtype=torch.float32)
     dstate = dfinal.new_empty(dfinal.shape)
-    size = layout.head_size
-    matrices = (layout.batch, layout.heads, layout.spans, size, size)
-    dinitial = dfinal.new_zeros(matrices) if learns and starts is not None else None
+    dinitial = zeros_by_span(layout, dfinal) if learns and starts is not None else None
     arguments = (r, k, v, w, u, dy, gradients, starts, initial, kept, dr, dk, dv, dw, du, dstate, dinitial)
     grid, block = layout.rows * layout.spans, 64 * layout.warps
     if grid:
@@ -305,29 +310,13 @@ def backward(
         kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), all_arguments)
     dr, dk, dv, dw = (layout.whole(x) for x in (dr, dk, dv, dw))
     du = du.sum(0)[..., : layout.channels].contiguous()
-    if learns:
-        by_span = dfinal.new_zeros(matrices) if dinitial is None else dinitial
-        dinitial = layout.unpadded(by_span.sum(2))
-    else:
-        dinitial = dfinal.new_empty(0)
-    return dr, dk, dv, dw, du, layout.unpadded(dstate), dinitial
+    return dr, dk, dv, dw, du, layout.unpadded(dstate), sum_over_spans(layout, dfinal, dinitial, learns)
 
 
 def _span_buffers(layout: Layout, state: Tensor) -> tuple[Tensor, Tensor]:
     """Allocates, for all spans but one, the state that a span adds and its decay of the state before it."""
-    size, rows = layout.head_size, layout.rows
-    return state.new_empty((rows, layout.spans - 1, size, size)), state.new_empty((rows, layout.spans - 1, size))
-
-
-def _span_ends(layout: Layout, state: Tensor) -> Tensor:
-    """Allocates the state that each span begins with."""
-    size = layout.head_size
-    return state.new_empty((layout.rows, layout.spans, size, size))
-
-
-def _launch_spans(kernels: Launcher, name: str, layout: Layout, arguments: Sequence[Argument]) -> None:
-    grid = layout.rows * (layout.spans - 1)
-    kernels.launch(name, grid, 32 * layout.warps, span_shared_bytes(layout), arguments)
+    count = layout.spans - 1
+    return new_matrices(layout, state, count), state.new_empty((layout.rows, count, layout.head_size))
 
 
 def _launch_join(
@@ -345,3 +334,30 @@ def _launch_join(
     grid = -(-outside.numel() // block)
     arguments = (outside, sums, decays, ends, layout.rows, layout.spans - 1, row_ends, end_step)
     kernels.launch(name, grid, block, 0, arguments)
+
+
+# ---- what the launches of RWKV-7 share ----
+
+
+def new_matrices(layout: Layout, like: Tensor, count: int) -> Tensor:
+    """Allocates that many matrices for each head."""
+    return like.new_empty((layout.rows, count, layout.head_size, layout.head_size))
+
+
+def zeros_by_span(layout: Layout, like: Tensor) -> Tensor:
+    """Returns zeros for each span to add its gradient of the initial state to."""
+    return like.new_zeros((layout.batch, layout.heads, layout.spans, layout.head_size, layout.head_size))
+
+
+def sum_over_spans(layout: Layout, like: Tensor, by_span: Tensor | None, learns: bool) -> Tensor:
+    """Returns the gradient of the initial state: zeros if no document starts, nothing unless it learns."""
+    if not learns:
+        return like.new_empty(0)
+    return layout.unpadded((zeros_by_span(layout, like) if by_span is None else by_span).sum(2))
+
+
+def launch_spans(
+    kernels: Launcher, name: str, layout: Layout, shared_bytes: int, arguments: Sequence[Argument]
+) -> None:
+    """Launches a block for each span but one."""
+    kernels.launch(name, layout.rows * (layout.spans - 1), 32 * layout.warps, shared_bytes, arguments)
