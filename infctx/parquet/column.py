@@ -73,9 +73,9 @@ def find_column(file: ParquetFile, path: Path, group: int, number: int) -> Colum
     return Column(path, offset, *sizes, stored.compression, column.max_repetition_level, column.max_definition_level)
 
 
-def can_be_read(column: Column) -> bool:
-    """Returns whether `read_entries` knows the encodings of all pages."""
-    return all(page.encoding in ENCODINGS and page.num_values <= MOST_PAGE_VALUES for page in pages_of(column))
+def can_be_read(page: Page) -> bool:
+    """Returns whether `read_entries` knows the encoding of a page."""
+    return page.encoding in ENCODINGS and page.num_values <= MOST_PAGE_VALUES
 
 
 def read_entries(column: Column, most_bytes: int) -> Iterator[Entry]:

@@ -44,8 +44,9 @@ def find_long_columns(file: ParquetFile, path: Path, group: int, names: Sequence
     leaves = [leaf for column in found for leaf in column.leaves.values()]
     if len(found) < len(columns) or all(leaf.whole_bytes < LARGE_PAGE_BYTES for leaf in leaves):
         return None
-    is_large = any(page.num_bytes >= LARGE_PAGE_BYTES for leaf in leaves for page in pages_of(leaf))
-    return found if is_large and all(map(can_be_read, leaves)) else None
+    pages = [page for leaf in leaves for page in pages_of(leaf)]
+    is_large = any(page.num_bytes >= LARGE_PAGE_BYTES for page in pages)
+    return found if is_large and all(map(can_be_read, pages)) else None
 
 
 def read_rows(columns: Sequence[LongColumn], most_bytes: int) -> Iterator[tuple[Cell, ...]]:
