@@ -21,6 +21,7 @@ ROOMS = (
     "recurrence",
     "model",
     "formats",
+    "optimizers",
     "plan",
     "distributed",
     "evaluate",

@@ -18,9 +18,10 @@ from infctx.distributed.watchdog import Watchdog
 from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter, each of its shape; Adam also counts steps."""
+from infctx.optimizers.adamw import LittleAdamW
+from infctx.optimizers.gradients import total_norm
+from infctx.optimizers.host import HostAdamW
+from infctx.optimizers.moments import to_fp32
 
 
 class Engine:
@@ -101,7 +102,7 @@ class Engine:
 
         Returns the global norm before clipping.  If it is not finite, does nothing and keeps the gradients.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         if norm.isfinite():
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -126,11 +127,12 @@ class Engine:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """Returns a parameter's values, on some device; every rank must ask for the same ones in the same order."""
-        return parameter.detach()
+        masters = self.optimizer.masters if isinstance(self.optimizer, HostAdamW) else {}
+        return masters.get(parameter, parameter).detach()
 
     def whole_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Returns a parameter's MOMENTS and "step", or nothing before the first step; every rank must ask, as in
-        `whole`."""
+        """Returns a parameter's moments (infctx.optimizers.moments), or nothing before the first step; every rank must
+        ask, as in `whole`."""
         return self.optimizer.state.get(parameter, {})
 
     def begin_moments(self, steps: float) -> None:
@@ -138,4 +140,7 @@ class Engine:
 
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
         """Inverts `whole_moments`, after `begin_moments`."""
-        self.optimizer.state[parameter] = {name: part.to(self.device) for name, part in moments.items()}
+        own = self.optimizer
+        moments = own.stored(moments) if isinstance(own, (LittleAdamW, HostAdamW)) else to_fp32(moments)
+        home = torch.device("cpu") if isinstance(own, HostAdamW) else self.device
+        own.state[parameter] = {name: part.to(home) for name, part in moments.items()}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infctx.distributed.engine import MOMENTS, Engine
+from infctx.distributed.engine import Engine
 from infctx.model.loss import SegmentLoss
+from infctx.optimizers.moments import MOMENTS, to_fp32
 
 
 class ZeroEngine(Engine):
@@ -86,6 +87,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._link_moments()
+        moments = to_fp32(moments)
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, moments[name].to(parameter.device), name)
 

@@ -40,18 +40,29 @@ class Sizes:
     def num_parameters(self) -> int:
         """Returns the number of weights, without an initial state, by the closed forms of the architecture."""
         layers, width = self.num_layers, self.width
-        ends = 4 * width + 2 * self.vocab_size * width
+        ends = 4 * width
         if self.version == 7:
             assert self.decay_rank and self.rate_rank and self.value_rank and self.gate_rank
             ranks = self.decay_rank + self.rate_rank + self.value_rank + self.gate_rank
-            block = 4 * width * width + 2 * width * self.ffn_width + (19 + 2 * ranks) * width
-            return layers * block + ends - (0 if self.keeps_first_blend else (1 + 2 * self.value_rank) * width)
-        matrices = 6 * width * width + 2 * width * self.ffn_width
+            small = layers * (19 + 2 * ranks) * width
+            return (
+                self.matrix_parameters
+                + small
+                + ends
+                - (0 if self.keeps_first_blend else (1 + 2 * self.value_rank) * width)
+            )
         small = 14 * width
         if self.version == 6:
             assert self.mix_rank is not None and self.decay_rank is not None
             small = (16 + 10 * self.mix_rank + 2 * self.decay_rank) * width
-        return layers * (matrices + small) + ends
+        return self.matrix_parameters + layers * small + ends
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Returns how many of the weights are in matrices: embedding, head, and the large products of the blocks."""
+        squares = 4 if self.version == 7 else 6
+        block = squares * self.width * self.width + 2 * self.width * self.ffn_width
+        return self.num_layers * block + 2 * self.vocab_size * self.width
 
     @property
     def state_elements(self) -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from infctx.model.loss import SLICE_LOGITS
 from infctx.model.sizes import Sizes
+from infctx.optimizers.adamw import SLICE, SLICE_BYTES
+from infctx.optimizers.eight_bits import BLOCK
 from infctx.settings.config import Config
 
 GB = 1e9
@@ -55,7 +57,7 @@ PARAMETER_BYTES = {
     # With gradients reduced after every segment where possible, fp32 weights and many backward calls per step.  Counted
     # in DeepSpeed 0.19.8 (tests/plan/test_report.py), whose stages all step a second copy of a rank's share of the
     # weights.
-    Strategy("ddp"): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay (no set_to_none)
+    Strategy("ddp"): Share(WEIGHT_BYTES, 0, 0),  # the gradient is DDP's buckets, which stay; one device: _held_alone
     Strategy("zero1"): Share(8, 16, 0),  # weight, gradient; copy, moments, the reduced gradient
     Strategy("zero2"): Share(4, 20, 0),  # weight; copy, moments, gradients so far and of the current segment
     Strategy("zero3"): Share(0, 20, 0),  # weight, copy, moments, gradient
@@ -125,11 +127,13 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     work += 3 * 4 * SLICE_LOGITS  # slices of the logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
-        if config.run.precision == "bf16":  # copies of the weights, of the current block or of all blocks
+        if config.run.precision == "bf16" and not _has_bf16_matrices(
+            config
+        ):  # copies of the weights, of the current block or of all blocks
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
     work += _buffers(config, sizes)
     seams = lanes * segments * (state_bytes(sizes) + received_bytes(config, sizes))
-    held = _held(config, sizes)
+    held = held_memory(config, sizes)
     on_device = held.device + max(work, _step_bytes(config, sizes)) + config.rank_lanes * state_bytes(sizes)
     on_host = held.host
     if device_type == "cpu" or config.window.seam_store == "device":
@@ -230,19 +234,38 @@ def _kept_columns(sizes: Sizes) -> int:
     return sizes.head_size if sizes.version == 7 else 1
 
 
-def _held(config: Config, sizes: Sizes) -> Memory:
+def held_memory(config: Config, sizes: Sizes) -> Memory:
     """Returns the bytes held from the first step to the last: weights, gradients and the optimizer's state."""
     distributed, ranks = config.distributed, config.distributed.world_size
     if config.model.freezes_weights:  # the learned state is small, so every rank holds it
         held = _weight_itemsize(config) * sizes.num_parameters // (ranks if distributed.strategy == "zero3" else 1)
         learned = WEIGHT_BYTES * sizes.state_elements
         return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
+    if distributed.strategy == "ddp" and ranks == 1:
+        return _held_alone(config, sizes)
     shares = PARAMETER_BYTES if reduces_each_segment(config) else STEP_PARAMETER_BYTES
     share = shares[strategy_of(config)]
     return Memory(
         share.every * sizes.num_parameters + share.device * sizes.num_parameters // ranks,
         share.host * sizes.num_parameters // ranks,
     )
+
+
+def _has_bf16_matrices(config: Config) -> bool:
+    """Returns whether matrices that learn are bf16 on the device."""
+    on_host = config.distributed.offload_optimizer and config.distributed.strategy == "ddp"
+    return config.optimizer.weights == "bf16_stochastic" or (on_host and config.run.precision == "bf16")
+
+
+def _held_alone(config: Config, sizes: Sizes) -> Memory:
+    """Returns `held_memory` of one device with an optimizer of ours or torch's (infctx/optimizers)."""
+    settings, on_host = config.optimizer, config.distributed.offload_optimizer
+    moments = 0.0 if on_host else 2 * (1 + 4 / BLOCK) if settings.states == "int8" else 8.0
+    weight = 2 if _has_bf16_matrices(config) else 4
+    gradient = 4 if settings.gradients == "fp32" else 2
+    others = sizes.num_parameters - sizes.matrix_parameters
+    device = sizes.matrix_parameters * (weight + gradient + moments) + others * (8 + moments)
+    return Memory(round(device), 12 * sizes.num_parameters if on_host else 0)
 
 
 def _buffers(config: Config, sizes: Sizes) -> int:
@@ -265,6 +288,8 @@ def _buffers(config: Config, sizes: Sizes) -> int:
 
 def _step_bytes(config: Config, sizes: Sizes) -> int:
     """Returns the bytes that the optimizer's step needs on top of those held; activations are gone by then."""
+    if config.optimizer.small_forms and not config.distributed.offload_optimizer:
+        return SLICE_BYTES * min(SLICE, sizes.num_parameters)
     if config.distributed.strategy != "zero3" or config.model.freezes_weights or config.distributed.offload_optimizer:
         return 0
     return 4 * sizes.num_parameters // config.distributed.world_size  # the gradient, laid out for the optimizer

@@ -18,7 +18,7 @@ from infctx.hub.published import missing_weights
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
 from infctx.model.sizes import Sizes
 from infctx.plan.memory import GB, Memory, Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
-from infctx.plan.strategy import STRATEGIES, resolve_strategy
+from infctx.plan.strategy import possible_strategies, resolve_strategy
 from infctx.settings.config import Config
 from infctx.small_texts import quoted
 
@@ -136,7 +136,7 @@ def _what_fits(
     asked, config: the run as configured, and with each "auto" resolved
     """
     others = {}
-    for strategy in STRATEGIES:
+    for strategy in possible_strategies(asked):
         other = resolve_strategy(with_strategy(asked, strategy), sizes, device_type, total)
         name = _describe_strategy(strategy)
         others[name] = other

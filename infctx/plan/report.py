@@ -25,7 +25,7 @@ from infctx.plan.memory import (
     with_strategy,
 )
 from infctx.plan.plan import find_weights
-from infctx.plan.strategy import FILLED, STRATEGIES, resolve_strategy
+from infctx.plan.strategy import FILLED, possible_strategies, resolve_strategy
 from infctx.settings.config import Config
 from infctx.small_texts import counted
 
@@ -145,7 +145,8 @@ def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int 
 
 def _choices(config: Config, own: Config) -> Iterator[Config]:
     """Yields the run with every strategy, including its own, and every gradient_reduction that the strategy has."""
-    for strategy in [*STRATEGIES, *([] if strategy_of(own) in STRATEGIES else [strategy_of(own)])]:
+    possible = possible_strategies(own)
+    for strategy in [*possible, *([] if strategy_of(own) in possible else [strategy_of(own)])]:
         for reduction in ("step", "segment") if strategy.name in REDUCING_EACH_SEGMENT else ("step",):
             yield with_distributed(with_strategy(config, strategy), gradient_reduction=reduction)
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from infctx.model.sizes import Sizes
-from infctx.plan.memory import Strategy, rank_memory, reduces_each_segment, with_distributed, with_strategy
+from infctx.plan.memory import (
+    Strategy,
+    rank_memory,
+    reduces_each_segment,
+    strategy_of,
+    with_distributed,
+    with_strategy,
+)
 from infctx.settings.config import Config
 
 FILLED = 0.9
@@ -18,6 +25,16 @@ STRATEGIES = (
     Strategy("zero3", offload_optimizer=True, offload_parameters=True),
 )
 """The strategies to try, from fastest to smallest; `auto` tries those that keep everything on the device."""
+
+
+def possible_strategies(config: Config) -> tuple[Strategy, ...]:
+    """Returns the STRATEGIES that a run can have: on one device, the optimizer on the host too; on one device with an
+    optimizer in a small form, only what it has."""
+    if config.distributed.world_size > 1:
+        return STRATEGIES
+    if config.optimizer.small_forms:
+        return (strategy_of(config),)
+    return (STRATEGIES[0], Strategy("ddp", offload_optimizer=True), *STRATEGIES[1:])
 
 
 def choose_strategy(config: Config, sizes: Sizes | None, device_type: str, device_memory_bytes: int | None) -> str:
@@ -63,7 +80,8 @@ def resolve_strategy(
     On a GPU of unknown memory gradient_reduction stays "auto", which counts as "segment", the least memory.
     """
     if config.distributed.strategy == "auto":
-        config = with_strategy(config, Strategy(choose_strategy(config, sizes, device_type, device_memory_bytes)))
+        chosen = choose_strategy(config, sizes, device_type, device_memory_bytes)
+        config = with_distributed(config, strategy=chosen)
     if device_type != "cpu" and device_memory_bytes is None and reduces_each_segment(config):
         return config
     reduction = choose_reduction(config, sizes, device_type, device_memory_bytes)

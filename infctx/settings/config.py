@@ -73,6 +73,7 @@ class Config(Section):
             problems.append("window.carry: lane needs whole segments on each rank; set distributed.time_ranks to 1")
         if window.carry == "lane" and self.model.freezes_weights:
             problems.append("window.carry: in lane, documents never start from the state that learns; use document")
+        problems += self._optimizer_problems()
         for name in ("from_tokens", "to_tokens") if self.data.curriculum else ():
             tokens, unit = getattr(self.data.curriculum, name), window.segment_tokens
             if tokens % unit:
@@ -81,3 +82,35 @@ class Config(Section):
                     f"{max(1, round(tokens / unit)) * unit} would work"
                 )
         return refuse(self, problems)
+
+    def _optimizer_problems(self) -> list[str]:
+        """Returns what is wrong with optimizer.states, weights and gradients in this run."""
+        distributed, small = self.distributed, self.optimizer.small_forms
+        if not small:
+            return []
+        first, is_zero = f"optimizer.{small[0]}", distributed.strategy.startswith("zero")
+        problems = []
+        if self.model.freezes_weights:
+            problems.append(f"{first} is for weights that learn, and model.learn is {self.model.learn}; use fp32")
+        elif distributed.world_size > 1:
+            problems.append(
+                f"{first} is for one device; on {distributed.world_size}, distributed.strategy: zero2 divides memory"
+            )
+        elif is_zero:
+            problems.append(f"{first} has no place in distributed.strategy: {distributed.strategy}; use ddp")
+        on_host = distributed.offload_optimizer and not is_zero
+        for form in small if on_host else ():
+            if not form.startswith("gradients"):
+                problems.append(
+                    f"optimizer.{form} is for the device, and distributed.offload_optimizer keeps that on the host in "
+                    "fp32; use one of them"
+                )
+        is_low = self.run.precision == "bf16"
+        if self.optimizer.weights != "fp32" and not is_low:
+            problems.append("optimizer.weights: bf16_stochastic needs run.precision: bf16")
+        if self.optimizer.gradients != "fp32" and not (self.optimizer.weights != "fp32" or (on_host and is_low)):
+            problems.append(
+                "optimizer.gradients: bf16_stochastic is for matrices in bf16; set optimizer.weights: bf16_stochastic "
+                "too, or distributed.offload_optimizer: true with run.precision: bf16"
+            )
+        return problems

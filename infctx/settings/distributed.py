@@ -26,8 +26,9 @@ class DistributedSettings(Section):
     weight.  `segment`: after every segment, for `zero2` and `zero3`; needs the least memory, but sends much more.
     `auto`: `step` if it fits."""
     offload_optimizer: bool = False
-    """Keeps the optimizer's state in host memory and steps there, on the CPU; for `zero1`, `zero2` and `zero3`.  Saves
-    8 to 12 bytes per weight on the GPU and makes each step slower."""
+    """Keeps the optimizer's state in host memory and steps there, on the CPU; for one device, and for `zero1`, `zero2`
+    and `zero3` on several.  Saves 8 to 12 bytes per weight on the GPU and makes each step slower.  On one device with
+    `run.precision: bf16`, the fp32 weights move to the host too, and the GPU has them in bf16."""
     offload_parameters: bool = False
     """Keeps the weights in host memory until a block needs them, for `zero3`.  With `offload_optimizer` this needs the
     least GPU memory and is the slowest."""
@@ -53,7 +54,7 @@ class DistributedSettings(Section):
                 f"time_ranks: {self.time_ranks} does not divide the {self.world_size} ranks (devices * nodes); "
                 "choose a divisor"
             )
-        if self.offload_optimizer and not self.strategy.startswith("zero"):
+        if self.offload_optimizer and self.world_size > 1 and not self.strategy.startswith("zero"):
             problems.append(f"offload_optimizer: strategy {self.strategy} cannot; choose zero1, zero2 or zero3")
         if self.offload_parameters and self.strategy != "zero3":
             problems.append(f"offload_parameters: strategy {self.strategy} cannot; choose zero3")

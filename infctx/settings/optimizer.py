@@ -37,9 +37,26 @@ class OptimizerSettings(Section):
     """Added to AdamW's denominator, so that weights with tiny gradients do not take large steps."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the whole gradient; a gradient with a larger norm is scaled down to it.  null: no clipping."""
+    states: Literal["fp32", "int8"] = "fp32"
+    """How to hold AdamW's two moments: `fp32`, 8 bytes per weight; or `int8`, 2 bytes, each block of 256 values with a
+    scale, rounded at random so that averages stay right.  For one device."""
+    weights: Literal["fp32", "bf16_stochastic"] = "fp32"
+    """How to hold the matrices that learn: `fp32`, 4 bytes per weight; or `bf16_stochastic`, 2 bytes, stepped in fp32
+    and rounded to bf16 at random, so that steps below bf16's last bit still count on average.  Needs `run.precision:
+    bf16`, which then makes no copies of the weights.  For one device."""
+    gradients: Literal["fp32", "bf16_stochastic"] = "fp32"
+    """How gradients of bf16 matrices add up over the segments of a step: `fp32`, 4 bytes per weight; or
+    `bf16_stochastic`, 2 bytes, each sum rounded at random, which adds noise of about 0.3% of the sum for each segment
+    and no bias."""
     l2wrap: bool = False
     """Adds RWKV-LM's L2Wrap to the gradient, which keeps the largest logits small.  The loss you see stays the
     same."""
+
+    @property
+    def small_forms(self) -> list[str]:
+        """The settings that hold less than fp32, as `states: int8`."""
+        asked = {name: getattr(self, name) for name in ("states", "weights", "gradients")}
+        return [f"{name}: {form}" for name, form in asked.items() if form != "fp32"]
 
     @property
     def warmup(self) -> int:

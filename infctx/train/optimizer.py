@@ -1,29 +1,55 @@
-"""AdamW over the official parameter groups, and the learning rate of each step."""
+"""AdamW over the official parameter groups, in the form the settings ask for, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from infctx.model.rwkv import RWKV
+from infctx.optimizers.adamw import LittleAdamW
+from infctx.optimizers.gradients import add_up_in_bf16, add_up_in_fp32
+from infctx.optimizers.host import HostAdamW
 from infctx.settings.optimizer import OptimizerSettings
 
 DECAY_LR_SCALE = 2.0
 """Decays learn at twice the rate of the rest (RWKV-LM src/model.py, configure_optimizers)."""
 
 
-def make_optimizer(model: RWKV, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters; each group has `lr_scale` and the names of its parameters."""
-    return torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.peak_lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+def make_optimizer(
+    model: RWKV, settings: OptimizerSettings, seed: int = 0, on_host: bool = False, compute: torch.dtype | None = None
+) -> torch.optim.Optimizer:
+    """Returns AdamW over the trainable parameters; each group has `lr_scale` and the names of its parameters.
+
+    Where it asks for bf16 weights, the model's matrices become bf16, and their gradients add up as settings.gradients.
+    seed:    of all rounding at random
+    on_host: steps fp32 weights in host memory; the model's matrices become `compute`
+    """
+    groups = parameter_groups(model, settings.weight_decay)
+    numbers: dict[str, Any] = {
+        "lr": settings.peak_lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+    }
+    is_narrow = compute == torch.bfloat16 if on_host else settings.weights == "bf16_stochastic"
+    if on_host:
+        optimizer: torch.optim.Optimizer = HostAdamW(groups, **numbers)
+    elif settings.states == "int8" or is_narrow:
+        optimizer = LittleAdamW(groups, **numbers, eight_bits=settings.states == "int8", seed=seed)
+    else:
+        optimizer = torch.optim.AdamW(groups, **numbers, fused=True)
+    if is_narrow:
+        matrices = [matrix for matrix in _matrices(model) if matrix.requires_grad]
+        for matrix in matrices:
+            matrix.data = matrix.data.to(torch.bfloat16)
+        if settings.gradients == "fp32":
+            add_up_in_fp32(matrices)
+        else:
+            add_up_in_bf16(matrices, seed, lambda matrix: int(optimizer.state[matrix].get("step", 0)))
+    return optimizer
 
 
 def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
@@ -31,9 +57,7 @@ def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
 
     Everything else has no weight decay: Finch's low-rank products, token-shift weights, bonuses and norms.
     """
-    matrices = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
-    } | {"initial_wkv"}
+    matrices = {id(matrix) for matrix in _matrices(model)} | {id(model.initial_wkv)}
     groups: dict[str, dict[str, Any]] = {
         "matrices": {"lr_scale": 1.0, "weight_decay": weight_decay},
         "decays": {"lr_scale": DECAY_LR_SCALE, "weight_decay": 0.0},
@@ -44,10 +68,17 @@ def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "matrices" if name in matrices else "decays" if name.endswith(".decay") else "rest"
+        kind = "matrices" if id(parameter) in matrices else "decays" if name.endswith(".decay") else "rest"
         groups[kind]["params"].append(parameter)
         groups[kind]["names"].append(name)
     return [group for group in groups.values() if group["params"]]
+
+
+def _matrices(model: RWKV) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            assert isinstance(module.weight, nn.Parameter)
+            yield module.weight
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int) -> float:

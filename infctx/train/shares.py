@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infctx.distributed.engine import MOMENTS, Engine
+from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import INDEX, tensor_files
@@ -25,6 +25,8 @@ from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import open_safetensors, write_tensors
 from infctx.formats.weights import state_name
 from infctx.model.state import State
+from infctx.ops.precision import state_dtype
+from infctx.optimizers.moments import MOMENTS, PARTS, are_moments
 
 ANOTHER_CHECKPOINT = "remove this checkpoint to resume from the one before"
 
@@ -77,15 +79,13 @@ def read_moments(folder: Path, engine: Engine) -> None:
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        keys = {key: f"{name}/{key}" for key in (*MOMENTS, "step")}
+        keys = {key: f"{name}/{key}" for key in PARTS}
         moments = {key: _read(files[stored], stored) for key, stored in keys.items() if stored in files}
         shape = getattr(parameter, "ds_shape", parameter.shape)  # from ZeRO-3, which leaves an empty tensor
         if not moments and parameter in initial:
             without.append((name, parameter, shape))
             continue
-        wanted = {key: (shape, parameter.dtype) for key in MOMENTS} | {"step": (torch.Size(), torch.float32)}
-        found = {key: (tensor.shape, tensor.dtype) for key, tensor in moments.items()}
-        if found != wanted or not 0 < moments["step"].item() < float("inf"):
+        if not are_moments(moments, shape, state_dtype(parameter.dtype)):
             raise InputError(f"{folder}: the optimizer's state of {name} is incomplete; {ANOTHER_CHECKPOINT}")
         if not steps:
             steps = moments["step"].item()

@@ -81,7 +81,8 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
     tuned_over = fingerprint(model) if config.model.freezes_weights else None
     if config.model.freezes_weights:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
-    optimizer = make_optimizer(model, config.optimizer)
+    on_host = plan.strategy == "ddp" and config.distributed.offload_optimizer
+    optimizer = make_optimizer(model, config.optimizer, config.run.seed, on_host, model.compute.dtype)
     kind = Engine if plan.strategy == "ddp" else ZeroEngine
     segment_loss = SegmentLoss(model, config.optimizer.l2wrap, len(config.data.all_sources))
     engine = kind(devices, segment_loss, optimizer, config.optimizer.clip_norm)

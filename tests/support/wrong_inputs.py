@@ -141,8 +141,20 @@ a warm-up as long as the run = train config.yaml optimizer.warmup_steps=2
     command line: optimizer.warmup_steps: ... use fewer, or null for a tenth
 a final rate of a constant = train config.yaml optimizer.schedule=constant optimizer.final_lr=0.1
     command line: optimizer.final_lr: ... leave it out
-offload without ZeRO = train config.yaml distributed.offload_optimizer=true
-    command line: distributed.offload_optimizer: ... choose zero1, zero2 or zero3
+offload without ZeRO = train config.yaml distributed.devices=2 distributed.offload_optimizer=true
+    distributed.offload_optimizer: ... choose zero1, zero2 or zero3
+small moments of several devices = train config.yaml distributed.devices=2 window.lanes=2 optimizer.states=int8
+    optimizer.states: int8 is for one device; on 2, distributed.strategy: zero2 divides memory
+small moments of a state = tune tune.yaml optimizer.states=int8
+    optimizer.states: int8 is for weights that learn, and model.learn is initial_state; use fp32
+small moments in ZeRO = train config.yaml optimizer.states=int8 distributed.strategy=zero1
+    optimizer.states: int8 has no place in distributed.strategy: zero1; use ddp
+small moments on the host = train config.yaml optimizer.states=int8 distributed.offload_optimizer=true
+    optimizer.states: int8 is for the device, ... use one of them
+small weights in fp32 = train config.yaml optimizer.weights=bf16_stochastic
+    optimizer.weights: bf16_stochastic needs run.precision: bf16
+small gradients of large weights = train config.yaml optimizer.gradients=bf16_stochastic run.precision=bf16
+    optimizer.gradients: bf16_stochastic is for matrices in bf16; set optimizer.weights: bf16_stochastic too, or ...
 several problems = train config.yaml optimizer.steps=x run.seed=-1 window.lanes=0
     command line: 3 problems
     command line: window.lanes: 0 does not fit; give at least 1
