@@ -101,16 +101,10 @@ class Config(Section):
         on_host = distributed.offload_optimizer and not is_zero
         for form in small if on_host else ():
             if not form.startswith("gradients"):
-                problems.append(
-                    f"optimizer.{form} is for the device, and distributed.offload_optimizer keeps that on the host in "
-                    "fp32; use one of them"
-                )
+                problems.append(f"optimizer.{form} does not go with distributed.offload_optimizer; use one of them")
         is_low = self.run.precision == "bf16"
         if self.optimizer.weights != "fp32" and not is_low:
             problems.append("optimizer.weights: bf16_stochastic needs run.precision: bf16")
         if self.optimizer.gradients != "fp32" and not (self.optimizer.weights != "fp32" or (on_host and is_low)):
-            problems.append(
-                "optimizer.gradients: bf16_stochastic is for matrices in bf16; set optimizer.weights: bf16_stochastic "
-                "too, or distributed.offload_optimizer: true with run.precision: bf16"
-            )
+            problems.append("optimizer.gradients: bf16_stochastic needs optimizer.weights: bf16_stochastic")
         return problems

@@ -123,8 +123,6 @@ no for a word = train config.yaml run.resume=no
     command line: run.resume: ... choose 'auto' or 'never'
 a window that is no multiple = train config.yaml window.window_tokens=40
     command line: window.window_tokens: ... 32 would work
-a segment that is no multiple = train config.yaml window.segment_tokens=24
-    command line: window.segment_tokens: ... 32 would work
 lanes that do not divide = train config.yaml distributed.devices=3
     config.yaml:13: window.lanes: ... 3 would work
 passes that do not divide = train config.yaml window.lanes=4 window.lanes_per_pass=3
@@ -142,19 +140,19 @@ a warm-up as long as the run = train config.yaml optimizer.warmup_steps=2
 a final rate of a constant = train config.yaml optimizer.schedule=constant optimizer.final_lr=0.1
     command line: optimizer.final_lr: ... leave it out
 offload without ZeRO = train config.yaml distributed.devices=2 distributed.offload_optimizer=true
-    distributed.offload_optimizer: ... choose zero1, zero2 or zero3
+    command line: distributed.offload_optimizer: ... choose zero1, zero2 or zero3
 small moments of several devices = train config.yaml distributed.devices=2 window.lanes=2 optimizer.states=int8
-    optimizer.states: int8 is for one device; on 2, distributed.strategy: zero2 divides memory
+    command line: optimizer.states: int8 is for one device; on 2, distributed.strategy: zero2 divides memory
 small moments of a state = tune tune.yaml optimizer.states=int8
-    optimizer.states: int8 is for weights that learn, and model.learn is initial_state; use fp32
+    command line: optimizer.states: int8 is for weights that learn, and model.learn is initial_state; use fp32
 small moments in ZeRO = train config.yaml optimizer.states=int8 distributed.strategy=zero1
-    optimizer.states: int8 has no place in distributed.strategy: zero1; use ddp
+    command line: optimizer.states: int8 has no place in distributed.strategy: zero1; use ddp
 small moments on the host = train config.yaml optimizer.states=int8 distributed.offload_optimizer=true
-    optimizer.states: int8 is for the device, ... use one of them
+    command line: optimizer.states: int8 does not go with distributed.offload_optimizer; use one of them
 small weights in fp32 = train config.yaml optimizer.weights=bf16_stochastic
-    optimizer.weights: bf16_stochastic needs run.precision: bf16
+    command line: optimizer.weights: bf16_stochastic needs run.precision: bf16
 small gradients of large weights = train config.yaml optimizer.gradients=bf16_stochastic run.precision=bf16
-    optimizer.gradients: bf16_stochastic is for matrices in bf16; set optimizer.weights: bf16_stochastic too, or ...
+    command line: optimizer.gradients: bf16_stochastic needs optimizer.weights: bf16_stochastic
 several problems = train config.yaml optimizer.steps=x run.seed=-1 window.lanes=0
     command line: 3 problems
     command line: window.lanes: 0 does not fit; give at least 1
