@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,16 @@ Schema = TypeVar("Schema", bound=BaseModel)
 def counted(number: int, thing: str) -> str:
     """Returns a count in words: 1 step, 2,000 steps."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
+    """Returns the lines of a table; alignments: < or > for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [
+        [f"{cell:{alignment}{width}}" for cell, alignment, width in zip(row, alignments, widths, strict=True)]
+        for row in rows
+    ]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def quoted(text: str, most: int = MOST_QUOTED) -> str:

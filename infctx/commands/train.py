@@ -13,6 +13,7 @@ from infctx.arguments import number
 from infctx.environment import is_rank
 from infctx.errors import InputError
 from infctx.exits import EXIT_INPUT
+from infctx.files import atomic_file
 
 if TYPE_CHECKING:
     from infctx.settings.config import Config
@@ -101,8 +102,21 @@ def _rehearse(config: Config, options: argparse.Namespace) -> int:
 
 
 def describe_plan(parser: argparse.ArgumentParser) -> None:
-    """Show the memory and network traffic that a run needs, before it starts."""
+    """Show the memory and network traffic that a run needs, or with --gpu what one GPU can do with a model."""
     describe_train(parser)
+    parser.add_argument(
+        "--gpu",
+        type=number,
+        metavar="GB",
+        help="name a model instead of a configuration (finch-3b, a file, a name on the hub): shows how one GPU of this "
+        "memory can train it, and proposes a configuration",
+    )
+    parser.add_argument(
+        "--learn",
+        choices=("weights", "initial_state"),
+        help="with --gpu: what to learn; default: whatever fits and changes the most",
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="with --gpu: write the configuration to a new file")
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -110,6 +124,33 @@ def plan_command(options: argparse.Namespace) -> int:
     from infctx.plan.report import plan_report
     from infctx.settings.load import load_config
 
+    if options.gpu is not None:
+        return _propose(options)
+    for name in ("learn", "write"):
+        if getattr(options, name):
+            raise InputError(f"--{name}: goes with --gpu, which proposes a configuration; add --gpu 24 or leave it out")
     report = plan_report(load_config(options.config, options.overrides), options.device_gb)
     print(report.text)
     return EXIT_INPUT if report.fits is False else 0
+
+
+def _propose(options: argparse.Namespace) -> int:
+    from infctx.plan.propose import propose
+
+    if options.overrides:
+        raise InputError(f"{options.overrides[0]}: settings go with a configuration; change the proposed one instead")
+    if options.device_gb is not None:
+        raise InputError("--device-gb: is for a configuration; --gpu has the memory already")
+    proposal = propose(str(options.config), options.gpu, options.learn)
+    print(proposal.text)
+    if proposal.configuration is None:
+        return EXIT_INPUT
+    if options.write:
+        if options.write.exists():
+            raise InputError(f"{options.write}: exists already; name a new file")
+        with atomic_file(options.write) as temporary:
+            temporary.write_text(proposal.configuration, encoding="utf-8")
+        print(f"written to {options.write}")
+    else:
+        print(f"\n{proposal.configuration.rstrip()}")
+    return 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
@@ -15,6 +18,31 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, whose gradient is summed in fp32 if it is bf16: a segment has many tokens of the same id."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _Lookup.apply(self.weight, tokens) if self.weight.dtype == torch.bfloat16 else super().forward(tokens)
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[tokens], with the gradient of the weight in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.num_vectors = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        (tokens,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:  # frozen
+            return None, None
+        return torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, ctx.num_vectors, -1, False), None
 
 
 class LayerNorm(nn.LayerNorm):

@@ -131,7 +131,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_head = torch.zeros_like(head) if needs_head else None
+        d_head = torch.zeros_like(head, dtype=state_dtype(head.dtype)) if needs_head else None  # a sum of slices
         loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))
         by_source = loss_sum.new_zeros(num_sources)
         for rows, logits, wanted in _slices(hidden, head, targets):
@@ -147,7 +147,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             d_logits = _logit_gradient(logits, wanted, l2wrap).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, head.to(hidden.dtype), out=d_hidden[rows])
-            if d_head is not None and head.dtype == hidden.dtype:
+            if d_head is not None and d_head.dtype == hidden.dtype:
                 d_head.addmm_(d_logits.T, hidden[rows])
             elif d_head is not None:
                 d_head += d_logits.T @ hidden[rows]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from infctx.conventions import START_SPACING
 from infctx.errors import InputError
 from infctx.model.block import Block
-from infctx.model.layers import LayerNorm, Linear
+from infctx.model.layers import Embedding, LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
 from infctx.ops.precision import state_dtype
@@ -55,7 +55,7 @@ class RWKV(nn.Module):
     def __init__(self, sizes: Sizes, compute: Compute = Compute()) -> None:  # noqa: B008  (frozen)
         super().__init__()
         self.sizes, self.compute = sizes, compute
-        self.embedding = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.embedding = Embedding(sizes.vocab_size, sizes.width)
         self.embedding_norm = LayerNorm(sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, layer, compute.backend) for layer in range(sizes.num_layers))
         self.output_norm = LayerNorm(sizes.width)

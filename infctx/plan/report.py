@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from infctx.plan.memory import (
 from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, possible_strategies, resolve_strategy
 from infctx.settings.config import Config
-from infctx.small_texts import counted
+from infctx.small_texts import aligned, counted
 
 LEAST_SEGMENT = 256
 """Tokens; shorter segments take much longer for little memory."""
@@ -140,7 +140,7 @@ def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int 
                 f"<- {', '.join(marks)}" if marks else "",
             )
         )
-    return [*_aligned(rows, "<<>>>><"), "", *_legend(device_type, memory)]
+    return [*aligned(rows, "<<>>>><"), "", *_legend(device_type, memory)]
 
 
 def _choices(config: Config, own: Config) -> Iterator[Config]:
@@ -240,7 +240,7 @@ def _time_lines(config: Config, sizes: Sizes) -> list[str]:
         (f"a window, {counted(segments, 'segment')}", "", "", _amount(segment * segments)),
         (f"a step, {counted(config.rank_lanes, 'lane')}", "", "", _amount(step_wire(config, sizes).time)),
     ]
-    return _aligned(rows, "<>>>")
+    return aligned(rows, "<>>>")
 
 
 def _name(strategy: Strategy) -> str:
@@ -254,12 +254,3 @@ def _amount(count: float) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def _aligned(rows: Sequence[Sequence[str]], alignments: str) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [
-        [f"{cell:{alignment}{width}}" for cell, alignment, width in zip(row, alignments, widths, strict=True)]
-        for row in rows
-    ]
-    return ["  ".join(row).rstrip() for row in cells]

@@ -46,8 +46,8 @@ class OptimizerSettings(Section):
     bf16`, which then makes no copies of the weights.  For one device."""
     gradients: Literal["fp32", "bf16_stochastic"] = "fp32"
     """How gradients of bf16 matrices add up over the segments of a step: `fp32`, 4 bytes per weight; or
-    `bf16_stochastic`, 2 bytes, each sum rounded at random, which adds noise of about 0.3% of the sum for each segment
-    and no bias."""
+    `bf16_stochastic`, 2 bytes, each sum rounded at random: no bias, and noise of about 0.4% of a sum of eight
+    segments."""
     l2wrap: bool = False
     """Adds RWKV-LM's L2Wrap to the gradient, which keeps the largest logits small.  The loss you see stays the
     same."""

@@ -6,12 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import infctx
 from infctx.formats.checkpoint_folder import checkpoints
+from infctx.model import loss
+from infctx.model.rwkv import Compute
 from infctx.plan.memory import held_memory
 from infctx.settings.load import load_config
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.loop import train, train_steps
+from infctx.train.optimizer import make_optimizer
 
 from runs import infctx_here, losses_of, open_run, write_config
+from tiny_models import random_model
 
 BF16 = {"run__precision": "bf16"}
 FORMS = {
@@ -43,14 +49,37 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, form):
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
-def test_the_host_steps_as_the_device_does(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_host_steps_as_the_device_does(tmp_path, precision):
+    """Bit for bit, also where the device has the weights in bf16 only."""
     for name in ("device", "host"):
         (tmp_path / name).mkdir()
-        train(load_config(write_config(tmp_path / name, **SHORT, distributed__offload_optimizer=name == "host")))
-    on_device, on_host = (losses_of(tmp_path / name / "run") for name in ("device", "host"))
-    assert on_host == pytest.approx(on_device, rel=1e-6)
-    weights = [torch.load(tmp_path / name / "run" / "model.pth") for name in ("device", "host")]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+        changes = SHORT | {"run__precision": precision, "distributed__offload_optimizer": name == "host"}
+        train(load_config(write_config(tmp_path / name, **changes)))
+    assert losses_of(tmp_path / "host" / "run") == losses_of(tmp_path / "device" / "run")
+    newest = [checkpoints(tmp_path / name / "run" / "checkpoints")[-1] for name in ("device", "host")]
+    weights = [load_file(path / "model.safetensors") for path in newest]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_gradients_of_bf16_weights_are_those_of_fp32_weights(version, monkeypatch):
+    """Bit for bit, over several segments and several slices of the head, with many tokens of the same id."""
+    monkeypatch.setattr(loss, "SLICE_LOGITS", 61 * 50)
+    tokens = torch.randint(0, 5, (2, 161), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for form in ("fp32", "bf16_stochastic"):
+        model = random_model(version, vocab_size=61)
+        model.compute = Compute(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        make_optimizer(model, OptimizerSettings(steps=20, peak_lr=1e-3, weights=form))
+        infctx.window_backward(model, tokens[:, :-1], tokens[:, 1:], 48)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert model.head.weight.dtype == torch.bfloat16
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert torch.equal(gradients[1][name], gradient), name
 
 
 def test_another_form_takes_over_the_moments(tmp_path):
