@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 import infctx
 import infctx.parquet.large_pages as large_pages
+from infctx import pth_check
 from infctx.data.token_store import TokenStore
 from infctx.documents.document import Reading
 from infctx.errors import InputError
-from infctx.formats import pth_check
 from infctx.formats.checkpoint_folder import find_damage, newest_checkpoint
 from infctx.formats.model_files import find_model, find_state
 from infctx.formats.state_file import is_state_file, read_state

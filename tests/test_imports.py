@@ -20,6 +20,7 @@ ROOMS = (
     "ops",
     "recurrence",
     "model",
+    "adapters",
     "formats",
     "optimizers",
     "plan",

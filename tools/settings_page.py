@@ -58,7 +58,12 @@ def settings_page() -> str:
     for section, reference in schema["properties"].items():
         content = schema["$defs"][reference["$ref"].rpartition("/")[2]]
         parts.append(f"## {section}\n{_wrapped(content['description'])}\n")
-        parts += [_setting(name, setting) for name, setting in content["properties"].items()]
+        for name, setting in content["properties"].items():
+            parts.append(_setting(name, setting))
+            inside = next((choice["$ref"] for choice in setting.get("anyOf", ()) if "$ref" in choice), None)
+            if inside:
+                within = schema["$defs"][inside.rpartition("/")[2]]["properties"]
+                parts += [_setting(f"{name}.{part}", its) for part, its in within.items() if "description" in its]
     return "\n".join(parts)
 
 

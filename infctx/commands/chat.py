@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from infctx.commands.options import (
+    describe_adapter,
     describe_chat,
     describe_device,
     describe_model,
@@ -30,6 +31,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     describe_chat(parser)
     describe_sampling(parser)
     describe_state(parser)
+    describe_adapter(parser)
     describe_device(parser)
 
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from infctx.arguments import count
-from infctx.commands.options import describe_device, describe_model, describe_state, load_model
+from infctx.commands.options import describe_adapter, describe_device, describe_model, describe_state, load_model
 from infctx.errors import InputError
 
 
@@ -21,6 +21,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep the table as JSON, as a run does")
     describe_state(parser)
+    describe_adapter(parser)
     describe_device(parser)
 
 

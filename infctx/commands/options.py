@@ -33,6 +33,12 @@ def describe_state(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def describe_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", type=Path, help="an adapter trained over MODEL: a file, a folder of RWKV-PEFT's, or a run's folder"
+    )
+
+
 def describe_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=count, default=256, help="generate at most this many tokens (default %(default)s)"
@@ -68,8 +74,11 @@ def open_chat(options: argparse.Namespace):  # noqa: ANN202  (the type would loa
 def load_model(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
     import torch
 
-    from infctx.formats.model_files import open_model
+    from infctx.formats.model_files import find_model, open_model, with_adapter
     from infctx.machine import pick_device
 
+    files = find_model(options.model)
+    if options.adapter is not None:
+        files = with_adapter(files, options.adapter)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    return open_model(options.model, options.state, dtype, pick_device(options.device))
+    return open_model(files, options.state, dtype, pick_device(options.device))

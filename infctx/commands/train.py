@@ -113,7 +113,7 @@ def describe_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--learn",
-        choices=("weights", "initial_state"),
+        choices=("weights", "adapter", "initial_state"),
         help="with --gpu: what to learn; default: whatever fits and changes the most",
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="with --gpu: write the configuration to a new file")

@@ -74,8 +74,8 @@ def evaluation_of(model: RWKV, step: int, losses: Mapping[str, Sequence[Document
 
 
 def fine_tunes(config: Config) -> bool:
-    """Returns whether the run trains the weights of a finished model further."""
-    return config.model.weights is not None and not config.model.freezes_weights
+    """Returns whether the run trains the weights of a finished model further, or an adapter for them."""
+    return config.model.weights is not None and not config.model.tunes_state
 
 
 def measure_before(plan: Plan, model: RWKV, device: torch.device, watchdog: Watchdog | None) -> None:
@@ -117,7 +117,7 @@ def measure_after(plan: Plan, model: RWKV, step: int, measured: Evaluation | Non
         log.warning("the whole model does not fit on one device: it is evaluated on the CPU, many times slower")
     earlier = read_earlier(config, before=step)
     before, names, new = None, ("without state", "with the state"), []
-    if config.model.freezes_weights:
+    if config.model.tunes_state:
         with without_state(model):
             new = [_evaluate(model, readings, step)]
         before = new[0]
@@ -174,7 +174,7 @@ def read_earlier(config: Config, before: int) -> list[Evaluation]:
 
 def trained_evaluations(config: Config, before: int) -> list[Evaluation]:
     """Returns those of `read_earlier` that measured what learns: of a tuned state, not those without it."""
-    return [each for each in read_earlier(config, before) if each.with_state or not config.model.freezes_weights]
+    return [each for each in read_earlier(config, before) if each.with_state or not config.model.tunes_state]
 
 
 def keep_evaluations(config: Config, evaluations: list[Evaluation]) -> None:

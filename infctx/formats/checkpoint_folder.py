@@ -2,8 +2,10 @@
 
 A checkpoint is a folder `step-000123`, written under a temporary name and renamed once it is complete:
 
-    model.safetensors      weights under their official names; a run that tunes a state has instead
-    state.safetensors      only the initial state (the weights stay in the file that model.weights names)
+    model.safetensors      weights under their official names; a run that freezes them, and leaves them in the file that
+                           model.weights names, has instead one or both of
+    state.safetensors      only the initial state
+    adapter.safetensors    only an adapter, and the weights that learn with it (formats/adapter_file)
     optimizer.safetensors  moments and step counts of the optimizer, as <parameter>/<name>
     carry.safetensors      the carried state of all lanes, the units of a tuned state, the random generators
     progress.json          step, position in the documents, tokens seen
@@ -39,6 +41,8 @@ INDEX = f"{CHECKPOINT_WEIGHTS}.index.json"
 """Hugging Face's index of weights in several files: {"weight_map": {tensor: file}}."""
 STATE_FILE = "state.safetensors"
 """The file of a state, in form infctx, in the folder of a run or a checkpoint."""
+ADAPTER_FILE = "adapter.safetensors"
+"""The file of an adapter, in the folder of a run or a checkpoint."""
 STEP_NAME = r"step-\d{6,}"
 """The names of checkpoints."""
 MANIFEST, PROGRESS, SETTINGS = "manifest.json", "progress.json", "config.yaml"
@@ -121,8 +125,8 @@ def find_damage(path: Path, hashes: bool = True) -> str | None:
 
 def _find_gap(path: Path, names: Collection[str]) -> str | None:
     """Describes the first thing missing from a manifest of these names, None if nothing is."""
-    if not {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE} & set(names):
-        return f"{MANIFEST} lists no model and no state"
+    if not {CHECKPOINT_WEIGHTS, INDEX, STATE_FILE, ADAPTER_FILE} & set(names):
+        return f"{MANIFEST} lists no model, no state and no adapter"
     for stem in ("optimizer", "carry"):
         if not _shares(stem, names):
             return f"{MANIFEST} lists no file of the {stem}"

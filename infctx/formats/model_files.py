@@ -1,4 +1,7 @@
-"""Finds and opens a model: a weights file, a checkpoint or the folder of a run in; its files, or the model, out."""
+"""Finds and opens a model: a weights file, a checkpoint or the folder of a run in; its files, or the model, out.
+
+A model with an adapter is opened as one, merged.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from infctx.adapters.stored import CONFIG_FILE
 from infctx.errors import InputError
+from infctx.formats.adapter_file import is_adapter_file, merged_weights, read_adapter
 from infctx.formats.checkpoint_folder import (
+    ADAPTER_FILE,
     MANIFEST,
     STATE_FILE,
     TUNED_OVER,
@@ -17,10 +23,10 @@ from infctx.formats.checkpoint_folder import (
     newest_checkpoint,
     saved_settings,
 )
-from infctx.formats.hub_models import fetch_model
 from infctx.formats.state_file import is_state_file, load_state
 from infctx.formats.tensor_file import read_metadata
 from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights, read_model
+from infctx.hub.models import fetch_model
 from infctx.hub.names import hub_name
 from infctx.hub.published import refuse_stopped_download
 from infctx.model.rwkv import RWKV, Compute
@@ -37,10 +43,12 @@ MOST_PATH = 4096
 
 
 class ModelFiles(NamedTuple):
-    """Weights for `infctx.load_model`, and the state tuned over them, if any."""
+    """Weights for `infctx.load_model`, the state tuned over them, if any, and adapters, each trained over the weights
+    and those before it."""
 
     weights: Path
     state: Path | None
+    adapters: tuple[Path, ...] = ()
 
 
 def load_model(
@@ -71,16 +79,35 @@ def open_model(
     same_weights: raises InputError if the state was tuned over other weights, instead of a warning in the log
     """
     files = path if isinstance(path, ModelFiles) else find_model(path)
-    model = read_model(open_weights(files.weights), dtype, device, compute)
+    stored = open_base(files)
+    model = read_model(stored, dtype, device, compute)
     state = fetch_model(state) if state else files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
-        if tuned_over_others(state, model):
+        if is_of_others(state, files, model):
             problem = f"{state}: was tuned over other weights than {files.weights} holds"
             if same_weights:
                 raise InputError(f"{problem}; name those weights, or choose another run.folder")
             log.warning("%s", problem)
     return model
+
+
+def open_base(files: ModelFiles) -> StoredWeights:
+    """Opens weights, merged with their adapters; warns of an adapter that was trained over others."""
+    stored = open_weights(files.weights)
+    for path in files.adapters:
+        learned = read_adapter(path, stored.sizes)
+        if learned.tuned_over is not None and not has_fingerprint(stored, learned.tuned_over):
+            log.warning("%s: was trained over other weights than %s holds", path, files.weights)
+        stored = merged_weights(stored, learned)
+    return stored
+
+
+def is_of_others(state: Path, files: ModelFiles, model: RWKV | StoredWeights) -> bool:
+    """Returns whether a state was tuned over others than these: over the whole model, or with its last adapter."""
+    if not tuned_over_others(state, model):
+        return False
+    return not files.adapters or tuned_over_others(state, open_base(files._replace(adapters=files.adapters[:-1])))
 
 
 def tuned_over_others(state: Path, weights: RWKV | StoredWeights) -> bool:
@@ -93,7 +120,7 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
     """Returns the files of a model; for a run, its newest complete checkpoint, or model.pth if it has none.
 
     hashes: reads all of that checkpoint to check that it is complete, see `newest_checkpoint`
-    seen: state checkpoints that led here, each tuned over the weights of the next
+    seen: checkpoints of states or adapters that led here, each tuned over the weights of the next
     What is on the hub is downloaded, unless it is in the cache.  Raises InputError if there is no model.
     """
     path = fetch_model(path)
@@ -104,22 +131,26 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
                 f"{path}: is a state, not a model; name the model, and give this file with --state or "
                 "model.initial_state"
             )
+        if path.is_file() and is_adapter_file(path):
+            raise InputError(f"{path}: is an adapter, not a model; name the model, and give this file with --adapter")
         return ModelFiles(path, None)
     if holds_weights(path):
         return ModelFiles(path, None)
-    if (path / STATE_FILE).is_file() and (path / MANIFEST).is_file():  # a run's folder has only the first
+    here = [name for name in (ADAPTER_FILE, STATE_FILE) if (path / name).is_file()]
+    if here and (path / MANIFEST).is_file():  # a run's folder has only the files that were learned
+        what, option = ("an adapter", "--adapter") if here[0] == ADAPTER_FILE else ("a state", "--state")
         named = saved_settings(path).get("model", {}).get("weights")
         if not isinstance(named, str) or not named:
-            raise InputError(f"{path}: holds a state, and its settings do not say over which weights; copy it again")
+            raise InputError(f"{path}: holds {what}, and its settings do not say over which weights; copy it again")
         weights = Path(named)
         if len(named) > MOST_PATH or not (weights.exists() or hub_name(weights)):
             raise InputError(
-                f"{path}: holds a state tuned over {quoted(named, 200)}, and that is not there; run this where it is, "
-                f"or name the model and give {path / STATE_FILE} with --state"
+                f"{path}: holds {what} tuned over {quoted(named, 200)}, and that is not there; run this where it is, "
+                f"or name the model and give {path / here[0]} with {option}"
             )
         if path.resolve() in seen:
-            raise InputError(f"{path}: holds a state that is tuned over itself, by its settings; copy it again")
-        return ModelFiles(find_model(weights, hashes, (*seen, path.resolve())).weights, path / STATE_FILE)
+            raise InputError(f"{path}: holds {what} that is tuned over itself, by its settings; copy it again")
+        return _with_learned(find_model(weights, hashes, (*seen, path.resolve())), path)
     newest = newest_checkpoint(path / "checkpoints", hashes) or newest_checkpoint(path, hashes)
     if newest is not None:
         return find_model(newest, hashes, seen)
@@ -130,6 +161,34 @@ def find_model(path: Path, hashes: bool = True, seen: tuple[Path, ...] = ()) -> 
     raise InputError(f"{path}: holds no checkpoint; give a .pth, a .safetensors, a checkpoint or a run's folder")
 
 
+def with_adapter(files: ModelFiles, path: Path) -> ModelFiles:
+    """Returns the files of a model with an adapter more: a file, a folder of RWKV-PEFT's, a checkpoint, or a run.
+
+    The state that a run learned with the adapter comes along.  Raises InputError if there is no adapter.
+    """
+    path = fetch_model(path)
+    if not path.is_dir() or (path / CONFIG_FILE).is_file():
+        return files._replace(adapters=(*files.adapters, path))
+    found = find_adapter(path)
+    if found is None:
+        raise InputError(f"{path}: holds no adapter; name a file (.safetensors), or a run with model.learn: adapter")
+    return _with_learned(files, found.parent)
+
+
+def find_adapter(path: Path) -> Path | None:
+    """Returns the adapter of a run or a checkpoint; None if it has none."""
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        path = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path) or path
+    return path / ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else None
+
+
+def _with_learned(files: ModelFiles, folder: Path) -> ModelFiles:
+    """Returns the files of a model with what a folder has of an adapter and a state."""
+    adapter, state = folder / ADAPTER_FILE, folder / STATE_FILE
+    adapters = (*files.adapters, adapter) if adapter.is_file() else files.adapters
+    return ModelFiles(files.weights, state if state.is_file() else files.state, adapters)
+
+
 def find_state(path: Path) -> Path | None:
     """Returns the state file at `path`, or that of a tuned run or checkpoint; its weights need not exist."""
     if path.is_file():
@@ -137,6 +196,6 @@ def find_state(path: Path) -> Path | None:
     if not path.is_dir() or holds_weights(path):
         return None
     if (path / MANIFEST).is_file():
-        return path / STATE_FILE
+        return path / STATE_FILE if (path / STATE_FILE).is_file() else None
     newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
     return None if newest is None else find_state(newest)

@@ -20,9 +20,9 @@ import torch
 
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import STATE_FILE
-from infctx.formats.hub_models import fetch_model
 from infctx.formats.tensor_file import STORED_DTYPES, is_safetensors, narrow, read_shapes, read_tensors, write_tensors
 from infctx.formats.weights import StoredWeights, copy_weights, is_state_name, state_name, stored_tensors
+from infctx.hub.models import fetch_model
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State, refuse_other_sizes
 from infctx.ops.precision import state_dtype

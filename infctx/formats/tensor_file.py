@@ -19,7 +19,7 @@ from torch import Tensor
 from infctx.errors import InputError
 from infctx.files import atomic_file
 from infctx.formats.checkpoint_folder import WeightIndex, listed_files
-from infctx.formats.pth_check import is_zip, refuse_odd_pth
+from infctx.pth_check import is_zip, refuse_odd_pth
 from infctx.small_texts import quoted, read_json_as
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,13 +11,32 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """Computes y = x W^T in the dtype of x."""
+    """Computes y = x W^T in the dtype of x; an `adapter` (infctx/adapters), if there is one, adds its term."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        y = self.product(x)
+        return y if self.adapter is None else self.adapter(x, y, self.matrix)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns x W^T, without the adapter."""
+        return F.linear(x, self.matrix(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Returns W (outputs, inputs), without the adapter."""
+        return self.weight.to(dtype)
+
+
+class Draws:
+    """What the dropout of a model's adapters is drawn from while its blocks run.
+
+    rows: a number for each token (B, T) int64; None outside of training: there is no dropout
+    """
+
+    rows: Tensor | None = None
 
 
 class Embedding(nn.Embedding):

@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     starts:  (B, number of 16-token boundaries inside the segment) bool, None if no document starts
     offset:  place of the first token on the 16-token grid of the window, 0..15; 0 if time is shared over ranks
     sources: (B, T) int64, the number of each token's source of documents; None if there is only one
+    rows:    (B, T) int64, what the dropout of adapters is drawn from; None for no dropout
     """
 
     tokens: Tensor
@@ -38,6 +39,7 @@ class Segment(NamedTuple):
     starts: Tensor | None = None
     offset: int = 0
     sources: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class SegmentLoss(nn.Module):
@@ -56,15 +58,16 @@ class SegmentLoss(nn.Module):
         source (num_sources,), without a gradient.
         each_token: returns `token_losses` instead of their sum, and nothing of the sources
         """
-        tokens, targets, starts, offset, sources = segment
+        tokens, targets, starts, offset, sources, rows = segment
         on_grid = -offset % 16  # tokens before the first boundary
         if starts is None or on_grid == 0:
-            hidden, state = self.model(tokens, state, starts, received)
+            hidden, state = self.model(tokens, state, starts, received, rows)
         elif on_grid >= tokens.shape[1]:
-            hidden, state = self.model(tokens, state)
+            hidden, state = self.model(tokens, state, rows=rows)
         else:
-            before, state = self.model(tokens[:, :on_grid], state)
-            after, state = self.model(tokens[:, on_grid:], state, starts)
+            parts = (None, None) if rows is None else (rows[:, :on_grid], rows[:, on_grid:])
+            before, state = self.model(tokens[:, :on_grid], state, rows=parts[0])
+            after, state = self.model(tokens[:, on_grid:], state, starts, rows=parts[1])
             hidden = torch.cat([before, after], dim=1)
         if targets is None:
             return hidden.new_zeros(()), state, hidden.new_zeros(self.num_sources)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from infctx.conventions import START_SPACING
 from infctx.errors import InputError
 from infctx.model.block import Block
-from infctx.model.layers import Embedding, LayerNorm, Linear
+from infctx.model.layers import Draws, Embedding, LayerNorm, Linear
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
 from infctx.ops.precision import state_dtype
@@ -65,6 +66,7 @@ class RWKV(nn.Module):
         self.initial_time_shift: nn.Parameter | None = None
         self.initial_channel_shift: nn.Parameter | None = None
         self.initial_units: State | None = None  # the units of these parameters; None: one
+        self.draws = Draws()
 
     def forward(
         self,
@@ -72,6 +74,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         starts: Tensor | None = None,
         received: Received | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Runs one segment, or with time_ranks this rank's slice of it.
 
@@ -80,6 +83,7 @@ class RWKV(nn.Module):
         starts:   (B, ceil(T / 16)) bool: a document starts at this 16-token boundary, from what Compute.carry says
         received: with time_ranks, keeps the values received in this segment; passed again, the segment is recomputed
                   and nothing is sent; None if it runs only once
+        rows:     (B, T) int64: what the dropout of adapters is drawn from; None for no dropout
         Returns hidden (B, T, D), normalized for the head; and the state after the last token of the segment.
         """
         self._check(tokens, state, starts)
@@ -90,12 +94,21 @@ class RWKV(nn.Module):
         x = self.embedding_norm(self._embed(tokens))  # (B, T, D)
         layers, first_value = [], None
         for block, layer, segment in zip(self.blocks, state.layers(), segments, strict=True):
+            run = block if rows is None else partial(self._run_with, rows, block)
             if self.compute.recompute_blocks and torch.is_grad_enabled():
-                x, layer, first_value = checkpoint(block, x, layer, segment, first_value, use_reentrant=False)
+                x, layer, first_value = checkpoint(run, x, layer, segment, first_value, use_reentrant=False)
             else:
-                x, layer, first_value = block(x, layer, segment, first_value)
+                x, layer, first_value = run(x, layer, segment, first_value)
             layers.append(layer)
         return self.output_norm(x), stack_layers(layers)
+
+    def _run_with(self, rows: Tensor, block: nn.Module, *inputs: Any) -> Any:
+        """Runs a block with dropout; a recomputation in the backward pass comes here too, and draws the same."""
+        self.draws.rows = rows
+        try:
+            return block(*inputs)
+        finally:
+            self.draws.rows = None
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeds (B, T) -> (B, T, D), in the dtype of the activations."""

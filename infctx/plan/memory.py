@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from infctx.adapters.targets import count_learned, target_shapes
 from infctx.model.loss import SLICE_LOGITS
 from infctx.model.sizes import Sizes
 from infctx.optimizers.adamw import SLICE, SLICE_BYTES
@@ -98,6 +99,14 @@ ACTIVATION_BYTES = {
 }
 
 
+TRAINED_TOO_CHANNELS = {"norms": (1, 1), "mixes": (2, 2), "decays": (6, 1), "bonus": (1, 1)}
+"""What autograd saves in a block for the weights that learn with an adapter, at most: numbers per token and channel of
+the width, in fp32 and in bf16."""
+BLENDS_BESIDE = {5: 0, 6: 1, 7: 3}
+"""Blends of a token and the one before, in fp32 on a CPU, that lie in one block of memory with those that go into
+matrices: with one, all are kept."""
+
+
 class Memory(NamedTuple):
     """Bytes of one rank: on its device, and in host memory on top of that (on a CPU both are host memory)."""
 
@@ -131,6 +140,8 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
             config
         ):  # copies of the weights, of the current block or of all blocks
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
+    elif config.model.learned_adapter:
+        work += _adapter_work(config, sizes)
     work += _buffers(config, sizes)
     seams = lanes * segments * (state_bytes(sizes) + received_bytes(config, sizes))
     held = held_memory(config, sizes)
@@ -145,6 +156,16 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
         frozen = config.model.freezes_weights
         on_device, on_host = max(on_device, whole * frozen), max(on_host, whole * (not frozen))
     return Memory(on_device, on_host)
+
+
+def _adapter_work(config: Config, sizes: Sizes) -> int:
+    """Returns the bytes of an adapter's copies in bf16, and of a matrix in fp32 whose rows dora measures."""
+    adapter = config.model.learned_adapter
+    assert adapter is not None
+    blocks = sizes.num_layers if config.model.recompute_blocks else 1
+    copies = 2 * count_learned(adapter, sizes) // blocks if config.run.precision == "bf16" else 0
+    matrix = max(outputs * inputs for outputs, inputs in target_shapes(adapter, sizes))
+    return copies + 4 * matrix * (adapter.form == "dora" and config.run.precision == "bf16")
 
 
 def strategy_of(config: Config) -> Strategy:
@@ -177,9 +198,25 @@ def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
     kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in with_kernels)
     block = ACTIVATION_BYTES[sizes.version, low, kernels][config.model.freezes_weights] * sizes.width
     ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
+    block += _adapter_activation_bytes(config, sizes)
     if config.model.recompute_blocks:
         return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends
     return sizes.num_layers * block + ends
+
+
+def _adapter_activation_bytes(config: Config, sizes: Sizes) -> int:
+    """Returns the bytes that an adapter, and what learns with it, adds to those of a block for one token: its inputs
+    but for miss, what comes out of them, for dora also its outputs, and which inputs are dropped."""
+    adapter, low = config.model.learned_adapter, config.run.precision == "bf16"
+    if adapter is None:
+        return 0
+    channels, dropped = sum(TRAINED_TOO_CHANNELS[group][low] for group in adapter.train_too) * sizes.width, 0
+    for outputs, inputs in target_shapes(adapter, sizes):
+        channels += adapter.rank + inputs * (adapter.form != "miss") + outputs * (adapter.form == "dora")
+        dropped += inputs if adapter.dropout else 0
+    if not low and not dropped and adapter.form != "miss":
+        channels += BLENDS_BESIDE[sizes.version] * sizes.width
+    return (2 if low else 4) * channels + dropped
 
 
 def state_bytes(sizes: Sizes) -> int:
@@ -239,7 +276,8 @@ def held_memory(config: Config, sizes: Sizes) -> Memory:
     distributed, ranks = config.distributed, config.distributed.world_size
     if config.model.freezes_weights:  # the learned state is small, so every rank holds it
         held = _weight_itemsize(config) * sizes.num_parameters // (ranks if distributed.strategy == "zero3" else 1)
-        learned = WEIGHT_BYTES * sizes.state_elements
+        adapter = config.model.learned_adapter
+        learned = WEIGHT_BYTES * (count_learned(adapter, sizes) if adapter else sizes.state_elements)
         return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
     if distributed.strategy == "ddp" and ranks == 1:
         return _held_alone(config, sizes)
@@ -311,5 +349,7 @@ def _activation_itemsize(config: Config) -> int:
 def _learned_parameters(config: Config, sizes: Sizes) -> int:
     if not config.model.freezes_weights:
         return sizes.num_parameters
+    if config.model.learned_adapter:
+        return count_learned(config.model.learned_adapter, sizes)
     matrices = sizes.num_layers * sizes.width * sizes.head_size
     return sizes.state_elements if config.model.learn == "initial_state_and_shifts" else matrices

@@ -10,9 +10,9 @@ import torch
 from infctx.data.token_store import store_prefix
 from infctx.errors import InputError
 from infctx.exits import LESS_MEMORY
-from infctx.formats.checkpoint_folder import LOCK, SETTINGS, STATE_FILE, checkpoints
-from infctx.formats.hub_models import to_download
+from infctx.formats.checkpoint_folder import ADAPTER_FILE, LOCK, SETTINGS, STATE_FILE, checkpoints
 from infctx.formats.model_files import RUN_WEIGHTS
+from infctx.hub.models import to_download
 from infctx.hub.names import hub_name
 from infctx.hub.published import missing_weights
 from infctx.machine import device_memory, free_device_memory, free_host_memory, own_device
@@ -22,7 +22,7 @@ from infctx.plan.strategy import possible_strategies, resolve_strategy
 from infctx.settings.config import Config
 from infctx.small_texts import quoted
 
-NOT_OTHERS = {SETTINGS, RUN_WEIGHTS, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl"}
+NOT_OTHERS = {SETTINGS, RUN_WEIGHTS, ADAPTER_FILE, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl"}
 NOT_OTHERS |= {"tensorboard", "metrics.csv", "run_id", "wandb"}
 """What people may put into a new run's folder, and what is left of one whose checkpoints are gone."""
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from infctx.adapters.targets import refuse_targets
 from infctx.errors import InputError
 from infctx.formats.checkpoint_folder import checkpoints
-from infctx.formats.hub_models import cached_model, fetch_model
 from infctx.formats.model_files import ModelFiles, find_model
 from infctx.formats.weights import read_sizes
+from infctx.hub.models import cached_model, fetch_model
 from infctx.machine import device_memory, pick_device
 from infctx.model.sizes import Sizes, describe, make_sizes, published_sizes
 from infctx.plan.missing import files_to_download, missing_devices, missing_files, missing_loggers, refuse_folder
@@ -85,9 +86,13 @@ def find_weights(config: Config) -> tuple[ModelFiles | None, Sizes | None]:
     named = published_sizes(settings.size, "model.size: ") if settings.size else None
     path = settings.weights and cached_model(settings.weights)
     if path is None or not path.exists():
+        if named and settings.learned_adapter:
+            refuse_targets(settings.learned_adapter, named)
         return None, named or (_own_sizes(settings.sizes) if settings.sizes else None)
     files = find_model(path, hashes=False)
     found = read_sizes(files.weights)
+    if settings.learned_adapter:
+        refuse_targets(settings.learned_adapter, found)
     if named not in (None, found):
         raise InputError(
             f"model.size: {settings.size} is not the size of {settings.weights}; name the right one, or leave it out "

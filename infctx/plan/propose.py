@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from infctx.errors import InputError
-from infctx.formats.hub_models import cached_model
 from infctx.formats.model_files import find_model
 from infctx.formats.weights import read_sizes
+from infctx.hub.models import cached_model
 from infctx.hub.published import PUBLISHED_FILES
 from infctx.model.sizes import PUBLISHED_SIZES, Sizes, describe, published_sizes
 from infctx.plan.memory import GB, rank_memory
@@ -50,11 +50,12 @@ WAYS = (
         "weights",
         {"optimizer": {"states": "int8", "weights": _BF16, "gradients": _BF16}},
     ),
+    Way("an adapter: LoRA of rank 32", "adapter", {}),
     Way("the initial state", "initial_state", {}),
 )
 """From the one that changes the most, exactly, to the one that needs the least."""
 
-PEAK_LR = {"weights": 2e-5, "initial_state": 0.1}
+PEAK_LR = {"weights": 2e-5, "adapter": 2e-4, "initial_state": 0.1}
 """Learning rates to start from, by what learns (docs/settings.md, optimizer.peak_lr)."""
 
 

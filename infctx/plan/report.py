@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from infctx.adapters.targets import count_learned
 from infctx.errors import InputError
 from infctx.hub.names import hub_name
 from infctx.machine import device_memory, host_memory
@@ -26,6 +27,7 @@ from infctx.plan.memory import (
 )
 from infctx.plan.plan import find_weights
 from infctx.plan.strategy import FILLED, possible_strategies, resolve_strategy
+from infctx.settings.adapter import AdapterSettings
 from infctx.settings.config import Config
 from infctx.small_texts import aligned, counted
 
@@ -97,6 +99,7 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         "weights": "the weights learn",
         "initial_state": "the initial state learns, the weights are frozen",
         "initial_state_and_shifts": "the initial state and its shift vectors learn, the weights are frozen",
+        "adapter": _describe_adapter(config.model.learned_adapter, sizes),
     }[config.model.learn]
     again = "blocks recomputed in the backward pass" if config.model.recompute_blocks else "no recomputation"
     reach = "over all of them"
@@ -114,6 +117,13 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         f"{config.step_tokens:,} tokens per step",
         f"ranks     {ranks}",
     ]
+
+
+def _describe_adapter(settings: AdapterSettings | None, sizes: Sizes) -> str:
+    if settings is None:
+        return ""
+    too = "".join(f", {group}" for group in [*settings.train_too, *["the state"] * settings.initial_state])
+    return f"an adapter learns ({settings.form}, rank {settings.rank}{too}): {count_learned(settings, sizes):,} numbers"
 
 
 def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from infctx.settings.config import Config
 
 def held_out_scalars(evaluation: Evaluation, config: Config) -> dict[str, float]:
     """Returns the numbers of an evaluation by name: of all documents, by position, and by source."""
-    without = "_without_state" if config.model.freezes_weights and not evaluation.with_state else ""
+    without = "_without_state" if config.model.tunes_state and not evaluation.with_state else ""
     scalars = {}
     for source, buckets in {"": evaluation.buckets, **evaluation.sources}.items():
         for bucket in [total(buckets), *buckets]:

@@ -71,7 +71,7 @@ class Config(Section):
             )
         if window.carry == "lane" and distributed.time_ranks > 1:
             problems.append("window.carry: lane needs whole segments on each rank; set distributed.time_ranks to 1")
-        if window.carry == "lane" and self.model.freezes_weights:
+        if window.carry == "lane" and self.model.learns_state:
             problems.append("window.carry: in lane, documents never start from the state that learns; use document")
         problems += self._optimizer_problems()
         for name in ("from_tokens", "to_tokens") if self.data.curriculum else ():

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from infctx.errors import InputError
+from infctx.settings.adapter import WHERE_FORMS
 from infctx.settings.config import Config
 from infctx.settings.data import FORMS
 from infctx.small_texts import quoted, read_yaml
@@ -29,7 +30,7 @@ COMMAND_LINE = "command line"
 def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | None = None) -> Config:
     """Reads a YAML file and applies overrides such as `optimizer.peak_lr=1.0e-4`; raises InputError.
 
-    learn: the value of model.learn if neither sets it; "weights" is then an error.
+    learn: the value of model.learn if neither sets it, unless there is an adapter; "weights" is then an error.
     """
     path = Path(path)
     try:
@@ -46,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
     if not isinstance(content, dict):
         raise InputError(f"{path}: no sections in it; it needs {', '.join(Config.model_fields)}")
     if learn and isinstance(content.get("model"), dict):
-        content["model"].setdefault("learn", learn)
+        content["model"].setdefault("learn", "adapter" if content["model"].get("adapter") else learn)
     for override in overrides:
         _apply_override(content, lines, override)
     try:
@@ -55,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), learn: str | No
         raise _explained(error, path, content, lines) from None
     if learn and not config.model.freezes_weights:
         place = lines.get(("model", "learn"), path)
-        raise InputError(f"{place}: model.learn: weights is for `infctx train`; `infctx tune` takes {learn}")
+        raise InputError(f"{place}: model.learn: weights is for `infctx train`; `infctx tune` takes {learn} or adapter")
     return config
 
 
@@ -67,15 +68,20 @@ def dump_config(config: Config) -> str:
 def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str], override: str) -> None:
     name, equals, text = override.partition("=")
     path = tuple(name.split("."))
-    if not equals or len(path) != 2 or not all(path):
+    if not equals or len(path) not in (2, 3) or not all(path):
         raise InputError(f"{quoted(override)}: an override is section.setting=value, such as optimizer.peak_lr=1.0e-4")
     value, _ = read_yaml(text, quoted(override))
     if path[0] not in content:
         places[path[:1]] = COMMAND_LINE
-    section = content.setdefault(path[0], {})
-    if not isinstance(section, dict):
-        raise InputError(f"{places[path[:1]]}: {path[0]}: is a section; put settings below it")
-    section[path[1]] = value
+    section = content
+    for depth, part in enumerate(path[:-1], start=1):
+        if depth > 1 and section.get(part) is None:
+            section[part], places[path[:depth]] = {}, COMMAND_LINE
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            here = ".".join(path[:depth])
+            raise InputError(f"{places.get(path[:depth], COMMAND_LINE)}: {here}: is a section; put settings below it")
+    section[path[-1]] = value
     places[path] = COMMAND_LINE
 
 
@@ -116,7 +122,7 @@ def _where(problem: ErrorDetails) -> tuple[str, ...]:
     for part in problem["loc"]:
         if isinstance(part, int) and path:
             path[-1] += f"[{part}]"
-        elif part not in FORMS:
+        elif part not in (*FORMS, *WHERE_FORMS):
             path.append(str(part))
     return tuple(path)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from infctx.settings.adapter import AdapterSettings
 from infctx.settings.section import PathSetting, Positive, Section
 
 
@@ -50,10 +51,14 @@ class ModelSettings(Section):
     the root of the width."""
     gate_rank: Positive | None = None
     """Rank of the low-rank product that makes the gate, Goose only; null: about 5 times the root of the width."""
-    learn: Literal["weights", "initial_state", "initial_state_and_shifts"] = "weights"
+    learn: Literal["weights", "initial_state", "initial_state_and_shifts", "adapter"] = "weights"
     """What to train.  `weights`: every weight, and the initial state if the file has one.  `initial_state`: only the
     matrices that each document starts from, with the weights frozen (state tuning); `infctx tune` sets this.
-    `initial_state_and_shifts`: the shift vectors too, which only infctx can load."""
+    `initial_state_and_shifts`: the shift vectors too, which only infctx can load.  `adapter`: small matrices beside the
+    frozen ones, as `adapter` says (docs/one-gpu.md)."""
+    adapter: AdapterSettings | None = None
+    """What learns with `learn: adapter`, in settings of its own; null: their defaults.  `infctx tune` trains an adapter
+    if they are there."""
     initial_state: PathSetting | None = None
     """State file to start from, in any form that `infctx export` writes, here or on the hub; null: the state in
     `weights`, or zeros."""
@@ -74,7 +79,23 @@ class ModelSettings(Section):
 
     @property
     def freezes_weights(self) -> bool:
+        """Returns whether the weights stay as they are in their file, but for those that an adapter names."""
         return self.learn != "weights"
+
+    @property
+    def learned_adapter(self) -> AdapterSettings | None:
+        """The adapter that learns, if one does."""
+        return (self.adapter or AdapterSettings()) if self.learn == "adapter" else None
+
+    @property
+    def tunes_state(self) -> bool:
+        """Returns whether the initial state learns, and nothing else."""
+        return self.learn in ("initial_state", "initial_state_and_shifts")
+
+    @property
+    def learns_state(self) -> bool:
+        """Returns whether the initial state of a frozen model learns, alone or with an adapter."""
+        return self.tunes_state or bool(self.learned_adapter and self.learned_adapter.initial_state)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
@@ -86,6 +107,8 @@ class ModelSettings(Section):
             raise ValueError("sizes by hand need version, num_layers and width")
         if self.freezes_weights and not self.weights:
             raise ValueError(f"learn: {self.learn} tunes a finished model; name it with model.weights")
+        if self.adapter and self.learn != "adapter":
+            raise ValueError(f"adapter: means nothing with learn: {self.learn}; set learn: adapter, or leave it out")
         if self.initial_state and not self.weights:
             raise ValueError("initial_state: belongs to a finished model; name it with model.weights")
         return self

@@ -19,12 +19,15 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from infctx.adapters.stored import Header
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
 from infctx.evaluate.record import Evaluation
 from infctx.files import atomic_folder, temporary_name
+from infctx.formats.adapter_file import write_adapter
 from infctx.formats.checkpoint_folder import (
+    ADAPTER_FILE,
     BEST,
     LOCK,
     PROGRESS,
@@ -46,7 +49,15 @@ from infctx.settings.config import Config
 from infctx.settings.load import dump_config
 from infctx.small_texts import quoted, read_json_as
 from infctx.train.run import Progress, Run
-from infctx.train.shares import ANOTHER_CHECKPOINT, read_carry, read_moments, write_carry, write_moments, write_weights
+from infctx.train.shares import (
+    ANOTHER_CHECKPOINT,
+    learned_weights,
+    read_carry,
+    read_moments,
+    write_carry,
+    write_moments,
+    write_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +73,9 @@ def save_checkpoint(run: Run) -> Path:
     with atomic_folder(path) if ranks.is_first else nullcontext() as own:
         temporary = ranks.from_first(lambda: own)
         assert temporary is not None  # rank 0 made it
-        learned = engine.learned_state() if run.plan.config.model.freezes_weights else None
-        entries = ranks.together(lambda: _write_share(temporary, run, learned))
+        state = engine.learned_state() if run.plan.config.model.learns_state else None
+        adapter = learned_weights(engine) if run.plan.config.model.learned_adapter else None
+        entries = ranks.together(lambda: _write_share(temporary, run, state, adapter))
         if ranks.is_first:
             write_manifest(temporary, {name: entry for share in entries for name, entry in share.items()})
     if ranks.is_first:
@@ -98,22 +110,34 @@ def _link_best(folder: Path, best: Evaluation | None, is_new: bool) -> Path | No
     return path
 
 
-def _write_share(folder: Path, run: Run, learned: State | None) -> dict[str, tuple[int, str]]:
+def _write_share(
+    folder: Path, run: Run, state: State | None, adapter: dict[str, Tensor] | None
+) -> dict[str, tuple[int, str]]:
     """Writes this rank's files; returns their sizes and hashes."""
     engine, ranks = run.engine, run.engine.ranks
     others = _generators(run.carry.wkv.device) | _units(engine.model.initial_units)
-    files = write_weights(folder, engine) if learned is None else []
+    files = [] if run.plan.config.model.freezes_weights else write_weights(folder, engine)
     files += write_moments(folder, engine) + write_carry(folder, run.carry, others, ranks)
     if ranks.is_first:
-        if learned is not None:
+        if state is not None:
             assert run.tuned_over is not None
-            save_state(learned, folder / STATE_FILE, "infctx", metadata={TUNED_OVER: run.tuned_over})
+            save_state(state, folder / STATE_FILE, "infctx", metadata={TUNED_OVER: run.tuned_over})
             files.append(folder / STATE_FILE)
+        if adapter is not None:
+            files.append(save_adapter(folder, run, adapter))
         texts = {PROGRESS: json.dumps(run.progress._asdict()), SETTINGS: dump_config(_found_anywhere(run.plan.config))}
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             files.append(folder / name)
     return {file.name: size_and_hash(file) for file in sorted(files)}
+
+
+def save_adapter(folder: Path, run: Run, learned: dict[str, Tensor]) -> Path:
+    """Writes an adapter, and the weights that learned with it, into a folder; returns the file."""
+    settings = run.plan.config.model.learned_adapter
+    assert settings is not None and run.tuned_over is not None
+    write_adapter(learned, folder / ADAPTER_FILE, Header.of(settings, run.tuned_over), run.model.sizes)
+    return folder / ADAPTER_FILE
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infctx.adapters.install import learned_names
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer, tokenizer_for_vocab
 from infctx.errors import InputError
@@ -17,7 +18,7 @@ from infctx.evaluate.generate import generate
 from infctx.evaluate.held_out import UNMEASURABLE, fits, measure_after, without_state
 from infctx.evaluate.loss_by_position import format_value, total, unit_of
 from infctx.evaluate.record import Evaluation
-from infctx.formats.checkpoint_folder import BEST, TUNED_OVER
+from infctx.formats.checkpoint_folder import ADAPTER_FILE, BEST, TUNED_OVER
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
@@ -28,6 +29,7 @@ from infctx.report.loggers import TENSORBOARD, Loggers
 from infctx.report.progress import duration
 from infctx.report.step_log import STEP_LOG, read_step_log
 from infctx.small_texts import counted
+from infctx.train.checkpoint import save_adapter
 from infctx.train.run import STATE_FILES, Run
 from infctx.train.start import make_model
 
@@ -35,6 +37,7 @@ PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 200
 WHAT_IT_IS = {
     RUN_WEIGHTS: "the weights, in fp32: generate, evaluate, export",
+    ADAPTER_FILE: "the adapter, in fp32: generate, evaluate, export",
     "state.safetensors": "the state, in fp32: generate, evaluate, export",
     "state.st": "the state for Ai00",
     "state.pth": "the state for RWKV-Runner, ChatRWKV and the like",
@@ -55,7 +58,7 @@ def finish(run: Run) -> None:
         if config.data.held_out and config.run.evaluate_tokens:
             try:
                 print(_measure(run, model))
-                if config.model.freezes_weights:
+                if config.model.tunes_state:
                     _show_samples(model, TokenStore(config.data.held_out_stores[0][1]))
             except BrokenPipeError:  # nobody reads our output anymore
                 raise
@@ -101,10 +104,12 @@ def _outcome(run: Run) -> str:
 
 
 def _write(run: Run, model: RWKV) -> list[Path]:
-    """Writes the weights or states that were learned into the run's folder; returns the files."""
-    folder = run.plan.config.run.folder
-    if run.plan.config.model.freezes_weights:
-        return write_states(model, folder, run.tuned_over)
+    """Writes the weights, adapter or states that were learned into the run's folder; returns the files."""
+    folder, settings = run.plan.config.run.folder, run.plan.config.model
+    if settings.freezes_weights:
+        learned = {name: model.get_parameter(name).detach().cpu() for name in learned_names(model)}
+        adapter = [save_adapter(folder, run, learned)] if settings.learned_adapter else []
+        return adapter + (write_states(model, folder, run.tuned_over) if settings.learns_state else [])
     save_weights(model, folder / RUN_WEIGHTS)
     return [folder / RUN_WEIGHTS]
 
@@ -159,8 +164,10 @@ def _next_commands(run: Run, model: RWKV, measured: bool) -> list[str]:
         commands.append(["infctx", "evaluate", folder, str(config.data.held_out_stores[0][1]), "--max-tokens", tokens])
     if tokenizer_for_vocab(model.sizes.vocab_size):
         commands.append(["infctx", "generate", folder])
-    if config.model.freezes_weights and model.initial_time_shift is None:  # for programs that want a single file
+    if config.model.learns_state and model.initial_time_shift is None:  # for programs that want a single file
         commands.append(["infctx", "export", folder, f"{folder}/merged.pth", "--form", "merged"])
+    elif config.model.learned_adapter:
+        commands.append(["infctx", "export", folder, f"{folder}/merged.pth"])
     if run.best and run.best.step != run.progress.step:
         commands.append(["infctx", "export", f"{config.run.checkpoints}/{BEST}", f"{folder}/best.pth"])
     if "tensorboard" in config.run.loggers:

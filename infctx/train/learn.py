@@ -1,18 +1,32 @@
-"""Chooses what learns: all weights, or only the initial state of a frozen model (state tuning), and in which units.
+"""Chooses what learns: all weights, only the initial state of a frozen model (state tuning), or an adapter; and in
+which units a state learns.
 
-Training steps are the same either way (train/loop).
+Training steps are the same in each case (train/loop).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from infctx.adapters.dropout import row_keys
+from infctx.adapters.install import add_adapters, learned_names, set_learned
+from infctx.adapters.targets import weights_that_learn
 from infctx.data.lanes import Window
+from infctx.errors import InputError
+from infctx.formats.adapter_file import read_adapter
+from infctx.formats.model_files import ModelFiles, open_base
+from infctx.formats.stored_names import stored_names
+from infctx.formats.weights import has_fingerprint
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.ops.precision import state_dtype
+from infctx.settings.adapter import AdapterSettings
+from infctx.settings.config import Config
 from infctx.settings.window import WindowSettings
+from infctx.train.run import Run
 from infctx.train.window import cut_window
 
 
@@ -27,6 +41,43 @@ def freeze_weights(model: RWKV, shifts: bool = False) -> None:
     for part in parts if shifts else parts[:1]:
         assert part is not None  # just added
         part.requires_grad_()
+
+
+def learn_adapter(model: RWKV, config: Config, files: ModelFiles) -> None:
+    """Freezes everything but a new adapter and what learns with it.
+
+    files: of the frozen weights, for the exact values of those that learn in fp32
+    """
+    settings = config.model.learned_adapter
+    assert settings is not None
+    add_adapters(model, settings, config.run.seed)
+    names, wanted = stored_names(model.sizes), weights_that_learn(model, settings)
+    stored = open_base(files) if wanted else None
+    for name in wanted:
+        assert stored is not None
+        model.get_parameter(name).data.copy_(stored.tensors[names[name]])
+
+
+def resume_adapter(model: RWKV, settings: AdapterSettings, path: Path) -> None:
+    """Sets what learns to a checkpoint's values; InputError for another adapter, or one over other weights."""
+    learned = read_adapter(path, model.sizes)
+    if learned.tuned_over is None or not has_fingerprint(model, learned.tuned_over):
+        raise InputError(f"{path}: was trained over other weights; name those weights, or choose another run.folder")
+    wanted = {name: model.get_parameter(name).shape for name in learned_names(model)}
+    found = {name: tensor.shape for name, tensor in learned.tensors.items()}
+    if wanted != found or learned.kind != (settings.form, settings.scale):
+        raise InputError(f"{path}: is of a run with another model.adapter; set it back, or choose another run.folder")
+    set_learned(model, learned.tensors)
+
+
+def dropout_rows(run: Run, num_tokens: int) -> Tensor | None:
+    """Returns what the dropout of this rank's lanes is drawn from in this step (B, T); None without dropout."""
+    config, engine = run.plan.config, run.engine
+    adapter = config.model.learned_adapter
+    if adapter is None or not adapter.dropout:
+        return None
+    lanes = engine.ranks.lanes(config.window.lanes)
+    return row_keys(config.run.seed, engine.step_number, lanes, num_tokens, engine.device)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from infctx.train.checkpoint import save_checkpoint
 from infctx.train.evaluation import evaluate_step, evaluation_is_due
 from infctx.train.failure import explain_failure, find_failure
 from infctx.train.finish import finish
+from infctx.train.learn import dropout_rows
 from infctx.train.optimizer import set_learning_rate
 from infctx.train.run import Progress, Run
 from infctx.train.start import only_run_in, open_run
@@ -100,13 +101,14 @@ def gradients_of_step(run: Run, window: Window) -> tuple[Tensor, State]:
     tokens, targets, starts = (part.to(engine.device) for part in (window.tokens, window.targets, window.starts))
     sources = None if window.sources is None else window.sources.to(engine.device)
     time = engine.ranks.time_rank, engine.ranks.time_ranks
+    rows = dropout_rows(run, tokens.shape[1])
     losses, carries = torch.zeros((), device=engine.device), []
     for begin in range(0, config.rank_lanes, config.pass_lanes):
         group = slice(begin, begin + config.pass_lanes)
-        of = None if sources is None else sources[group]
+        of, drawn = (None if part is None else part[group] for part in (sources, rows))
         here, carry = backward_through_window(
             engine.segment_loss,
-            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens, *time, of),
+            cut_window(tokens[group], targets[group], starts[group], settings.segment_tokens, *time, of, drawn),
             run.carry.lanes(group),
             engine,
             settings.gradient_segments,

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from infctx.adapters.install import adapters_of
 from infctx.model.rwkv import RWKV
 from infctx.optimizers.adamw import LittleAdamW
 from infctx.optimizers.gradients import add_up_in_bf16, add_up_in_fp32
 from infctx.optimizers.host import HostAdamW
+from infctx.settings.adapter import AdapterSettings
 from infctx.settings.optimizer import OptimizerSettings
 
 DECAY_LR_SCALE = 2.0
@@ -20,15 +22,23 @@ DECAY_LR_SCALE = 2.0
 
 
 def make_optimizer(
-    model: RWKV, settings: OptimizerSettings, seed: int = 0, on_host: bool = False, compute: torch.dtype | None = None
+    model: RWKV,
+    settings: OptimizerSettings,
+    adapter: AdapterSettings | None = None,
+    *,
+    seed: int = 0,
+    on_host: bool = False,
+    compute: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:
     """Returns AdamW over the trainable parameters; each group has `lr_scale` and the names of its parameters.
 
     Where it asks for bf16 weights, the model's matrices become bf16, and their gradients add up as settings.gradients.
+    adapter: the settings of the adapter that learns, if one does
     seed:    of all rounding at random
     on_host: steps fp32 weights in host memory; the model's matrices become `compute`
     """
-    groups = parameter_groups(model, settings.weight_decay)
+    state_scale = 1.0 if adapter is None else adapter.state_lr / settings.peak_lr
+    groups = parameter_groups(model, settings.weight_decay, state_scale)
     numbers: dict[str, Any] = {
         "lr": settings.peak_lr,
         "betas": (settings.beta1, settings.beta2),
@@ -52,14 +62,19 @@ def make_optimizer(
     return optimizer
 
 
-def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
+def parameter_groups(model: RWKV, weight_decay: float, state_scale: float = 1.0) -> list[dict]:
     """Applies the official rules: twice the rate for decays; weight decay for matrices, embeddings and initial state.
 
-    Everything else has no weight decay: Finch's low-rank products, token-shift weights, bonuses and norms.
+    Everything else has no weight decay: Finch's low-rank products, token-shift weights, bonuses and norms.  An
+    adapter's matrices are matrices.  state_scale: of the initial state's learning rate.
     """
-    matrices = {id(matrix) for matrix in _matrices(model)} | {id(model.initial_wkv)}
+    matrices = {id(matrix) for matrix in _matrices(model)}
+    if state_scale == 1:
+        matrices.add(id(model.initial_wkv))
+    matrices |= {id(getattr(its, part)) for its in adapters_of(model).values() for part in its.matrices}
     groups: dict[str, dict[str, Any]] = {
         "matrices": {"lr_scale": 1.0, "weight_decay": weight_decay},
+        "state": {"lr_scale": state_scale, "weight_decay": weight_decay},
         "decays": {"lr_scale": DECAY_LR_SCALE, "weight_decay": 0.0},
         "rest": {"lr_scale": 1.0, "weight_decay": 0.0},
     }
@@ -69,6 +84,7 @@ def parameter_groups(model: RWKV, weight_decay: float) -> list[dict]:
         if not parameter.requires_grad:
             continue
         kind = "matrices" if id(parameter) in matrices else "decays" if name.endswith(".decay") else "rest"
+        kind = "state" if name == "initial_wkv" and state_scale != 1 else kind
         groups[kind]["params"].append(parameter)
         groups[kind]["names"].append(name)
     return [group for group in groups.values() if group["params"]]

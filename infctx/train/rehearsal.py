@@ -22,7 +22,7 @@ from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.tokenizer import get_tokenizer
 from infctx.documents.example_documents import python_documents
 from infctx.errors import InputError
-from infctx.formats.checkpoint_folder import LOCK, STATE_FILE
+from infctx.formats.checkpoint_folder import ADAPTER_FILE, LOCK, STATE_FILE
 from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.weights import save_weights
 from infctx.model.build import new_model
@@ -56,7 +56,7 @@ class Rehearsal(NamedTuple):
     @property
     def is_done(self) -> bool:
         """Returns whether it was trained to its end."""
-        return any((self.file.parent / name).exists() for name in (RUN_WEIGHTS, STATE_FILE))
+        return any((self.file.parent / name).exists() for name in (RUN_WEIGHTS, ADAPTER_FILE, STATE_FILE))
 
 
 def open_rehearsal(config: Config, name: str | Path, device_gb: float | None = None) -> Rehearsal:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infctx.adapters.install import learned_names
 from infctx.distributed.engine import Engine
 from infctx.distributed.ranks import Ranks
 from infctx.errors import InputError
@@ -52,6 +53,12 @@ def write_weights(folder: Path, engine: Engine) -> list[Path]:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": ordered}, indent=1), encoding="utf-8")
         written.append(folder / INDEX)
     return written
+
+
+def learned_weights(engine: Engine) -> dict[str, Tensor]:
+    """Returns what learns with an adapter, by its names in the model, on the CPU; every rank must call it."""
+    names = learned_names(engine.model)
+    return {name: engine.whole(engine.model.get_parameter(name)).cpu().clone() for name in names}
 
 
 def write_moments(folder: Path, engine: Engine) -> list[Path]:

@@ -24,7 +24,9 @@ from infctx.evaluate.held_out import fine_tunes, held_out_readings, measure_befo
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
 from infctx.evaluate.record import HELD_OUT
 from infctx.files import atomic_file
+from infctx.formats.adapter_file import read_adapter
 from infctx.formats.checkpoint_folder import (
+    ADAPTER_FILE,
     BEST,
     LOCK,
     SETTINGS,
@@ -49,7 +51,7 @@ from infctx.settings.load import dump_config
 from infctx.small_texts import counted
 from infctx.train.checkpoint import changed_settings, load_progress, load_units, lock_folder
 from infctx.train.evaluation import resume_evaluations
-from infctx.train.learn import freeze_weights, natural_units
+from infctx.train.learn import freeze_weights, learn_adapter, natural_units, resume_adapter
 from infctx.train.optimizer import make_optimizer
 from infctx.train.run import STATE_FILES, Progress, Run
 
@@ -78,11 +80,17 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
         if fine_tunes(config) and not checkpoint:
             open_lanes(config, model.sizes.vocab_size)  # find mistakes before spending minutes
             ranks.from_first(lambda: measure_before(plan, model, fabric.device, watchdog))
-    tuned_over = fingerprint(model) if config.model.freezes_weights else None
-    if config.model.freezes_weights:
+    tuned_over = frozen_fingerprint(config, model, checkpoint)
+    if config.model.learns_state:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
-    on_host = plan.strategy == "ddp" and config.distributed.offload_optimizer
-    optimizer = make_optimizer(model, config.optimizer, config.run.seed, on_host, model.compute.dtype)
+    optimizer = make_optimizer(
+        model,
+        config.optimizer,
+        config.model.learned_adapter,
+        seed=config.run.seed,
+        on_host=plan.strategy == "ddp" and config.distributed.offload_optimizer,
+        compute=model.compute.dtype,
+    )
     kind = Engine if plan.strategy == "ddp" else ZeroEngine
     segment_loss = SegmentLoss(model, config.optimizer.l2wrap, len(config.data.all_sources))
     engine = kind(devices, segment_loss, optimizer, config.optimizer.clip_norm)
@@ -113,7 +121,7 @@ def find_checkpoint(config: Config) -> Path | None:
     newest = newest_checkpoint(folder)
     if newest is None:
         (folder / BEST).unlink(missing_ok=True)
-    learned = [name for name in (RUN_WEIGHTS, *STATE_FILES) if (config.run.folder / name).exists()]
+    learned = [name for name in (RUN_WEIGHTS, ADAPTER_FILE, *STATE_FILES) if (config.run.folder / name).exists()]
     if newest is None and learned:
         raise InputError(
             f"{config.run.folder / learned[0]}: is of a run whose checkpoints are gone, and would be "
@@ -138,7 +146,7 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
     Weights that learn are fp32.  Frozen weights always come from `model.weights` and are held in run.precision.
     """
     config, settings = plan.config, plan.config.model
-    if checkpoint and (STATE_FILE in (listed_files(checkpoint) or ())) != settings.freezes_weights:
+    if checkpoint and _learned_in(checkpoint) != settings.learn.removesuffix("_and_shifts"):
         raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
     low = torch.bfloat16 if config.run.precision == "bf16" else None
     compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks, config.window.carry)
@@ -152,13 +160,31 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
             f"{checkpoint or settings.initial_state or settings.weights}: the state has shift vectors, and model.learn "
             f"{settings.learn} has no place for them; start from a state without them, or learn them too"
         )
-    if settings.freezes_weights:
+    if settings.learned_adapter:
+        assert plan.weights is not None  # an adapter learns over existing weights
+        learn_adapter(model, config, plan.weights)
+        if checkpoint:
+            resume_adapter(model, settings.learned_adapter, checkpoint / ADAPTER_FILE)
+    elif settings.freezes_weights:
         freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
     if config.window.carry == "lane":  # no document starts from the initial state, so it cannot learn
         for part in model.initial_parts():
             if part is not None:
                 part.requires_grad_(False)
     return model
+
+
+def frozen_fingerprint(config: Config, model: RWKV, checkpoint: Path | None) -> str | None:
+    """Returns the fingerprint of the weights that stay; None if none do."""
+    if config.model.learned_adapter and checkpoint:  # some weights may have learned with the adapter
+        return read_adapter(checkpoint / ADAPTER_FILE, model.sizes).tuned_over
+    return fingerprint(model) if config.model.freezes_weights else None
+
+
+def _learned_in(checkpoint: Path) -> str:
+    """Returns what a checkpoint's run learns, as a value of model.learn."""
+    names = listed_files(checkpoint) or ()
+    return "adapter" if ADAPTER_FILE in names else "initial_state" if STATE_FILE in names else "weights"
 
 
 def _open_model(
@@ -170,7 +196,8 @@ def _open_model(
     assert files is not None  # a state is tuned over existing weights
     source, state = settings.weights, settings.initial_state
     if checkpoint:
-        source, state = (source, checkpoint / STATE_FILE) if settings.freezes_weights else (checkpoint, None)
+        learned = checkpoint / STATE_FILE if settings.learns_state else None
+        source, state = (source, learned) if settings.freezes_weights else (checkpoint, None)
     dtype = frozen_dtype if settings.freezes_weights else torch.float32
     model = open_model(files, state, dtype, device, compute, same_weights=bool(checkpoint))
     if wanted not in (None, model.sizes):

@@ -152,7 +152,7 @@ def _backward_through_stretch(
     return losses, last_state
 
 
-# Seven parameters: a window has four parts now, and is cut in two ways.
+# Eight parameters: a window has five parts now, and is cut in two ways.
 def cut_window(
     tokens: Tensor,
     targets: Tensor,
@@ -161,12 +161,14 @@ def cut_window(
     time_rank: int = 0,
     time_ranks: int = 1,
     sources: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> list[Segment]:
     """Cuts (B, T) into segments of `segment_tokens` without copying; the last may be shorter.
 
     time_rank, time_ranks: which slice of each segment to return, out of how many; slices have equal lengths, a multiple
                            of 16
     sources: (B, T) the number of each token's source, None for one
+    rows:    (B, T) what the dropout of adapters is drawn from, None for no dropout
     """
     slice_tokens = segment_tokens // time_ranks
     assert time_ranks == 1 or (segment_tokens % (START_SPACING * time_ranks) == tokens.shape[1] % segment_tokens == 0)
@@ -174,8 +176,8 @@ def cut_window(
     for begin in range(time_rank * slice_tokens, tokens.shape[1], segment_tokens):
         end = min(begin + slice_tokens, tokens.shape[1])
         here = None if starts is None else starts[:, -(-begin // START_SPACING) : -(-end // START_SPACING)]
-        of = None if sources is None else sources[:, begin:end]
-        segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING, of))
+        of, drawn = (None if part is None else part[:, begin:end] for part in (sources, rows))
+        segments.append(Segment(tokens[:, begin:end], targets[:, begin:end], here, begin % START_SPACING, of, drawn))
     return segments
 
 

@@ -30,14 +30,17 @@ TIME = {
     "2 time ranks of 4, zero2": (4, ["distributed.time_ranks=2", "distributed.strategy=zero2"]),
 }
 QUICK = ("2 time ranks",)
-TUNING = {
-    f"{strategy}, {learn}": (
-        2,
-        [f"distributed.strategy={strategy}", "distributed.time_ranks=2", f"model.learn={learn}"],
-    )
-    for strategy in ("ddp", "zero1", "zero2", "zero3")
-    for learn in ("initial_state", "initial_state_and_shifts")
+DORA = "{form: dora, rank: 4, dropout: 0.2, train_too: [norms, decays], initial_state: true, state_lr: 0.01}"
+LEARN = {
+    "initial_state": ["model.learn=initial_state"],
+    "initial_state_and_shifts": ["model.learn=initial_state_and_shifts"],
+    "adapter": ["model.learn=adapter", f"model.adapter={DORA}"],
 }
+TUNING = {
+    f"{strategy}, {learn}": (2, [f"distributed.strategy={strategy}", "distributed.time_ranks=2", *overrides])
+    for strategy in ("ddp", "zero1", "zero2", "zero3")
+    for learn, overrides in LEARN.items()
+} | {"ddp, adapter, lanes": (2, ["distributed.strategy=ddp", *LEARN["adapter"]])}
 
 
 class Recorded:
@@ -151,22 +154,23 @@ def tune_path(tmp_path_factory):
 def tuned(tune_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     alone = {
-        learn: finished(tune_path, [f"model.learn={learn}", f"run.folder={folder / learn}"])
-        for learn in ("initial_state", "initial_state_and_shifts")
+        learn: finished(tune_path, [*overrides, f"run.folder={folder / learn}"]) for learn, overrides in LEARN.items()
     }
     return alone, on_ranks(2, tune_path, TUNING, folder)
 
 
 @pytest.mark.parametrize("case", TUNING)
-def test_state_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
+def test_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
     alone, ranks = tuned
     truth = alone[case.split(", ")[1]]
+    assert ranks[0][case]["losses"] == pytest.approx(truth["losses"], rel=1e-6)
+    most = 1e-4 if "adapter" in case else 2e-5  # Adam makes steps of one length from gradients near zero, and B is zero
     for rank in ranks:
         assert rank[case]["moments"].keys() == truth["moments"].keys()
         for name, moment in truth["moments"].items():
             assert moment.any()
             assert_close(rank[case]["moments"][name], moment, 2e-5, name)
-            assert_close(rank[case]["weights"][name], truth["weights"][name], 2e-5, name)
+            assert_close(rank[case]["weights"][name], truth["weights"][name], most, name)
 
 
 @pytest.mark.parametrize(

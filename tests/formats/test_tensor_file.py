@@ -17,9 +17,9 @@ import torch
 
 import infctx
 from infctx.errors import InputError
-from infctx.formats.pth_check import refuse_odd_pth
 from infctx.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from infctx.formats.weights import copy_weights, open_weights, stored_tensors
+from infctx.pth_check import refuse_odd_pth
 
 from tiny_models import random_model
 

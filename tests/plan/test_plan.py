@@ -25,12 +25,10 @@ from infctx.plan.memory import (
 )
 from infctx.plan.plan import make_plan
 from infctx.plan.strategy import FILLED, STRATEGIES, choose_reduction, choose_strategy, resolve_strategy
-from infctx.recurrence.layer_segment import LayerSegment
 from infctx.settings.load import load_config
-from infctx.train.learn import freeze_weights
 
 from places import CONFIGS
-from plans import FINCH, bytes_of, many, model_sizes, other_run, planned_bytes
+from plans import FINCH, bytes_of, many, model_sizes, other_run, planned_bytes, saved_bytes
 from runs import write_config, write_store
 from tiny_models import random_model
 from wkv_emulated import emulated
@@ -161,30 +159,6 @@ def test_devices():
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="device cuda: torch .* finds no GPU here; choose cpu or auto"):
         pick_device("cuda")
-
-
-def saved_bytes(version, low, backend, frozen, width, num_tokens):
-    """Returns what autograd saves in one block, in bytes per token and channel; storages count once, weights do not."""
-    sizes = {"num_layers": 2, "width": width, "vocab_size": 16}
-    model = infctx.build_model(version=version, **sizes, backend=backend)
-    dtype = torch.bfloat16 if low else torch.float32
-    if frozen:
-        freeze_weights(model.to(dtype))
-    x = torch.randn(1, num_tokens, width, dtype=dtype).requires_grad_()
-    state = model.initial_state(1).leaf().layers()[0]
-    weights = [view for p in model.parameters() for view in ((p, p.T) if p.ndim == 2 else (p,))]
-    assert num_tokens not in {length for weight in weights for length in weight.shape}
-    held = {}
-
-    def hold(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model.blocks[1](x, state, LayerSegment(), torch.randn_like(x) if version == 7 else None)
-    shapes = {tuple(weight.shape) for weight in weights}
-    counted = [tensor for tensor in held.values() if tuple(tensor.shape) not in shapes]
-    return sum(tensor.untyped_storage().nbytes() for tensor in counted) / num_tokens / width
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -331,7 +331,7 @@ def test_overrides(tmp_path):
         ("window.lanes=[", "window.lanes=\\["),
         ("steps=5", "steps=5: an override is section.setting=value"),
         ("optimizer.steps", "optimizer.steps: an override is section.setting=value"),
-        ("a.b.c=5", "a.b.c=5: an override is section.setting=value"),
+        ("a.b.c.d=5", "a.b.c.d=5: an override is section.setting=value"),
         (".steps=5", ".steps=5: an override is section.setting=value"),
     ],
 )

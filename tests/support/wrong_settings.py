@@ -95,7 +95,17 @@ ranks of mixing in Eagle = train config.yaml model.version=5 model.mix_rank=3
 tuning without weights = tune config.yaml
     config.yaml:1: model.learn: ... name it with model.weights
 training by tune = tune tune.yaml model.learn=weights
-    command line: model.learn: ... `infctx tune` takes initial_state
+    command line: model.learn: ... `infctx tune` takes initial_state or adapter
+an adapter that does not learn = train tune.yaml model.adapter.rank=8 model.learn=initial_state
+    command line: model.adapter: ... set learn: adapter, or leave it out
+a matrix that no model has = tune tune.yaml model.learn=adapter model.adapter.where=[att.rate]
+    command line: model.adapter.where[0]: ... 'ffn.value' or 'ffn.receptance'
+a factor of miss = tune tune.yaml model.learn=adapter model.adapter.form=miss model.adapter.alpha=4
+    command line: model.adapter.alpha: ... leave it out, or choose lora or dora
+an adapter that is not there = generate finch.pth --adapter gone.safetensors
+    gone.safetensors: ... name an adapter (.safetensors), or the folder of a run that learned one
+weights as an adapter = generate finch.pth --adapter finch.pth
+    finch.pth: is no adapter that says what it computes; keep adapter_config.json beside it
 many nodes from one shell = train config.yaml window.lanes=4 distributed.nodes=2
     distributed.nodes: ... start this command on each of them, with torchrun or srun (docs/distributed.md):
     torchrun --nnodes 2 --nproc-per-node 1 ... -m infctx train config.yaml window.lanes=4 distributed.nodes=2

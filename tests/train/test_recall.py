@@ -5,27 +5,37 @@ import torch
 import torch.nn.functional as F
 
 import infctx
+from infctx.adapters.install import add_adapters
 from infctx.data.lanes import Window
+from infctx.settings.adapter import AdapterSettings
+from infctx.settings.optimizer import OptimizerSettings
 from infctx.settings.window import WindowSettings
 from infctx.train.learn import freeze_weights, natural_units
+from infctx.train.optimizer import make_optimizer, set_learning_rate
 
 from bench_recall import (
     BATCH,
     CHANGED,
     KEYS,
+    MARK,
     NOISE,
     OVERWRITE,
     QUERY,
     RECALL,
     SEGMENT_TOKENS,
     SEGMENTS,
+    SIZES,
     VALUES,
     VOCAB_SIZE,
     WRITES,
+    Task,
     overwrite_batch,
     recall_batch,
+    right_answers,
     train_task,
 )
+
+FACTS = 32
 
 
 @pytest.fixture(scope="module", params=[6, pytest.param(7, marks=pytest.mark.slow)])
@@ -85,6 +95,50 @@ def test_a_fact_stored_in_a_state(recalling, gradient_segments, lowest, highest)
     assert lowest <= right / (4 * BATCH) <= highest
     assert (gradient_segments == 1) == (not model.initial_wkv.any())  # truncated, no gradient ever reaches it
     assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+
+
+ANSWERS = torch.randint(VALUES, (FACTS,), generator=torch.Generator().manual_seed(5))
+
+
+def facts_batch(random):
+    """Makes (B, 144) documents that name one of 32 facts in the first segment, and ask for it in the ninth."""
+    tokens = torch.randint(NOISE, VOCAB_SIZE, (BATCH, SEGMENT_TOKENS * (SEGMENTS + 1)), generator=random)
+    asked = torch.randperm(FACTS, generator=random)[:BATCH]
+    tokens[:, 0] = tokens[:, 2] = MARK
+    tokens[:, 1], tokens[:, 3], tokens[:, -1] = asked // VALUES, asked % VALUES, QUERY
+    targets = torch.full_like(tokens, -100)
+    targets[:, -1] = ANSWERS[asked]
+    return tokens, targets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("learns", "lowest", "highest"), [("adapter", 0.95, 1), ("state", 0, 0.6), ("both", 0.95, 1)])
+def test_facts_that_an_adapter_learns_and_a_state_does_not(recalling, learns, lowest, highest):
+    """32 facts, which no document says, asked for 8 segments later, of a model whose weights are frozen."""
+    if recalling[0].sizes.version == 7:
+        pytest.skip("one version is enough")
+    model = infctx.build_model(version=6, vocab_size=VOCAB_SIZE, **SIZES)
+    model.load_state_dict({name: part for name, part in recalling[0].state_dict().items() if name != "initial_wkv"})
+    random = torch.Generator().manual_seed(1)
+    settings = None if learns == "state" else AdapterSettings(rank=16, initial_state=learns == "both")
+    if settings:
+        add_adapters(model, settings, seed=0)
+    else:
+        freeze_weights(model)
+    tokens, _ = facts_batch(random)
+    starts = torch.arange(SEGMENTS + 1).expand(BATCH, -1) == 0
+    window = WindowSettings(segment_tokens=SEGMENT_TOKENS, window_tokens=SEGMENT_TOKENS * (SEGMENTS + 1))
+    if learns != "adapter":
+        model.set_initial_units(natural_units(model, Window(tokens, tokens, starts, None, [], 1, [1], 0), window))
+    steps = OptimizerSettings(steps=200, peak_lr=0.01 if settings else 0.3, schedule="constant", warmup_steps=0)
+    optimizer = make_optimizer(model, steps, settings)
+    for step in range(1, 201):
+        set_learning_rate(optimizer, steps, step)
+        infctx.window_backward(model, *facts_batch(random), SEGMENT_TOKENS)
+        torch.nn.utils.clip_grad_norm_([part for part in model.parameters() if part.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert lowest <= right_answers(Task(facts_batch, VOCAB_SIZE, 1), model, random, batches=4) <= highest
 
 
 def test_each_key_is_asked_for_the_value_that_was_written_last():

@@ -9,9 +9,9 @@ import infctx
 from infctx.errors import InputError
 from infctx.formats.export import export
 from infctx.formats.hub_folder import write_hub_folder
-from infctx.formats.hub_models import cached_model, fetch_model, to_download
 from infctx.formats.model_files import find_model, open_model
 from infctx.formats.weights import open_weights
+from infctx.hub.models import cached_model, fetch_model, to_download
 
 from tiny_models import random_model
 
