@@ -7,7 +7,15 @@ import shlex
 from pathlib import Path
 
 from infctx.arguments import count
-from infctx.commands.options import describe_adapter, describe_device, describe_model, describe_state, load_model
+from infctx.commands.options import (
+    QUANTIZED,
+    describe_adapter,
+    describe_device,
+    describe_model,
+    describe_state,
+    load_model,
+    model_files,
+)
 from infctx.errors import InputError
 
 
@@ -27,8 +35,10 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from infctx.data.token_store import TokenStore, is_store
-    from infctx.evaluate.loss_by_position import evaluate_store, format_table
+    from infctx.evaluate.loss_by_position import choose_documents, evaluate_store, format_table
+    from infctx.evaluate.quantized import compare_with_stored
     from infctx.evaluate.record import Evaluation, write_record
+    from infctx.formats.model_files import open_base
 
     if options.output and options.output.exists():
         raise InputError(f"{options.output}: exists; choose another name")
@@ -38,6 +48,10 @@ def run(options: argparse.Namespace) -> None:
     store, model = TokenStore(options.store), load_model(options)
     buckets = evaluate_store(model, store, options.segment_tokens, options.max_tokens)
     print(format_table(buckets, str(store.path)))
+    if options.dtype in QUANTIZED:
+        stored = open_base(model_files(options))
+        reading = choose_documents(store, model.sizes.vocab_size, options.segment_tokens, options.max_tokens)
+        print(compare_with_stored(model, stored, [reading]))
     if options.output:
         evaluation = Evaluation(None, model.initial_wkv is not None, buckets)
         write_record(options.output, str(store.path), options.max_tokens, [evaluation])

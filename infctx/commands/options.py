@@ -8,6 +8,8 @@ from pathlib import Path
 from infctx.arguments import count, number, seed
 from infctx.documents.templates import DEFAULT, HELP, get_template
 
+QUANTIZED = ("int8", "nf4")
+
 
 def describe_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,7 +25,11 @@ def describe_device(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default auto)"
     )
     parser.add_argument(
-        "--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of the weights (default %(default)s)"
+        "--dtype",
+        default="fp32",
+        choices=("fp32", "bf16", *QUANTIZED),
+        help="precision of the weights (default %(default)s); int8 and nf4 keep the matrices of the blocks in 8 and 4 "
+        "bits, and compute in bf16 on a GPU and in fp32 on a CPU",
     )
 
 
@@ -74,11 +80,22 @@ def open_chat(options: argparse.Namespace):  # noqa: ANN202  (the type would loa
 def load_model(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
     import torch
 
-    from infctx.formats.model_files import find_model, open_model, with_adapter
+    from infctx.formats.model_files import open_model
     from infctx.machine import pick_device
+    from infctx.model.rwkv import Compute
+
+    files = model_files(options)
+    device = pick_device(options.device)
+    if options.dtype in QUANTIZED:
+        compute = Compute(torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return open_model(files, options.state, options.dtype, device, compute)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    return open_model(files, options.state, dtype, device)
+
+
+def model_files(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
+    """Returns the files of the model that the options name, with its adapter."""
+    from infctx.formats.model_files import find_model, with_adapter
 
     files = find_model(options.model)
-    if options.adapter is not None:
-        files = with_adapter(files, options.adapter)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    return open_model(files, options.state, dtype, pick_device(options.device))
+    return files if options.adapter is None else with_adapter(files, options.adapter)

@@ -29,6 +29,7 @@ from infctx.formats.weights import StoredWeights, has_fingerprint, open_weights,
 from infctx.hub.models import fetch_model
 from infctx.hub.names import hub_name
 from infctx.hub.published import refuse_stopped_download
+from infctx.model.quantized import FrozenDtype
 from infctx.model.rwkv import RWKV, Compute
 from infctx.small_texts import quoted
 
@@ -52,7 +53,10 @@ class ModelFiles(NamedTuple):
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", backend: str = "auto"
+    path: str | Path,
+    dtype: torch.dtype | FrozenDtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
 ) -> RWKV:
     """Reads a model of RWKV-5.2, 6 or 7; version and every size come from the file.
 
@@ -60,6 +64,7 @@ def load_model(
     Hugging Face's rwkv-5-world and rwkv-6-world, or those of fla; or a folder: a run, a checkpoint, or a model in
     Hugging Face's layout, in one file or several; or a name on the hub, OWNER/REPO:FILE, which is downloaded once
     `blocks.N.att.time_state` tensors, or the tuned state of a run, become the model's initial state.
+    dtype: of the weights; or "int8" or "nf4": matrices quantized, the rest in bf16, and no weight learns
 
     Raises InputError naming the file and the tensor for anything else.
     """
@@ -69,13 +74,15 @@ def load_model(
 def open_model(
     path: Path | ModelFiles,
     state: Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | FrozenDtype = torch.float32,
     device: torch.device | str = "cpu",
     compute: Compute = Compute(),  # noqa: B008  (frozen)
     same_weights: bool = False,
 ) -> RWKV:
     """Opens the model at `path`; documents start from `state` if it is given, otherwise from the model's own state.
 
+    dtype: of the weights; or how matrices that do not learn are kept: then the embedding and the head are in bf16, and
+           the rest in compute.dtype
     same_weights: raises InputError if the state was tuned over other weights, instead of a warning in the log
     """
     files = path if isinstance(path, ModelFiles) else find_model(path)
@@ -84,7 +91,7 @@ def open_model(
     state = fetch_model(state) if state else files.state
     if state is not None:
         model.set_initial_state(load_state(state, model))
-        if is_of_others(state, files, model):
+        if is_of_others(state, files, stored if isinstance(dtype, str) else model):
             problem = f"{state}: was tuned over other weights than {files.weights} holds"
             if same_weights:
                 raise InputError(f"{problem}; name those weights, or choose another run.folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infctx.errors import InputError
 from infctx.formats.other_names import READ, conversions_from_official, conversions_to_official, version_of
@@ -18,6 +18,8 @@ from infctx.formats.stored_names import stored_names
 from infctx.formats.tensor_file import narrow, weight_files, write_tensors
 from infctx.formats.tensor_stream import LazyTensors, StoredTensors, stream_tensors
 from infctx.model.build import empty_model
+from infctx.model.layers import Linear
+from infctx.model.quantized import FrozenDtype, QuantizedLinear, quantize, quantize_layers
 from infctx.model.rwkv import RWKV, Compute
 from infctx.model.sizes import Sizes, make_sizes
 from infctx.ops.precision import state_dtype
@@ -37,18 +39,33 @@ HASHED_AT_ONCE = 1 << 20
 
 def read_model(
     stored: StoredWeights,
-    dtype: torch.dtype,
+    dtype: torch.dtype | FrozenDtype,
     device: torch.device | str,
     compute: Compute = Compute(),  # noqa: B008
 ) -> RWKV:
-    """Reads the model of opened weights, as `infctx.load_model` does."""
+    """Reads the model of opened weights, as `infctx.load_model` does; on the device is never more than it will hold,
+    and one tensor."""
     model = empty_model(stored.sizes, compute, stored.has_state)
-    names = stored_names(stored.sizes)
-    tensors = {ours: stored.tensors[name].to(device=device, dtype=dtype, copy=True) for ours, name in names.items()}
+    frozen, dtype = (dtype, compute.dtype or torch.bfloat16) if isinstance(dtype, str) else (None, dtype)
+    if frozen in ("int8", "nf4"):
+        quantize_layers(model, frozen)
+    tensors: dict[str, Tensor] = {}
+    for ours, name in stored_names(stored.sizes).items():
+        place = ours.rpartition(".")[0]
+        layer, tensor = model.get_submodule(place), stored.tensors[name]
+        if isinstance(layer, QuantizedLinear):
+            try:
+                parts = quantize(tensor.to(device), layer.form)
+            except InputError as error:
+                raise InputError(f"{stored.path}: tensor {name} {error}; the file is damaged") from None
+            tensors |= {f"{place}.{part}": value for part, value in parts.items()}
+        else:
+            its = torch.bfloat16 if frozen and isinstance(layer, (Linear, nn.Embedding)) else dtype
+            tensors[ours] = tensor.to(device=device, dtype=its, copy=True)
     if stored.has_state:
         tensors["initial_wkv"] = stored.initial_wkv().to(device=device, dtype=state_dtype(dtype))
     model.load_state_dict(tensors, assign=True)
-    return model
+    return model.requires_grad_(False) if frozen else model
 
 
 def read_sizes(path: str | Path) -> Sizes:
@@ -177,7 +194,15 @@ def _weights(model: RWKV | StoredWeights) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_tensors(model: RWKV) -> dict[str, Tensor]:
-    """Returns official name -> tensor, on the CPU, contiguous, in the official order."""
+    """Returns official name -> tensor, on the CPU, contiguous, in the official order.
+
+    Raises InputError for quantized weights.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise InputError(
+            "model: its matrices are quantized, and no longer those of its file; load the file in bf16 or fp32, and "
+            "save that"
+        )
     ours = model.state_dict()
     tensors = {name: ours[our].cpu().contiguous() for our, name in stored_names(model.sizes).items()}
     state = model.learned_state()

@@ -22,12 +22,31 @@ class Linear(nn.Linear):
         return y if self.adapter is None else self.adapter(x, y, self.matrix)
 
     def product(self, x: Tensor) -> Tensor:
-        """Returns x W^T, without the adapter."""
-        return F.linear(x, self.matrix(x.dtype))
+        """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
+        if self.weight.requires_grad or self.weight.dtype == x.dtype:
+            return F.linear(x, self.matrix(x.dtype))
+        return FrozenProduct.apply(x, self)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Returns W (outputs, inputs), without the adapter."""
         return self.weight.to(dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a matrix that does not learn and is not kept in the dtype of x.
+
+    W is made anew in the backward pass, so only one layer's copy exists at any time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear) -> Tensor:
+        ctx.layer = layer  # not its tensors: ZeRO-3 replaces them between the passes
+        return F.linear(x, layer.matrix(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.matrix(gradient.dtype), None
 
 
 class Draws:

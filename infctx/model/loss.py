@@ -133,6 +133,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         num_sources: int,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        if not needs_head:
+            head = head.to(hidden.dtype)  # once, not for each slice
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=state_dtype(head.dtype)) if needs_head else None  # a sum of slices
         loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))

@@ -45,12 +45,8 @@ class Sizes:
             assert self.decay_rank and self.rate_rank and self.value_rank and self.gate_rank
             ranks = self.decay_rank + self.rate_rank + self.value_rank + self.gate_rank
             small = layers * (19 + 2 * ranks) * width
-            return (
-                self.matrix_parameters
-                + small
-                + ends
-                - (0 if self.keeps_first_blend else (1 + 2 * self.value_rank) * width)
-            )
+            unused = 0 if self.keeps_first_blend else (1 + 2 * self.value_rank) * width
+            return self.matrix_parameters + small + ends - unused
         small = 14 * width
         if self.version == 6:
             assert self.mix_rank is not None and self.decay_rank is not None
@@ -58,11 +54,15 @@ class Sizes:
         return self.matrix_parameters + layers * small + ends
 
     @property
-    def matrix_parameters(self) -> int:
-        """Returns how many of the weights are in matrices: embedding, head, and the large products of the blocks."""
+    def block_matrix_parameters(self) -> int:
+        """Returns the number of weights in the matrices of all blocks, which `model.frozen_dtype` quantizes."""
         squares = 4 if self.version == 7 else 6
-        block = squares * self.width * self.width + 2 * self.width * self.ffn_width
-        return self.num_layers * block + 2 * self.vocab_size * self.width
+        return self.num_layers * (squares * self.width * self.width + 2 * self.width * self.ffn_width)
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Returns the same with the embedding and the head, which `optimizer.weights` holds in bf16."""
+        return self.block_matrix_parameters + 2 * self.vocab_size * self.width
 
     @property
     def state_elements(self) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from infctx.adapters.targets import count_learned, target_shapes
 from infctx.model.loss import SLICE_LOGITS
+from infctx.model.quantized import AT_ONCE, QUANTIZED_BITS
 from infctx.model.sizes import Sizes
 from infctx.optimizers.adamw import SLICE, SLICE_BYTES
 from infctx.optimizers.eight_bits import BLOCK
@@ -133,7 +134,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * config.slice_tokens * activation_bytes(config, sizes, device_type)
-    work += 3 * 4 * SLICE_LOGITS  # slices of the logits
+    work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
         if config.run.precision == "bf16" and not _has_bf16_matrices(
@@ -142,7 +143,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
     elif config.model.learned_adapter:
         work += _adapter_work(config, sizes)
-    work += _buffers(config, sizes)
+    work += _buffers(config, sizes) + _made_bytes(config, sizes, device_type)
     seams = lanes * segments * (state_bytes(sizes) + received_bytes(config, sizes))
     held = held_memory(config, sizes)
     on_device = held.device + max(work, _step_bytes(config, sizes)) + config.rank_lanes * state_bytes(sizes)
@@ -152,7 +153,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     else:
         on_host += seams
     if config.distributed.strategy == "zero3" and device_type != "cpu":  # at the start each rank holds a whole model
-        whole = _weight_itemsize(config) * sizes.num_parameters
+        whole = weight_bytes(config, sizes)
         frozen = config.model.freezes_weights
         on_device, on_host = max(on_device, whole * frozen), max(on_host, whole * (not frozen))
     return Memory(on_device, on_host)
@@ -219,6 +220,18 @@ def _adapter_activation_bytes(config: Config, sizes: Sizes) -> int:
     return (2 if low else 4) * channels + dropped
 
 
+def weight_bytes(config: Config, sizes: Sizes) -> int:
+    """Returns the bytes of the whole model's weights, without what it takes to learn them."""
+    if not config.model.freezes_weights:
+        return 4 * sizes.num_parameters
+    form, itemsize = config.model.frozen_dtype, _activation_itemsize(config)
+    if form is None:
+        return itemsize * sizes.num_parameters
+    matrices, ends = sizes.block_matrix_parameters, 2 * sizes.vocab_size * sizes.width
+    bits = 16 if form == "bf16" else QUANTIZED_BITS[form]
+    return round(matrices * bits / 8) + 2 * ends + itemsize * (sizes.num_parameters - matrices - ends)
+
+
 def state_bytes(sizes: Sizes) -> int:
     """Returns the bytes of one lane's state in fp32, which is the size of a seam."""
     return 4 * sizes.state_elements
@@ -245,7 +258,7 @@ def step_wire(config: Config, sizes: Sizes) -> Wire:
     window, passes = config.window, -(-config.rank_lanes // config.pass_lanes)
     backwards = window.window_segments * passes
     forwards = backwards + (window.window_segments - -(-window.window_segments // _run_segments(config))) * passes
-    all_weights = _weight_itemsize(config) * share * sizes.num_parameters
+    all_weights = share * weight_bytes(config, sizes)
     learned = 4 * share * _learned_parameters(config, sizes)
     reductions = backwards if reduces_each_segment(config) else 1
     gradients = reductions * (1 if strategy == "zero3" else 2) * learned
@@ -275,7 +288,7 @@ def held_memory(config: Config, sizes: Sizes) -> Memory:
     """Returns the bytes held from the first step to the last: weights, gradients and the optimizer's state."""
     distributed, ranks = config.distributed, config.distributed.world_size
     if config.model.freezes_weights:  # the learned state is small, so every rank holds it
-        held = _weight_itemsize(config) * sizes.num_parameters // (ranks if distributed.strategy == "zero3" else 1)
+        held = weight_bytes(config, sizes) // (ranks if distributed.strategy == "zero3" else 1)
         adapter = config.model.learned_adapter
         learned = WEIGHT_BYTES * (count_learned(adapter, sizes) if adapter else sizes.state_elements)
         return Memory(learned, held) if distributed.offload_parameters else Memory(held + learned, 0)
@@ -320,7 +333,7 @@ def _buffers(config: Config, sizes: Sizes) -> int:
         total += 4 * embedding if config.distributed.offload_optimizer else 0  # on its way to the host
     if strategy == "zero3":
         live = min(LIVE_PARAMETERS + BUCKET_PARAMETERS + embedding, sizes.num_parameters)
-        total += _weight_itemsize(config) * live
+        total += weight_bytes(config, sizes) * live // sizes.num_parameters
     return total
 
 
@@ -338,8 +351,14 @@ def _run_segments(config: Config) -> int:
     return config.window.gradient_segments or config.window.window_segments
 
 
-def _weight_itemsize(config: Config) -> int:
-    return _activation_itemsize(config) if config.model.freezes_weights else 4
+def _made_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
+    """Returns the bytes of what is made of frozen weights for a product: a matrix, or in fp32 the head."""
+    form, itemsize = config.model.frozen_dtype, _activation_itemsize(config)
+    if form is None or (form, itemsize) == ("bf16", 2):
+        return 0
+    matrix = itemsize * sizes.width * max(sizes.width, sizes.ffn_width)
+    on_the_way = 8 * AT_ONCE if form in QUANTIZED_BITS and device_type == "cuda" else 0  # counted in plain torch
+    return max(matrix + on_the_way, 4 * sizes.vocab_size * sizes.width * (itemsize == 4))
 
 
 def _activation_itemsize(config: Config) -> int:

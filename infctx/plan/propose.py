@@ -51,7 +51,9 @@ WAYS = (
         {"optimizer": {"states": "int8", "weights": _BF16, "gradients": _BF16}},
     ),
     Way("an adapter: LoRA of rank 32", "adapter", {}),
+    Way("an adapter over weights in 4 bits", "adapter", {"model": {"frozen_dtype": "nf4"}}),
     Way("the initial state", "initial_state", {}),
+    Way("the initial state over weights in 4 bits", "initial_state", {"model": {"frozen_dtype": "nf4"}}),
 )
 """From the one that changes the most, exactly, to the one that needs the least."""
 

@@ -22,6 +22,7 @@ from infctx.plan.memory import (
     step_wire,
     strategy_of,
     time_wire,
+    weight_bytes,
     with_distributed,
     with_strategy,
 )
@@ -109,6 +110,8 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
     ranks = f"{distributed.world_size} on {counted(distributed.nodes, 'node')}"
     if distributed.time_ranks > 1:
         ranks += f"; {distributed.time_ranks} share a document's time, {config.slice_tokens:,} tokens of each segment"
+    if config.model.frozen_dtype:
+        learns += f" in {config.model.frozen_dtype}, {_amount(weight_bytes(config, sizes))}"
     return [
         f"model     {describe(sizes)}; {learns}",
         f"compute   {config.run.precision} for activations, {again}",

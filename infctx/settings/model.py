@@ -57,8 +57,13 @@ class ModelSettings(Section):
     `initial_state_and_shifts`: the shift vectors too, which only infctx can load.  `adapter`: small matrices beside the
     frozen ones, as `adapter` says (docs/one-gpu.md)."""
     adapter: AdapterSettings | None = None
-    """What learns with `learn: adapter`, in settings of its own; null: their defaults.  `infctx tune` trains an adapter
+    """The settings of the adapter of `learn: adapter`; null: their defaults.  `infctx tune` trains an adapter
     if they are there."""
+    frozen_dtype: Literal["bf16", "int8", "nf4"] | None = None
+    """How to keep weights that do not learn; null: in `run.precision`.  `nf4` keeps the matrices of the blocks in 4.25
+    bits a weight, `int8` in 8.25, and the embedding and the head in bf16.  Each matrix is made from them when it is
+    needed, which takes longer the shorter the segments are, and costs a little quality; a line in the log compares
+    the loss on held-out documents before the first step (docs/state-tuning.md)."""
     initial_state: PathSetting | None = None
     """State file to start from, in any form that `infctx export` writes, here or on the hub; null: the state in
     `weights`, or zeros."""
@@ -109,6 +114,11 @@ class ModelSettings(Section):
             raise ValueError(f"learn: {self.learn} tunes a finished model; name it with model.weights")
         if self.adapter and self.learn != "adapter":
             raise ValueError(f"adapter: means nothing with learn: {self.learn}; set learn: adapter, or leave it out")
+        if self.frozen_dtype and not self.freezes_weights:
+            raise ValueError(
+                f"frozen_dtype: {self.frozen_dtype} is for frozen weights, and learn: {self.learn} trains them; "
+                "leave it out"
+            )
         if self.initial_state and not self.weights:
             raise ValueError("initial_state: belongs to a finished model; name it with model.weights")
         return self

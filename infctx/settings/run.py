@@ -23,7 +23,7 @@ class RunSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of activations and matrix products.  `bf16` is much faster on a GPU and halves the memory for
     activations.  Weights that learn, states and decays are fp32 either way; frozen weights are kept in this
-    precision."""
+    precision, unless `model.frozen_dtype` says otherwise."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; null: all cores, shared by the devices.  A resumed run is identical bit for bit only with the same
     number."""

@@ -19,7 +19,7 @@ from infctx.errors import InputError
 from infctx.formats.adapter_file import read_adapter
 from infctx.formats.model_files import ModelFiles, open_base
 from infctx.formats.stored_names import stored_names
-from infctx.formats.weights import has_fingerprint
+from infctx.formats.weights import StoredWeights, has_fingerprint
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.ops.precision import state_dtype
@@ -58,10 +58,13 @@ def learn_adapter(model: RWKV, config: Config, files: ModelFiles) -> None:
         model.get_parameter(name).data.copy_(stored.tensors[names[name]])
 
 
-def resume_adapter(model: RWKV, settings: AdapterSettings, path: Path) -> None:
-    """Sets what learns to a checkpoint's values; InputError for another adapter, or one over other weights."""
+def resume_adapter(model: RWKV, settings: AdapterSettings, path: Path, frozen: RWKV | StoredWeights) -> None:
+    """Sets what learns to a checkpoint's values; InputError for another adapter, or one over other weights.
+
+    frozen: the weights that stay, as the file has them
+    """
     learned = read_adapter(path, model.sizes)
-    if learned.tuned_over is None or not has_fingerprint(model, learned.tuned_over):
+    if learned.tuned_over is None or not has_fingerprint(frozen, learned.tuned_over):
         raise InputError(f"{path}: was trained over other weights; name those weights, or choose another run.folder")
     wanted = {name: model.get_parameter(name).shape for name in learned_names(model)}
     found = {name: tensor.shape for name, tensor in learned.tensors.items()}

@@ -92,9 +92,8 @@ def parameter_groups(model: RWKV, weight_decay: float, state_scale: float = 1.0)
 
 def _matrices(model: RWKV) -> Iterator[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            assert isinstance(module.weight, nn.Parameter)
-            yield module.weight
+        if isinstance(module, (nn.Linear, nn.Embedding)) and "weight" in module._parameters:  # not quantized
+            yield module.get_parameter("weight")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int) -> float:

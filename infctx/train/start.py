@@ -22,6 +22,7 @@ from infctx.distributed.zero import ZeroEngine
 from infctx.errors import InputError
 from infctx.evaluate.held_out import fine_tunes, held_out_readings, measure_before
 from infctx.evaluate.loss_by_position import refuse_tokens_beyond
+from infctx.evaluate.quantized import compare_before
 from infctx.evaluate.record import HELD_OUT
 from infctx.files import atomic_file
 from infctx.formats.adapter_file import read_adapter
@@ -36,10 +37,11 @@ from infctx.formats.checkpoint_folder import (
     newest_checkpoint,
     remove_leftovers,
 )
-from infctx.formats.model_files import RUN_WEIGHTS, ModelFiles, open_model
+from infctx.formats.model_files import RUN_WEIGHTS, ModelFiles, open_base, open_model
 from infctx.formats.weights import fingerprint
 from infctx.model.build import new_model
 from infctx.model.loss import SegmentLoss
+from infctx.model.quantized import FrozenDtype
 from infctx.model.rwkv import RWKV, Compute
 from infctx.model.sizes import describe
 from infctx.model.state import State
@@ -80,7 +82,9 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
         if fine_tunes(config) and not checkpoint:
             open_lanes(config, model.sizes.vocab_size)  # find mistakes before spending minutes
             ranks.from_first(lambda: measure_before(plan, model, fabric.device, watchdog))
-    tuned_over = frozen_fingerprint(config, model, checkpoint)
+        if config.model.frozen_dtype in ("int8", "nf4") and not checkpoint:
+            ranks.from_first(lambda: compare_before(plan, model, held_out, watchdog))
+    tuned_over = frozen_fingerprint(plan, model, checkpoint)
     if config.model.learns_state:
         model.set_initial_units(state_units(config, model, checkpoint, ranks))
     optimizer = make_optimizer(
@@ -143,15 +147,16 @@ def write_settings(config: Config) -> None:
 def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_ranks: TimeRanks | None = None) -> RWKV:
     """Returns the model of the checkpoint or of `model.weights`, or a new one, that computes in run.precision.
 
-    Weights that learn are fp32.  Frozen weights always come from `model.weights` and are held in run.precision.
+    Weights that learn are fp32.  Frozen weights always come from `model.weights`, and are held in run.precision or as
+    model.frozen_dtype says.
     """
     config, settings = plan.config, plan.config.model
     if checkpoint and _learned_in(checkpoint) != settings.learn.removesuffix("_and_shifts"):
         raise InputError(f"{checkpoint}: is of a run with another model.learn; choose another run.folder")
-    low = torch.bfloat16 if config.run.precision == "bf16" else None
-    compute = Compute(low, settings.recompute_blocks, settings.backend, time_ranks, config.window.carry)
+    precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    compute = Compute(precision, settings.recompute_blocks, settings.backend, time_ranks, config.window.carry)
     if checkpoint or plan.weights:
-        model = _open_model(plan, checkpoint, low or torch.float32, device, compute)
+        model = _open_model(plan, checkpoint, settings.frozen_dtype or precision, device, compute)
     else:
         assert plan.sizes is not None  # the plan refuses a run without
         model = new_model(plan.sizes, device, torch.float32, config.run.seed, compute)
@@ -164,7 +169,8 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
         assert plan.weights is not None  # an adapter learns over existing weights
         learn_adapter(model, config, plan.weights)
         if checkpoint:
-            resume_adapter(model, settings.learned_adapter, checkpoint / ADAPTER_FILE)
+            frozen = open_base(plan.weights) if settings.frozen_dtype else model  # quantized, it does not show which
+            resume_adapter(model, settings.learned_adapter, checkpoint / ADAPTER_FILE, frozen)
     elif settings.freezes_weights:
         freeze_weights(model, shifts=settings.learn == "initial_state_and_shifts")
     if config.window.carry == "lane":  # no document starts from the initial state, so it cannot learn
@@ -174,11 +180,15 @@ def make_model(plan: Plan, checkpoint: Path | None, device: torch.device, time_r
     return model
 
 
-def frozen_fingerprint(config: Config, model: RWKV, checkpoint: Path | None) -> str | None:
+def frozen_fingerprint(plan: Plan, model: RWKV, checkpoint: Path | None) -> str | None:
     """Returns the fingerprint of the weights that stay; None if none do."""
-    if config.model.learned_adapter and checkpoint:  # some weights may have learned with the adapter
+    settings = plan.config.model
+    if settings.learned_adapter and checkpoint:  # some weights may have learned with the adapter
         return read_adapter(checkpoint / ADAPTER_FILE, model.sizes).tuned_over
-    return fingerprint(model) if config.model.freezes_weights else None
+    if settings.frozen_dtype:  # quantized weights do not show which they were
+        assert plan.weights is not None
+        return fingerprint(open_base(plan.weights))
+    return fingerprint(model) if settings.freezes_weights else None
 
 
 def _learned_in(checkpoint: Path) -> str:
@@ -188,7 +198,11 @@ def _learned_in(checkpoint: Path) -> str:
 
 
 def _open_model(
-    plan: Plan, checkpoint: Path | None, frozen_dtype: torch.dtype, device: torch.device, compute: Compute
+    plan: Plan,
+    checkpoint: Path | None,
+    frozen_dtype: torch.dtype | FrozenDtype,
+    device: torch.device,
+    compute: Compute,
 ) -> RWKV:
     """Reads a model from files; its sizes must be those of the plan."""
     settings, wanted = plan.config.model, plan.sizes

@@ -34,7 +34,9 @@ DORA = "{form: dora, rank: 4, dropout: 0.2, train_too: [norms, decays], initial_
 LEARN = {
     "initial_state": ["model.learn=initial_state"],
     "initial_state_and_shifts": ["model.learn=initial_state_and_shifts"],
+    "state over nf4": ["model.learn=initial_state", "model.frozen_dtype=nf4"],
     "adapter": ["model.learn=adapter", f"model.adapter={DORA}"],
+    "adapter over nf4": ["model.learn=adapter", f"model.adapter={DORA}", "model.frozen_dtype=nf4"],
 }
 TUNING = {
     f"{strategy}, {learn}": (2, [f"distributed.strategy={strategy}", "distributed.time_ranks=2", *overrides])
@@ -171,6 +173,8 @@ def test_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
             assert moment.any()
             assert_close(rank[case]["moments"][name], moment, 2e-5, name)
             assert_close(rank[case]["weights"][name], truth["weights"][name], most, name)
+        for name, weight in truth["weights"].items():
+            assert name in truth["moments"] or torch.equal(rank[case]["weights"][name], weight), name
 
 
 @pytest.mark.parametrize(

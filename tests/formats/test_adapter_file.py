@@ -115,7 +115,7 @@ def test_rwkv_pefts_form_and_back(tmp_path, form, alpha):
     assert torch.allclose(opened(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_folder_leaves_out_is_said(tmp_path):
+def test_an_export_names_what_a_folder_leaves_out(tmp_path):
     written(tmp_path, 6, AdapterSettings(rank=3, train_too=["bonus"]))
     said = export(tmp_path / "adapter.safetensors", tmp_path / "alone", form="adapter")
     assert said.endswith("without the 2 weights that learned with it: it is only whole merged")

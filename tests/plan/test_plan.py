@@ -215,11 +215,10 @@ def test_the_parts_of_the_memory(tmp_path):
     assert needed() - needed(window__gradient_segments=1) == seams * 3 / 4
     longer = needed(window__window_tokens=256) - needed()
     assert longer == seams  # a longer window costs only its seams
-    a_lane = 32 * activation_bytes(base, sizes, "cpu") + 4 * state_bytes(sizes)
+    a_token = activation_bytes(base, sizes, "cpu") + 3 * 4 * 257  # and its logits
+    a_lane = 32 * a_token + 4 * state_bytes(sizes)
     assert needed() - needed(window__lanes_per_pass=1) == a_lane
-    assert needed(window__segment_tokens=64, window__window_tokens=256) - needed() == 2 * 32 * activation_bytes(
-        base, sizes, "cpu"
-    )
+    assert needed(window__segment_tokens=64, window__window_tokens=256) - needed() == 2 * 32 * a_token
 
 
 def given_gpus(monkeypatch, count, free, total=80 * 10**9):

@@ -94,6 +94,8 @@ ranks of mixing in Eagle = train config.yaml model.version=5 model.mix_rank=3
     model.mix_rank: only version 6 has it; leave it out
 tuning without weights = tune config.yaml
     config.yaml:1: model.learn: ... name it with model.weights
+weights that learn in 4 bits = train config.yaml model.frozen_dtype=nf4
+    command line: model.frozen_dtype: nf4 is for frozen weights, and learn: weights trains them; leave it out
 training by tune = tune tune.yaml model.learn=weights
     command line: model.learn: ... `infctx tune` takes initial_state or adapter
 an adapter that does not learn = train tune.yaml model.adapter.rank=8 model.learn=initial_state

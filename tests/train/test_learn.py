@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 import infctx
 from infctx.data.lanes import Window
 from infctx.evaluate.held_out import without_state
+from infctx.model.quantized import QuantizedLinear, quantize_layers
 from infctx.model.rwkv import Compute
 from infctx.settings.window import WindowSettings
 from infctx.train.learn import freeze_weights, natural_units
@@ -16,13 +17,26 @@ from infctx.train.learn import freeze_weights, natural_units
 from tiny_models import random_model, random_tokens
 
 
-@pytest.mark.parametrize("shifts", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("shifts", "recompute", "frozen_dtype"),
+    [(False, False, None), (True, True, None), (False, True, "nf4"), (True, False, "int8")],
+)
 @pytest.mark.parametrize("version", [5, 6, 7])
-def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
-    """In float64.  The judge reads documents one by one, each in one graph, with a loop over time."""
+def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute, frozen_dtype):
+    """In float64.  The judge reads documents one by one, each in one graph, with a loop over time.
+
+    It has what quantized matrices are worth, as plain ones.
+    """
     model = random_model(version, dtype=torch.float64, backend="chunked", num_layers=3)
     freeze_weights(model, shifts)
+    judge = random_model(version, dtype=torch.float64, backend="reference", num_layers=3)
+    freeze_weights(judge, shifts)
+    if frozen_dtype:
+        quantize_layers(model, frozen_dtype)
+        for name, layer in model.blocks.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                judge.blocks.get_submodule(name).weight.data = layer.matrix(torch.float64)
+    frozen = {name: part.clone() for name, part in model.named_parameters() if not part.requires_grad}
     model.compute = Compute(recompute_blocks=recompute)
     random = torch.Generator().manual_seed(version)
     for part in model.initial_parts():
@@ -47,9 +61,9 @@ def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
     learned = [part for part in model.initial_parts() if part is not None]
     found = [part.grad for part in learned]
 
-    judge = random_model(version, dtype=torch.float64, backend="reference", num_layers=3)
-    freeze_weights(judge, shifts)
-    judge.load_state_dict(model.state_dict())
+    for its, mine in zip(judge.initial_parts(), model.initial_parts(), strict=True):
+        if its is not None:
+            its.data = mine.detach().clone()
     total = 0
     for inputs, wanted in documents:
         hidden, _ = judge(inputs)
@@ -61,7 +75,8 @@ def test_the_gradient_is_that_of_whole_documents(version, shifts, recompute):
     for mine, its in zip(found, truth, strict=True):
         assert its.norm() > 1e-3
         assert (mine - its).norm() <= 1e-11 * its.norm()
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "initial" not in name)
+    assert all(model.get_parameter(name).grad is None for name in frozen)
+    assert all(torch.equal(model.get_parameter(name), part) for name, part in frozen.items())
 
 
 class Flops(TorchDispatchMode):
