@@ -100,7 +100,7 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         "weights": "the weights learn",
         "initial_state": "the initial state learns, the weights are frozen",
         "initial_state_and_shifts": "the initial state and its shift vectors learn, the weights are frozen",
-        "adapter": _describe_adapter(config.model.learned_adapter, sizes),
+        "adapter": "an adapter learns, the weights are frozen",
     }[config.model.learn]
     again = "blocks recomputed in the backward pass" if config.model.recompute_blocks else "no recomputation"
     reach = "over all of them"
@@ -112,8 +112,10 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
         ranks += f"; {distributed.time_ranks} share a document's time, {config.slice_tokens:,} tokens of each segment"
     if config.model.frozen_dtype:
         learns += f" in {config.model.frozen_dtype}, {_amount(weight_bytes(config, sizes))}"
+    adapter = config.model.learned_adapter
     return [
         f"model     {describe(sizes)}; {learns}",
+        *([f"adapter   {_describe_adapter(adapter, sizes)}"] if adapter else []),
         f"compute   {config.run.precision} for activations, {again}",
         f"window    {window.window_tokens:,} tokens: {segments}, the gradient {reach}",
         f"lanes     {window.lanes} in all, {config.rank_lanes} per rank, {config.pass_lanes} per pass; "
@@ -122,11 +124,9 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
     ]
 
 
-def _describe_adapter(settings: AdapterSettings | None, sizes: Sizes) -> str:
-    if settings is None:
-        return ""
-    too = "".join(f", {group}" for group in [*settings.train_too, *["the state"] * settings.initial_state])
-    return f"an adapter learns ({settings.form}, rank {settings.rank}{too}): {count_learned(settings, sizes):,} numbers"
+def _describe_adapter(settings: AdapterSettings, sizes: Sizes) -> str:
+    parts = [settings.form, f"rank {settings.rank}", *settings.train_too, *["initial state"] * settings.initial_state]
+    return f"{', '.join(parts)}: {counted(count_learned(settings, sizes), 'number')}"
 
 
 def _strategy_lines(config: Config, sizes: Sizes, device_type: str, memory: int | None) -> list[str]:

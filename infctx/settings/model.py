@@ -57,8 +57,8 @@ class ModelSettings(Section):
     `initial_state_and_shifts`: the shift vectors too, which only infctx can load.  `adapter`: small matrices beside the
     frozen ones, as `adapter` says (docs/one-gpu.md)."""
     adapter: AdapterSettings | None = None
-    """What learns with `learn: adapter`, in a section inside this one; null: its defaults.  `infctx tune` trains an
-    adapter if it is there."""
+    """What learns with `learn: adapter`, in a section inside this one; null: its defaults.  If it is there, `infctx
+    tune` trains an adapter."""
     frozen_dtype: Literal["bf16", "int8", "nf4"] | None = None
     """How to keep weights that do not learn; null: in `run.precision`.  `nf4` keeps the matrices of the blocks in 4.25
     bits a weight, `int8` in 8.25, and the embedding and the head in bf16.  Each matrix is made from them when it is
