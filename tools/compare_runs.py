@@ -29,7 +29,7 @@ TWO_RANKS = {
 }
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_gb", "slowest_rank", "slowest_rank_lag"}
 """Entries of a step log that depend on the machine, not on the code."""
-LEARNED = ("model.pth", "state.safetensors")
+LEARNED = ("model.pth", "state.safetensors", "adapter.safetensors")
 
 
 class Case(NamedTuple):

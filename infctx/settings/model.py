@@ -119,6 +119,11 @@ class ModelSettings(Section):
                 f"frozen_dtype: {self.frozen_dtype} is for frozen weights, and learn: {self.learn} trains them; "
                 "leave it out"
             )
+        if self.initial_state and self.learn == "adapter" and not self.learns_state:
+            raise ValueError(
+                "initial_state: with learn: adapter, it is for a state that learns; set adapter.initial_state: true, or "
+                "leave it out"
+            )
         if self.initial_state and not self.weights:
             raise ValueError("initial_state: belongs to a finished model; name it with model.weights")
         return self
