@@ -121,8 +121,8 @@ class ModelSettings(Section):
             )
         if self.initial_state and self.learn == "adapter" and not self.learns_state:
             raise ValueError(
-                "initial_state: with learn: adapter, it is for a state that learns; set adapter.initial_state: true, or "
-                "leave it out"
+                "initial_state: with learn: adapter, it is for a state that learns; set adapter.initial_state: true, "
+                "or leave it out"
             )
         if self.initial_state and not self.weights:
             raise ValueError("initial_state: belongs to a finished model; name it with model.weights")

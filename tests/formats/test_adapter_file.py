@@ -37,6 +37,7 @@ def written(folder, version, settings, **options):
     return base
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the class for RWKV-7 uses it
 @pytest.mark.parametrize(("version", "form", "package"), [(6, "dora", "rwkv_package"), (7, "miss", "rwkv_7_package")])
 @torch.no_grad()
 def test_the_rwkv_package_runs_merged_weights(tmp_path, request, version, form, package):
