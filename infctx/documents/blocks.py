@@ -161,10 +161,10 @@ def name_of(source: Source) -> str:
 def not_in_encoding(error: UnicodeDecodeError, place: str, encoding: str, offset: int) -> NotText:
     """Returns the error for a byte that does not fit; offset: that of the decoded bytes in the file or line."""
     byte = error.object[error.start]
-    remedy = "convert it, add its --encoding, such as cp1252," if encoding == "utf-8" else "add its --encoding"
-    return NotText(
-        f"{place}: not {encoding.upper()}: byte 0x{byte:02x} at offset {offset + error.start}; {remedy} or --skip-bad"
-    )
+    remedy = "convert it, add its --encoding, such as cp1252, or --skip-bad"
+    if encoding != "utf-8":  # its mark says so, or the user
+        remedy = "it is cut off, or in another encoding: copy or convert it, or add --skip-bad"
+    return NotText(f"{place}: not {encoding.upper()}: byte 0x{byte:02x} at offset {offset + error.start}; {remedy}")
 
 
 def _begun(blocks: Iterator[bytes], name: str, given: str | None) -> tuple[str, Iterator[bytes]]:

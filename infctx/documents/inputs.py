@@ -17,7 +17,7 @@ from infctx.documents.blocks import check_encoding, first_bytes, not_text
 from infctx.documents.document import AS_THEY_ARE, FORMATS, REPOSITORY, STDIN, STORE, Reading, Source
 from infctx.documents.folders import BINARY, HIDDEN, IGNORED, JSON, LINK, OTHER, OnBad, files_below, repository_files
 from infctx.errors import InputError
-from infctx.hub.names import PREFIX
+from infctx.hub.names import PREFIX, hub_name
 from infctx.small_texts import counted, quoted
 from infctx.suffixes import COMPRESSIONS, FORMATS_BY_SUFFIX
 
@@ -74,7 +74,9 @@ def find_sources(
             about_hub.append(line)
             continue
         if store := _store(name):
-            found[os.path.realpath(store.path)] = store
+            real = os.path.realpath(store.path)
+            twice += [name] if real in found else []
+            found[real] = store
             continue
         files = _files_of(name, reading, report)
         for file in files:
@@ -101,6 +103,7 @@ def _of_hub(name: str, reading: Reading) -> tuple[list[Source], str]:
     """Returns the files of a dataset on the hub, none downloaded yet, and a line about them."""
     from infctx.hub.datasets import dataset_files, kind_of  # they load huggingface_hub
     from infctx.hub.files import describe_bytes
+    from infctx.hub.repository import is_offline
 
     sources = []
     for file in dataset_files(name, reading.split, reading.config):
@@ -109,7 +112,10 @@ def _of_hub(name: str, reading: Reading) -> tuple[list[Source], str]:
         compression = compression if compression in COMPRESSIONS else ""
         sources.append(Source(str(file), reading.format or FORMATS_BY_SUFFIX[suffix], compression, True, hub_file=file))
     size = describe_bytes(sum(source.num_bytes for source in sources))
-    return sources, f"{name}: {counted(len(sources), 'file')} of {suffix}, {size}, downloaded as they are read"
+    what = f"{counted(len(sources), 'file')} of {suffix}, {size}"
+    if is_offline():
+        return sources, f"{name}: HF_HUB_OFFLINE is set, so only what the cache has of it is read: {what}"
+    return sources, f"{name}: {what}, downloaded as they are read"
 
 
 def _check(inputs: Sequence[str], reading: Reading) -> None:
@@ -155,7 +161,7 @@ def _files_of(name: str, reading: Reading, on_bad: OnBad) -> list[_File]:
     if path.exists():
         return [_File(path, named=True)]
     if not glob.has_magic(name):
-        raise InputError(f"{name}: no such file or folder; check the path")
+        raise InputError(f"{name}: no such file or folder; {_remedy(name)}")
     matches = [Path(match) for match in glob.glob(name, recursive=True)]
     if not matches:
         raise InputError(f"{name}: no file matches this pattern; check it, and put it in quotes")
@@ -165,6 +171,15 @@ def _files_of(name: str, reading: Reading, on_bad: OnBad) -> list[_File]:
     )
     files = {file.path: file for file in found}
     return [files[path] for path in sorted(files) if path.is_file() or files[path].is_repository]
+
+
+def _remedy(name: str) -> str:
+    """Returns what to do about a name where nothing is."""
+    halves = [suffix for suffix in (".bin", ".idx") if Path(name + suffix).is_file()]
+    if halves:
+        return f"of a token store there is only {name}{halves[0]}, so copy the other file too"
+    is_like_one = "." not in name and hub_name(name) is not None
+    return f"check the path, or write {PREFIX}{name} for a dataset on the hub" if is_like_one else "check the path"
 
 
 def _below(folder: Path, reading: Reading, on_bad: OnBad) -> list[_File]:

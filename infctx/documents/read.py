@@ -18,11 +18,12 @@ from infctx.documents.json_records import json_records
 from infctx.documents.records import document_of
 from infctx.documents.tables import csv_records, parquet_records
 from infctx.errors import InputError
-from infctx.small_texts import counted
+from infctx.small_texts import counted, quoted
 
 MOST_FILES = 20  # in another encoding, that a message lists
 MOST_LINES = 5  # of a summary about files
 MOST_SHOWN = 3  # of what is left out
+MOST_NAME = 4096  # letters of the name of a file
 HEADING = "==> {} <==\n"
 """The line above each file of a repository, as `head` and `tail` write it."""
 
@@ -171,7 +172,7 @@ def _repository_text(source: Source, reading: Reading, log: ReadLog) -> Iterator
         if reading.skip_bad and (problem := _problem(file, reading)):
             log.leave_out(problem)
             continue
-        yield HEADING.format(path.relative_to(source.path).as_posix())
+        yield HEADING.format(quoted(path.relative_to(source.path).as_posix(), MOST_NAME))
         last = "\n"
         for piece in decoded(blocks_of(file, log.on_bytes), str(path), reading.encoding):
             yield piece

@@ -87,22 +87,33 @@ def needed_columns(columns: Sequence[str], place: str, reading: Reading) -> Sequ
         if form == "text":
             raise no_text(columns, place, text)
         raise InputError(f"{place}: no key `{needed[0]}` (keys: {listed(columns)}); name another --form, or none")
-    return [column for column in columns if column in needed]
+    found = [column for column in columns if column in needed]
+    twice = next((column for column in needed if found.count(column) > 1), None)
+    if twice is not None:
+        raise InputError(f"{place}: two columns are named {quoted(twice)}; rename one of them")
+    return found
 
 
 def checked_text(value: Any, place: str, key: str) -> str:
     """Returns a value that is text; raises InputError for any other, and for text that UTF-8 cannot hold."""
     if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise InputError(f"{place}: `{quoted(key)}` is {kind}, not a string; correct or remove this record")
+        raise InputError(
+            f"{place}: `{quoted(key)}` is {_kind(value)}, not a string; correct or remove this record, or add "
+            "--skip-bad"
+        )
     try:
         _ = value.isascii() or value.encode()
     except UnicodeEncodeError as error:  # a JSON escape can give half of a surrogate pair
         character = f"U+{ord(value[error.start]):04X}"
         raise InputError(
-            f"{place}: `{quoted(key)}` holds a lone surrogate, {character}; remove it, it is no text"
+            f"{place}: `{quoted(key)}` holds a lone surrogate, {character}; remove it, it is no text, or add --skip-bad"
         ) from None
     return value
+
+
+def _kind(value: Any) -> str:
+    """Returns what messages call a value of another type than it should have."""
+    return "null" if value is None else type(value).__name__
 
 
 def _pieces(text: str) -> tuple[str, ...] | Iterator[str]:
@@ -144,35 +155,35 @@ def _system(record: Mapping[str, Any], place: str) -> list[_Said]:
 def _chat(record: Mapping[str, Any], key: str, place: str) -> list[_Said]:
     items = record.get(key)
     if not isinstance(items, list):
-        kind = f"is {'null' if items is None else type(items).__name__}, not a list of turns"
+        kind = f"is {_kind(items)}, not a list of turns"
         kind = kind if key in record else f"is not there (keys: {listed(record)})"
         raise InputError(f"{place}: `{key}` {kind}; {FIX}")
     if not items:
         raise InputError(f"{place}: `{key}` is empty; {FIX}")
     said = _system(record, place)
-    last = ""  # of user and assistant, who take turns
+    last = ""  # of all but system: user and assistant take turns, and others, such as a tool, may come between them
     for number, item in enumerate(items, start=1):
         one = _message(item, f"{place}: turn {number}")
-        if one.role in ("user", "assistant"):
-            if one.role == last:
-                raise InputError(f"{place}: turn {number}: two turns of {last} in a row; join them, or {FIX}")
-            if not last and one.role == "assistant":
-                raise InputError(f"{place}: turn {number}: is an answer, and nobody has asked; {FIX}")
-            last = one.role
+        if one.role in ("user", "assistant") and one.role == last:
+            raise InputError(f"{place}: turn {number}: two turns of {last} in a row; join them, or {FIX}")
+        if not last and one.role == "assistant":
+            raise InputError(f"{place}: turn {number}: is an answer, and nobody has asked; {FIX}")
+        last = last if one.role == "system" else one.role
         said.append(one)
     return said
 
 
 def _message(item: Any, where: str) -> _Said:
     if not isinstance(item, Mapping):
-        raise InputError(f"{where}: is {type(item).__name__}, not an object with role and content; {FIX}")
+        raise InputError(f"{where}: is {_kind(item)}, not an object with role and content; {FIX}")
     role_key, content_key = ("role", "content") if "role" in item else ("from", "value")
     if role_key not in item or content_key not in item:
         missing = "`role`" if role_key not in item else f"`{content_key}`"
         raise InputError(f"{where}: no {missing} (keys: {listed(item)}); {FIX}")
     role = item[role_key]
     if not isinstance(role, str) or not role:
-        raise InputError(f"{where}: `{role_key}` is {quoted(repr(role), 40)}, no name of a role; {FIX}")
+        shown = "null" if role is None else quoted(repr(role), 40)
+        raise InputError(f"{where}: `{role_key}` is {shown}, no name of a role; {FIX}")
     for key in ("tool_calls", "function_call"):
         if item.get(key):
             raise InputError(f"{where}: has `{key}`, and calls are not read; write them as text, or {FIX}")
@@ -190,8 +201,7 @@ def _message(item: Any, where: str) -> _Said:
 def _joined(content: Any, where: str, key: str) -> str:
     """Joins content that comes as a list of parts."""
     if not isinstance(content, list):
-        kind = "null" if content is None else type(content).__name__
-        raise InputError(f"{where}: `{key}` is {kind}, not a string; {FIX}")
+        raise InputError(f"{where}: `{key}` is {_kind(content)}, not a string; {FIX}")
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -207,7 +217,10 @@ def _turns(said: list[_Said], place: str, name: str) -> list[Turn]:
     for number, one in enumerate(said, start=1):
         if one.role not in template.roles:
             roles = ", ".join(template.roles)
-            raise InputError(f"{place}: turn {number}: role {quoted(repr(one.role), 20)}, not {roles}; {FIX}")
+            raise InputError(
+                f"{place}: turn {number}: role {quoted(repr(one.role), 20)}, not {roles}; add it to a --template of "
+                f"your own, {FIX}"
+            )
         content, reasoning = _thought(one, template)
         if reasoning and template.roles[one.role].reasoning is None:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from errno import ENOSPC
@@ -26,23 +27,27 @@ if TYPE_CHECKING:
 BATCH_BYTES, MOST_BATCH_ROWS = 8 << 20, 1024  # of a parquet file that are in memory at once
 PARQUET_BLOCK_BYTES = 1 << 20
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def csv_records(blocks: Iterator[bytes], name: str, format: str, reading: Reading) -> Records:
     """Yields the rows of a csv or tsv file as records of texts, or an error for each that cannot be read.
 
-    The first line names the columns. A .csv without any comma there may have semicolons or tabs. Quotes may hold
-    newlines, and what is quoted wrongly is an error.
+    The first line names the columns. A .csv without any comma between them may have semicolons or tabs. Quotes may
+    hold newlines, and what is quoted wrongly is an error.
     """
     lines = _Lines(lines_of(in_utf8(blocks, name, reading.encoding), name))
     header = lines.first()
     place = f"{name}:{lines.number}"
-    separator = next((mark for mark in SEPARATORS[format] if mark in header), SEPARATORS[format][0])
+    names = QUOTED.sub("", header)
+    separator = next((mark for mark in SEPARATORS[format] if mark in names), SEPARATORS[format][0])
     limit = csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         rows = csv.reader(lines, delimiter=separator, strict=True)
         columns = [column.strip() for column in _row(rows, place) or []]
-        _check_columns(columns, place, reading)
+        if not columns:
+            raise InputError(f"{place}: no line with the names of the columns; write it first, such as id,text")
+        needed_columns(columns, place, reading)
         while True:
             place, lines.problem = f"{name}:{lines.number + 1}", None
             try:
@@ -97,6 +102,8 @@ def parquet_records(source: Source, reading: Reading, on_bytes: Callable[[int], 
     except (pyarrow.ArrowException, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
+        if isinstance(error, UnicodeEncodeError):
+            raise InputError(f"{source.path}: pyarrow wants a name in UTF-8; rename the file") from None
         raise _damaged(source, error) from None
 
 
@@ -153,16 +160,13 @@ def _row(rows: Iterator[list[str]], place: str) -> list[str] | None:
         problem = str(error)
         if "field larger" in problem:
             problem = f"a value of more than {MAX_RECORD_BYTES >> 20} MiB, or a quote without its end"
+        if "new-line character" in problem:
+            raise InputError(
+                f"{place}: not csv (a carriage return alone, outside quotes); end the lines as Linux or Windows does, "
+                "put the value into quotes, or add --skip-bad"
+            ) from None
+        problem = problem.replace("\t", r"\t")
         raise InputError(f"{place}: not csv ({problem}); correct the quotes, or add --skip-bad") from None
-
-
-def _check_columns(columns: list[str], place: str, reading: Reading) -> None:
-    twice = next((column for column in columns if column and columns.count(column) > 1), None)
-    if not columns:
-        raise InputError(f"{place}: no line with the names of the columns; write it first, such as id,text")
-    if twice is not None:
-        raise InputError(f"{place}: two columns are named {quoted(twice)}; rename one of them")
-    needed_columns(columns, place, reading)
 
 
 def _rows(file: ParquetFile, columns: Sequence[str], source: Source) -> Iterator[Callable[[str], dict[str, Any]]]:

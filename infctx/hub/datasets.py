@@ -16,7 +16,7 @@ import yaml
 from infctx.errors import InputError
 from infctx.hub.files import HubFile, download
 from infctx.hub.names import PREFIX, HubName, hub_name
-from infctx.hub.repository import first_few, list_files
+from infctx.hub.repository import cached_files, first_few, is_offline, list_files
 from infctx.small_texts import quoted
 from infctx.suffixes import COMPRESSIONS, FORMATS_BY_SUFFIX
 
@@ -39,6 +39,8 @@ Splits = dict[str, list[HubFile]]
 def dataset_files(text: str, split: str | None = None, config: str | None = None) -> list[HubFile]:
     """Asks the hub which files hold a split of a dataset, in the order of their names; downloads none of them.
 
+    Offline, these are the files of it in the cache, which may be fewer.
+
     text: hf:OWNER/DATASET, also with @REVISION, and with :FILE or :PATTERN for these files, whatever their split
     split: None: "train", or the only one there is
     config: one of several sets in the repository; None: its default
@@ -47,7 +49,8 @@ def dataset_files(text: str, split: str | None = None, config: str | None = None
     name = hub_name(text)
     if name is None:
         raise InputError(f"{quoted(text)}: is no dataset on the hub; give {PREFIX}OWNER/DATASET, with both parts")
-    files = list_files(HubName(name.repository, name.revision, None), "dataset")
+    whole = HubName(name.repository, name.revision, None)
+    files = (cached_files(whole, "dataset") if is_offline() else []) or list_files(whole, "dataset")
     if name.file:
         return _named(name, files)
     data = [file for file in files if kind_of(file.path) and not NO_DATA.fullmatch(PurePosixPath(file.path).name)]

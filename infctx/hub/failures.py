@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from infctx.errors import InputError
 from infctx.hub.retries import say_retries_once
-from infctx.small_texts import quoted
+from infctx.small_texts import counted, quoted
 
 TOKEN = "`hf auth login`, or HF_TOKEN"
 AGAIN = "run the same command again: it continues from there"
@@ -108,7 +108,7 @@ def _refused(name: str, repository: str, error: HfHubHTTPError) -> InputError:
         )
     if status == 429:
         seconds = error.response.headers.get("Retry-After", "")
-        when = f"in {seconds} seconds" if seconds.isdecimal() else "in a few minutes"
+        when = f"in {counted(int(seconds), 'second')}" if seconds.isdecimal() else "in a few minutes"
         return Unreachable(
             f"{name}: the hub has had too many requests from here; try again {when}, or give a token, which may ask "
             f"more often: {TOKEN}"

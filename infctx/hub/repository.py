@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -27,6 +27,24 @@ def list_files(name: HubName, kind: str = "model") -> list[HubFile]:
         tree = HfApi().list_repo_tree(name.repository, recursive=True, revision=name.revision, repo_type=kind)
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
     return sorted(HubFile(name.repository, file.path, kind, name.revision, file.size) for file in files)
+
+
+def is_offline() -> bool:
+    """Returns whether the user wants no connection: HF_HUB_OFFLINE."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cached_files(name: HubName, kind: str = "model") -> list[HubFile]:
+    """Returns the files of a repository that are in the cache, sorted by path; asks nobody."""
+    try:
+        found = snapshot_download(name.repository, repo_type=kind, revision=name.revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return []
+    return sorted(
+        HubFile(name.repository, path.relative_to(found).as_posix(), kind, name.revision, path.stat().st_size)
+        for path in Path(found).rglob("*")
+        if path.is_file()
+    )
 
 
 def cached_model(name: HubName) -> Path | None:

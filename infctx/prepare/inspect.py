@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ WINDOWS = (1024, 4096, 16384, 65536)
 BAR_COLUMNS = 30
 COLOR, FAINT, RESET = "\033[32m", "\033[2m", "\033[0m"
 """Green for what is learned, faint for the rest."""
+JOINERS = "\u200c\u200d"  # of Persian and Indian scripts, and of emoji
 BEGIN, END = "⟦", "⟧"
 """Marks around what is learned, where there is no color."""
 
@@ -162,11 +164,16 @@ def _runs(store: TokenStore, number: int, shown: int, tokenizer: Tokenizer) -> I
     borders = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), shown]
     for begin, end in pairwise(borders):
         text = decoder.decode(tokenizer.decode(ids[begin:end]), final=end == shown)
-        text = "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
+        text = "".join(letter if _is_text(letter) else _escaped(letter) for letter in text)
         if ids[end - 1] == tokenizer.end_of_document:
             text += "<end>"
         if text:
             yield text, bool(targets[begin])
+
+
+def _is_text(letter: str) -> bool:
+    """Returns whether a terminal shows a letter as text; of what Python calls not printable, spaces and joiners are."""
+    return letter.isprintable() or letter in "\n\t" + JOINERS or unicodedata.category(letter) == "Zs"
 
 
 def _escaped(letter: str) -> str:

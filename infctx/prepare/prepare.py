@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TextIO
@@ -62,7 +62,7 @@ class PrepareSummary:
     def __str__(self) -> str:
         lines = [
             f"{self.output / name}: {counted(split.documents, 'document')}, "
-            f"{split.tokens:,} tokens ({self.tokenizer}), {split.bytes:,} bytes of text{_share_learned(split)}"
+            f"{split.tokens:,} tokens ({self.tokenizer}), {counted(split.bytes, 'byte')} of text{_share_learned(split)}"
             for name, split in self.splits.items()
         ]
         if self.empty_documents:
@@ -173,14 +173,27 @@ def _encoded(
     sources: Sequence[Source], reading: Reading, tokenizer: Tokenizer, workers: int, log: ReadLog
 ) -> Generator[Encoded, None, None]:
     """Yields the documents of all sources as tokens, in order."""
-    for is_store, group in groupby(sources, key=lambda source: source.format == STORE):
-        if is_store:
-            for source in group:
-                yield from store_as_tokens(source, reading, tokenizer, workers, log)
+    num_left = reading.limit
+    for each in _texts_or_store(sources):
+        if num_left == 0:
+            break
+        left = replace(reading, limit=num_left)
+        if each[0].format == STORE:
+            documents = store_as_tokens(each[0], left, tokenizer, workers, log)
         else:
-            with closing(encode_documents(read_documents(list(group), reading, log), tokenizer, workers)) as encoded:
-                yield from encoded
+            documents = encode_documents(read_documents(each, left, log), tokenizer, workers)
+        with closing(documents):
+            for document in documents:
+                yield document
+                num_left = num_left and num_left - 1
     log.tally.refuse_missing_roles()
+
+
+def _texts_or_store(sources: Sequence[Source]) -> Iterator[list[Source]]:
+    """Yields the sources in order: those of texts that follow each other together, each store by itself."""
+    for is_store, group in groupby(sources, key=lambda source: source.format == STORE):
+        together = list(group)
+        yield from [[store] for store in together] if is_store else [together]
 
 
 class _SkippedFile:
@@ -192,7 +205,8 @@ class _SkippedFile:
 
     def add(self, error: InputError) -> None:
         with naming_errors(self._path):
-            self._file = self._file or open(self._path, "x", encoding="utf-8")  # noqa: SIM115 - __exit__ closes it
+            # The name of a file need not be UTF-8.
+            self._file = self._file or open(self._path, "x", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self._file.write(error.lines[0] + "\n")
 
     def __enter__(self) -> _SkippedFile:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby, pairwise
+from collections.abc import Generator, Iterator
+from itertools import groupby, islice, pairwise
 
 import numpy as np
 
@@ -22,7 +22,7 @@ MOST_LATER_BYTES = 3
 
 def store_as_tokens(
     source: Source, reading: Reading, tokenizer: Tokenizer, workers: int, log: ReadLog
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Yields the documents of a store as tokens of `tokenizer`, with their targets.
 
     Ids of the same tokenizer are copied; those of another one become text and then tokens again.
@@ -32,7 +32,7 @@ def store_as_tokens(
     if name is None:
         raise InputError(f"{store.path}: no store.json here names its tokenizer; add --from-tokenizer world or bytes")
     made_with = get_tokenizer(name)
-    numbers = _good_documents(store, made_with, name != tokenizer.name, reading, log)
+    numbers = islice(_good_documents(store, made_with, name != tokenizer.name, reading, log), reading.limit)
     if name == tokenizer.name:
         for i in numbers:
             yield stored_document(store, i)
@@ -94,6 +94,11 @@ def _check_ids(store: TokenStore, i: int, made_with: Tokenizer) -> None:
         wrong = (ids >= made_with.vocab_size) | (made_with.byte_lengths[np.minimum(ids, made_with.vocab_size - 1)] == 0)
         if wrong.any():
             place = int(np.argmax(wrong))
+            if ids[place] == END_OF_DOCUMENT:
+                raise InputError(
+                    f"{store.path}: document {i}: token {begin + place} is 0, which ends a document, and more tokens "
+                    "follow; write each document as one of the store, or add --skip-bad"
+                )
             raise InputError(
                 f"{store.path}: document {i}: token {begin + place} has id {ids[place]}, which the tokenizer "
                 f"{made_with.name} uses in no text; give the one that made it with --from-tokenizer"

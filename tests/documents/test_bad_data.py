@@ -22,6 +22,14 @@ def parquet(**columns):
     return file.getvalue().to_pybytes()
 
 
+def twice(*texts):
+    """A parquet file with several columns named text."""
+    file = pyarrow.BufferOutputStream()
+    names = ["text"] * len(texts)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array([text]) for text in texts], names), file)
+    return file.getvalue().to_pybytes()
+
+
 def invalid_utf8():
     """A parquet file whose second text is not UTF-8."""
     data = pyarrow.py_buffer(b"good\xffbad")
@@ -95,6 +103,7 @@ BAD = [
     ),
     ("twice.csv", "text,text\na,b\n", ":1: two columns are named text; rename one of them", None),
     ("quotes.csv", 'id,text\n1,"a"b\n2,a\n', ":2: not csv (',' expected after '\"'); correct the quotes", "a"),
+    ("mac.csv", "id,text\r1,a\r", ":1: not csv (a carriage return alone, outside quotes); end the lines as", None),
     ("open.csv", 'id,text\n1,a\n2,"b\n3,c\n', ":3: not csv (unexpected end of data); correct the quotes", "a"),
     (
         "latin.csv",
@@ -104,6 +113,7 @@ BAD = [
     ),
     ("long.csv", "id,text\n1,a\n2," + LONG, ":3: a line of more than 0 MiB", "a"),
     ("no text.parquet", parquet(id=[1], body=["a"]), f": no key `text` (keys: 'id', 'body'); {KEY}", None),
+    ("twice.parquet", twice("a", "b"), ": two columns are named text; rename one of them", None),
     ("cut.parquet", parquet(text=["a"])[:-9], ": a damaged parquet file (...); copy it again", None),
     ("stub.parquet", b"stub", ": not a parquet file; name it by what it holds, or give its --format", None),
     (
@@ -127,7 +137,12 @@ BAD = [
     ("zero.txt", b"x" * (1 << 20) + b"ab\0", ": byte 1,048,578 is NUL, which no text has; convert it", None),
     ("letter.txt", b"%PDF-1.7 words", ": is a PDF; convert it to UTF-8 text first", None),
     ("wide.txt", "hello, world".encode("utf-16-be"), ": is text in UTF-16 without ...; add --encoding utf-16-be", None),
-    ("cut wide.txt", "\ufeffhello".encode("utf-16-le")[:-1], ": not UTF-16-LE: byte 0x6f at offset 10; add its", None),
+    (
+        "cut wide.txt",
+        "\ufeffhello".encode("utf-16-le")[:-1],
+        ": not UTF-16-LE: byte 0x6f at offset 10; it is cut off, or in another",
+        None,
+    ),
     ("nothing.txt.zst", zstandard.ZstdCompressor().compress(b""), ": empty; name a file with text in it", None),
     ("not.jsonl.zst", LINE * 9, ": damaged .zst file (...); copy or compress it again", None),
     (
@@ -192,6 +207,22 @@ def test_a_file_that_vanishes(tmp_path, monkeypatch):
                 ValueError, match=r"a\.jsonl: cannot be read \(No such file or directory\); check the file"
             ):
                 prepare(inputs, tmp_path / "out", tokenizer="bytes", reading=reading)
+
+
+def test_files_whose_names_are_not_utf8(tmp_path):
+    for name, content in (
+        ("a\udcff.jsonl", LINE + "5"),
+        ("b\udcff.parquet", parquet(text=["b"])),
+        ("c\udcff.txt", b"\xe9"),
+    ):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    prepare([str(tmp_path)], tmp_path / "out", tokenizer="bytes", reading=Reading(skip_bad=True))
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert [line.partition(f"{tmp_path}/")[2].partition(";")[0] for line in skipped] == [
+        "a\\udcff.jsonl:2: not a JSON object but int",
+        "b\\udcff.parquet: pyarrow wants a name in UTF-8",
+        "c\\udcff.txt: not UTF-8: byte 0xe9 at offset 0",
+    ]
 
 
 def test_an_unknown_encoding_is_refused(tmp_path):

@@ -115,6 +115,11 @@ def test_a_repository_is_one_document(tmp_path):
     ]
 
 
+def test_a_heading_is_one_line_of_utf8(tmp_path):
+    write(tmp_path / "one", {"a\nb.py": "a", "c\udcff.py": "c"})
+    assert texts(tmp_path / "one", join="repository") == ["==> a\\nb.py <==\na\n\n==> c\\udcff.py <==\nc\n\n"]
+
+
 def test_links_are_not_followed(tmp_path):
     write(tmp_path / "one", {"a.py": "a"})
     (tmp_path / "one" / "loop").symlink_to(tmp_path / "one")

@@ -56,6 +56,16 @@ def test_a_form_can_be_forced():
     assert text_of(record, form="prompt", template="world") == "User:| p\n\n|Assistant:|[ c\n\n]"
 
 
+def test_a_role_of_a_template_of_ones_own_may_come_between_answers(tmp_path):
+    template = tmp_path / "tools.yaml"
+    template.write_text(
+        "roles: {user: {body: 'U{content}'}, assistant: {body: 'A{content}'}, tool: {body: 'T{content}'}}"
+    )
+    tool = {"role": "tool", "content": "1"}
+    record = {"messages": [ASKED, ANSWERED, tool, tool, ANSWERED, ASKED, ANSWERED]}
+    assert text_of(record, template=str(template)) == "Ua|[Ab]|T1|T1|[Ab]|Ua|[Ab]"
+
+
 def wrong(**message):
     return {"messages": [ASKED, message]}
 
@@ -88,7 +98,8 @@ def wrong(**message):
         ({"messages": [ASKED, {"role": "system", "content": "s"}, ASKED]}, "turn 3: two turns of user in a row"),
         (wrong(role="tool", content="b"), "turn 2: role 'tool', not system, user, assistant, instruction, input"),
         (wrong(role="bot\n", content="b"), r"turn 2: role 'bot\n', not system"),
-        (wrong(role=None, content="b"), "turn 2: `role` is None, no name of a role"),
+        (wrong(role=None, content="b"), "turn 2: `role` is null, no name of a role"),
+        ({"messages": [ASKED, None]}, "turn 2: is null, not an object with role and content"),
         (wrong(content="b", name="x"), "turn 2: no `role` (keys: 'content', 'name')"),
         (wrong(role="assistant", text="b"), "turn 2: no `content` (keys: 'role', 'text')"),
         ({"conversations": [{"from": "human", "text": "b"}]}, "turn 1: no `value` (keys: 'from', 'text')"),

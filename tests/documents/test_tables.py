@@ -44,6 +44,8 @@ def test_csv_is_what_the_standard_library_reads(tmp_path, monkeypatch, block, su
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
     if suffix == "csv":
         assert texts(tmp_path / "b.csv.gz") == [row["text"] for row in rows]
+        path.write_text(f'"id"{separator}"a, ""b"", {separator}"{separator}text\n1{separator}x{separator}y\n')
+        assert texts(path) == ["y"]
 
 
 def test_the_limit_of_the_csv_module_is_put_back(tmp_path):

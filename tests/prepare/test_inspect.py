@@ -72,19 +72,27 @@ def test_the_padding_is_that_of_the_windows(tmp_path):
     assert f"padding: {padding:.1%} of the places" in describe_store(TokenStore(tmp_path / "a"))
 
 
-CHAT = [("User:", False), (" ✂ hé\n\n", False), ("Assistant:", False), (" 你好 \x1b[31m😀\n\n", True)]
+CHAT = [
+    ("User:", False),
+    (" ✂ hé\u3000👩\u200d👧\n\n", False),
+    ("Assistant:", False),
+    (" 你好 \x1b[31m\u202e😀\n\n", True),
+]
 
 
 @pytest.mark.parametrize("tokenizer", ["world", "bytes"])
 def test_a_document_with_what_is_learned_marked(tmp_path, tokenizer):
     store = write(tmp_path / "a", [CHAT, [("all of it", True)]], tokenizer)
     head, text = show_document(store, 0, 0, tokenizer, color=False).split("\n", 1)
-    assert text == "User: ✂ hé\n\nAssistant:⟦ 你好 \\x1b[31m😀\n\n<end>⟧"
+    assert text == "User: ✂ hé\u3000👩\u200d👧\n\nAssistant:⟦ 你好 \\x1b[31m\\u202e😀\n\n<end>⟧"
     assert head.endswith(
         f"document 0, {store.length(0)} tokens, {store.num_targets - store.length(1) + 1} learned (between ⟦ and ⟧)"
     )
     colored = show_document(store, 0, 0, tokenizer, color=True).split("\n", 1)[1]
-    assert colored == "\033[2mUser: ✂ hé\n\nAssistant:\033[0m\033[32m 你好 \\x1b[31m😀\n\n<end>\033[0m"
+    assert (
+        colored
+        == "\033[2mUser: ✂ hé\u3000👩\u200d👧\n\nAssistant:\033[0m\033[32m 你好 \\x1b[31m\\u202e😀\n\n<end>\033[0m"
+    )
     assert show_document(store, 1, 0, tokenizer, color=False).endswith("⟦all of it<end>⟧")
     assert show_document(store, 1, 1, tokenizer, color=False).endswith(
         f"... and {store.length(1) - 1} more tokens; --first 0 shows all"

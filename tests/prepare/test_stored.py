@@ -103,10 +103,35 @@ def test_texts_and_stores_keep_their_order(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name)
     write(tmp_path / "b" / "train", [([("b", True)], True), ([("bb", True)], True)], "bytes")
     inputs = [str(tmp_path / name) for name in ("a.txt", "b/train.idx", "c.txt")]
-    prepare(inputs, tmp_path / "out", tokenizer="bytes", reading=Reading(from_tokenizer="bytes"))
-    assert (tmp_path / "out/train.bin").read_bytes() == b"".join(
-        (byte + 1).to_bytes(2, "little") if byte else b"\0\0" for byte in b"a\0b\0bb\0c\0"
-    )
+    for limit, expected in (None, b"a\0b\0bb\0c\0"), (4, b"a\0b\0bb\0c\0"), (2, b"a\0b\0"), (1, b"a\0"):
+        for tokenizer in ("bytes", "world"):
+            reading = Reading(from_tokenizer="bytes", limit=limit)
+            prepare(inputs, tmp_path / "out", tokenizer=tokenizer, reading=reading, overwrite=True)
+            store = TokenStore(tmp_path / "out/train")
+            ids = np.concatenate([store.tokens(i, 0, store.length(i)) for i in range(store.num_documents)])
+            assert get_tokenizer(tokenizer).decode(ids) == expected.replace(b"\0", b"")
+            assert store.num_documents == expected.count(b"\0")
+
+
+def test_one_store_under_two_names_is_taken_once(tmp_path):
+    write(tmp_path / "train", [([("b", True)], True)], "bytes")
+    inputs = [str(tmp_path / name) for name in ("train", "train.bin")]
+    summary = prepare(inputs, tmp_path / "out", tokenizer="bytes", reading=Reading(from_tokenizer="bytes"))
+    assert f"1 file named twice, taken once: {inputs[1]}" in str(summary)
+    (tmp_path / "train.bin").unlink()
+    with pytest.raises(InputError, match="train: no such file or folder; of a token store there is only .*train.idx"):
+        prepare(inputs[:1], tmp_path / "out", tokenizer="bytes", overwrite=True)
+
+
+def test_an_end_inside_a_document(tmp_path):
+    with TokenStoreWriter(tmp_path / "store") as writer:
+        for document in ([7], [5, 6]):
+            writer.extend(np.array(document))
+            writer.end_document()
+    data = (tmp_path / "store.bin").read_bytes()
+    (tmp_path / "store.bin").write_bytes(data[:4] + b"\0\0" + data[6:])
+    with pytest.raises(InputError, match="document 1: token 0 is 0, which ends a document, and more tokens follow"):
+        prepare([str(tmp_path / "store")], tmp_path / "out", tokenizer="world", reading=Reading(from_tokenizer="world"))
 
 
 @pytest.mark.parametrize(
