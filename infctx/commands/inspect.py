@@ -17,7 +17,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "--document", type=whole, metavar="N", help="show document N (from 0), with what is learned in color"
     )
     parser.add_argument(
-        "--first", type=whole, default=2000, metavar="TOKENS", help="of --document (default %(default)s; 0: all)"
+        "--first", type=whole, default=2000, metavar="TOKENS", help="tokens of it to show (default %(default)s; 0: all)"
     )
     parser.add_argument(
         "--window-tokens", type=count, nargs="+", metavar="TOKENS", help="windows to compare the documents with"

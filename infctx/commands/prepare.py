@@ -52,7 +52,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "user,assistant; of other texts it learns everything",
     )
     parser.add_argument(
-        "--encoding", metavar="NAME", help="of texts, such as cp1252 (default: UTF-8, or by their byte order mark)"
+        "--encoding", metavar="NAME", help="of the files, such as cp1252 (default: UTF-8, or by their byte order mark)"
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out files, lines and rows that cannot be read; list them"
@@ -63,10 +63,10 @@ def describe(parser: argparse.ArgumentParser) -> None:
         help="make one document of each folder: its text files under headings, without what .gitignore names",
     )
     parser.add_argument(
-        "--from-tokenizer", choices=("world", "bytes"), help="of token stores that have no store.json beside them"
+        "--from-tokenizer", choices=("world", "bytes"), help="which one made a token store that has no store.json"
     )
     _describe_hub(parser)
-    parser.add_argument("--workers", type=count, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=count, help="processes that tokenize (default: all cores)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses which documents are held out")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output folder once the new one is complete"

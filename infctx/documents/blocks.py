@@ -136,6 +136,10 @@ def decoded(blocks: Iterator[bytes], name: str, given: str | None) -> Iterator[s
             piece = decoder.decode(block, final=not block and offset > 0)
         except UnicodeDecodeError as error:
             raise not_in_encoding(error, name, encoding, offset - held_back) from None
+        except UnicodeError as error:  # no place in it: such as a text in UTF-16 without its mark
+            others = f"--encoding {encoding}-le or {encoding}-be" if _is_wide(encoding) else "another --encoding"
+            problem = f"{name}: not {encoding.upper()} ({quoted(str(error))})"
+            raise NotText(f"{problem}; give {others}, or add --skip-bad") from None
         offset += len(block)
         if piece and beginning:
             piece, beginning = piece.removeprefix("\ufeff"), False

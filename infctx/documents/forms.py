@@ -89,6 +89,8 @@ class FormTally:
     def __init__(self, reading: Reading) -> None:
         if reading.form and reading.form not in FORMS:
             raise InputError(f"--form: {quoted(reading.form)} is not known; choose one of {', '.join(FORMS)}")
+        if reading.text_column and reading.form not in (None, "text"):
+            raise InputError(f"--text-column: is for texts, and --form is {reading.form}; leave one of them out")
         get_template(reading.template or DEFAULT)
         learned_roles(reading)
         self._reading = reading

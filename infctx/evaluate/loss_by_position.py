@@ -247,7 +247,8 @@ def choose_documents(store: TokenStore, vocab_size: int, segment_tokens: int, ma
     tokens = {document: min(limit, length) for document, length in lengths.items()}
     if not any(store.count_targets(document, 1, length) for document, length in tokens.items()):
         raise InputError(
-            f"{store.path}: no target in the first {limit:,} tokens of any document; evaluate on more tokens"
+            f"{store.path}: no target in the first {limit:,} tokens of any document; allow more with "
+            "--max-tokens, or run.evaluate_tokens in a run"
         )
     return Reading(store, tokens, segment_tokens, vocab_size)
 

@@ -70,7 +70,8 @@ class PrepareSummary:
         if self.documents_without_target:
             lines.append(f"{counted(self.documents_without_target, 'document')} with nothing to learn left out")
         if self.tail_tokens:
-            lines.append(f"there is only one document, so its last {counted(self.tail_tokens, 'token')} are held out")
+            tail = "token is" if self.tail_tokens == 1 else f"{self.tail_tokens:,} tokens are"
+            lines.append(f"there is only one document, so its last {tail} held out")
         return "\n".join([*lines, *self.notes])
 
 

@@ -170,6 +170,10 @@ def test_any_encoding(tmp_path, monkeypatch, encoding, block):
     for name, content in (("a.txt", text), ("b.jsonl", lines), ("c.csv", rows)):
         (tmp_path / name).write_text(content, encoding=encoding, newline="")
     assert texts(tmp_path, encoding=encoding) == [text, text, "é", text, "é"]
+    if encoding == "utf-16-be":
+        for name in ("a.txt", "b.jsonl", "c.csv"):
+            place, problem = (name.replace(".", r"\."), "not UTF-16 .*; give --encoding utf-16-le or utf-16-be, or add")
+            refused(f"{place}: {problem}", tmp_path / name, encoding="utf-16")
     if encoding.startswith("utf"):
         for name, content in (("a.txt", text), ("b.jsonl", lines), ("c.csv", rows)):
             (tmp_path / name).write_text("\ufeff" + content, encoding=encoding, newline="")

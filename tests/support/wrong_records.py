@@ -91,6 +91,8 @@ a form that is not there = {PREPARE}chats.jsonl --output out --form instruction
     records/chats.jsonl:1: no key `instruction` (keys: 'messages'); fix it, or add --skip-bad
 a form that is none = {PREPARE}chats.jsonl --output out --form sharegpt
     --form: sharegpt is not known; choose one of text, prompt, instruction, messages, conversations
+a column of texts for chats = {PREPARE}chats.jsonl --output out --form messages --text-column a
+    --text-column: is for texts, and --form is messages; leave one of them out
 a role that nobody has = {PREPARE}chats.jsonl --output out --learn system
     --learn: no document has a turn of system; the roles there are assistant, user
 a role that is none = {PREPARE}chats.jsonl --output out --learn bot
