@@ -218,8 +218,7 @@ def _turns(said: list[_Said], place: str, name: str) -> list[Turn]:
         if one.role not in template.roles:
             roles = ", ".join(template.roles)
             raise InputError(
-                f"{place}: turn {number}: role {quoted(repr(one.role), 20)}, not {roles}; add it to a --template of "
-                f"your own, {FIX}"
+                f"{place}: turn {number}: role {quoted(repr(one.role), 20)}, not {roles}; use --template or --skip-bad"
             )
         content, reasoning = _thought(one, template)
         if reasoning and template.roles[one.role].reasoning is None:

@@ -52,7 +52,7 @@ two answers in a row = {PREPARE}two-answers.jsonl --output out
 two questions in a row = {PREPARE}two-users.jsonl --output out
     records/two-users.jsonl:1: turn 2: ... join them, or fix it, or add --skip-bad
 a role that the template does not have = {PREPARE}tool.jsonl --output out
-    records/tool.jsonl:1: turn 2: role 'tool', not ... fix it, or add --skip-bad
+    records/tool.jsonl:1: turn 2: role 'tool', not ... use --template or --skip-bad
 a call of a tool = {PREPARE}calls.jsonl --output out
     records/calls.jsonl:1: turn 2: has `tool_calls`, ... write them as text, or fix it, or add --skip-bad
 content that is null = {PREPARE}null.jsonl --output out
@@ -84,7 +84,7 @@ a history = {PREPARE}history.jsonl --output out
 reasoning without a place = {PREPARE}reasoning.jsonl --output out
     records/reasoning.jsonl:1: turn 2: has reasoning, ... remove it, or add --template g1
 half a character in a chat = {PREPARE}surrogate.jsonl --output out
-    records/surrogate.jsonl:1: turn 2: `content` holds a lone surrogate, ... remove it, it is no text
+    records/surrogate.jsonl:1: turn 2: `content` holds a lone surrogate, ... remove it, it is no text, or add --skip-bad
 chats without an answer = {PREPARE}unanswered.jsonl --output out
     all documents have nothing to learn; ... or give chats with answers in them
 a form that is not there = {PREPARE}chats.jsonl --output out --form instruction
