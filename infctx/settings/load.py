@@ -82,6 +82,8 @@ def _apply_override(content: dict[str, Any], places: dict[tuple[str, ...], str],
             here = ".".join(path[:depth])
             raise InputError(f"{places.get(path[:depth], COMMAND_LINE)}: {here}: is a section; put settings below it")
     section[path[-1]] = value
+    for place in [place for place in places if _without_item(place[: len(path)]) == path]:  # the file's, and inside it
+        del places[place]
     places[path] = COMMAND_LINE
 
 
@@ -128,8 +130,14 @@ def _where(problem: ErrorDetails) -> tuple[str, ...]:
 
 
 def _line(where: tuple[str, ...], remedy: str, path: Path, places: dict[tuple[str, ...], str]) -> str:
-    place = next((places[where[:n]] for n in range(len(where), -1, -1) if where[:n] in places), str(path))
-    return f"{place}: {quoted('.'.join(where))}: {remedy}"
+    outward = [where[:n] for n in range(len(where), -1, -1)]
+    found = [places.get(each) or places.get(_without_item(each)) for each in outward]
+    return f"{next(filter(None, found), path)}: {quoted('.'.join(where))}: {remedy}"
+
+
+def _without_item(where: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the path of the list that an item is in: data, sources for data, sources[1]."""
+    return (*where[:-1], where[-1].partition("[")[0]) if where else where
 
 
 WANTED = {

@@ -7,7 +7,7 @@ import pytest
 
 from infctx.settings.load import dump_config, load_config
 
-from settings_files import WHOLE, refusal, write
+from settings_files import WHOLE, problems, refusal, write
 
 LISTED = """\
   sources:
@@ -46,6 +46,20 @@ LISTED = """\
 def test_mistakes_in_a_list(tmp_path, old, new, says):
     path = write(tmp_path, (old, new), text=WHOLE.replace("  store: data/train\n", LISTED))
     assert refusal(path).startswith(f"{path}:{says}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources=[{store: a, weight: 1}, {store: b}]",
+        "data.sources=[{store: a, weight: -1}, {store: b, wait: 1}]",
+        "run.loggers=[tensorbord]",
+        "data.curriculum={from_tokens: 100, to_tokens: 200, steps: 3}",
+    ],
+)
+def test_a_mistake_in_a_list_of_the_command_line_is_not_blamed_on_the_file(tmp_path, override):
+    path = write(tmp_path, text=WHOLE.replace("  store: data/train\n", LISTED))
+    assert all(line.startswith("command line: ") for line in problems(path, override))
 
 
 def test_lists_of_stores(tmp_path):
