@@ -32,6 +32,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+HALF_A_CHARACTER = rb"\ud800+2AA-"  # in the escapes of Python, and in UTF-7
 BINARY = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive",
@@ -105,10 +106,10 @@ def encoding_of(first: bytes, given: str | None) -> str:
 
 
 def check_encoding(name: str | None) -> None:
-    """Raises InputError for the name of an encoding that Python does not have."""
+    """Raises InputError for the name of an encoding that Python does not have, or that may give half a character."""
     try:
         if name is not None:
-            b" ".decode(name, "replace")
+            HALF_A_CHARACTER.decode(name, "replace").encode()
             codecs.getincrementaldecoder(name)
     except (LookupError, ValueError):
         raise InputError(

@@ -227,5 +227,5 @@ def test_files_whose_names_are_not_utf8(tmp_path):
 
 def test_an_unknown_encoding_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    for name in ("utf-9", "hex", "", "a\0b", "undefined"):
+    for name in ("utf-9", "hex", "", "a\0b", "undefined", "raw_unicode_escape", "utf-7"):
         refused("--encoding: .* is not known; give one such as cp1252", tmp_path / "a.txt", encoding=name)
