@@ -100,8 +100,6 @@ training by tune = tune tune.yaml model.learn=weights
     command line: model.learn: ... `infctx tune` takes initial_state or adapter
 an adapter that does not learn = train tune.yaml model.adapter.rank=8 model.learn=initial_state
     command line: model.adapter: ... set learn: adapter, or leave it out
-a matrix that no model has = tune tune.yaml model.learn=adapter model.adapter.where=[att.rate]
-    command line: model.adapter.where[0]: ... 'ffn.value' or 'ffn.receptance'
 a factor of miss = tune tune.yaml model.learn=adapter model.adapter.form=miss model.adapter.alpha=4
     command line: model.adapter.alpha: ... leave it out, or choose lora or dora
 an adapter that is not there = generate finch.pth --adapter gone.safetensors
