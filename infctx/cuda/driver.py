@@ -30,6 +30,7 @@ OLDEST_CAPABILITY = (8, 0)
 SUCCESS = 0
 ERROR_INVALID_VALUE = 1
 ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES = 8
+ATTRIBUTE_PREFERRED_SHARED_CARVEOUT = 9
 
 Argument = Tensor | int | float | None
 
@@ -220,16 +221,19 @@ def _pack(kernel: Kernel, arguments: Sequence[Argument]) -> ctypes.Array:
 def _raise_shared_bytes(kernel: Kernel, shared_bytes: int) -> None:
     """Raises the limit of the kernel and of its function in this context, which is the one that is launched.
 
-    Nothing documents that the function takes over the kernel's limit, though an H100's driver does so.
+    Nothing documents that the function takes over the kernel's limit, though an H100's driver does so.  Shared memory
+    also gets all that it can of what it shares with the L1 cache, so that as many blocks fit on a processor as can.
     """
-    number, driver = ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES, kernel.driver
+    driver = kernel.driver
+    wanted = ((ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES, shared_bytes), (ATTRIBUTE_PREFERRED_SHARED_CARVEOUT, 100))
     about = f"{kernel.name}, {shared_bytes} bytes of dynamic shared memory"
     # The lock keeps a thread that needs less from lowering the limit that another has just raised.
     with kernel.lock:
         if shared_bytes > kernel.dynamic_shared_bytes:
             device = driver.device(kernel.device)
-            driver.call("cuKernelSetAttribute", number, shared_bytes, kernel.handle, device, about=about)
-            driver.call("cuFuncSetAttribute", kernel.function, number, shared_bytes, about=about)
+            for number, value in wanted:
+                driver.call("cuKernelSetAttribute", number, value, kernel.handle, device, about=about)
+                driver.call("cuFuncSetAttribute", kernel.function, number, value, about=about)
             kernel.dynamic_shared_bytes = shared_bytes
 
 

@@ -180,15 +180,15 @@ def test_threads_do_not_share_their_arguments(stand_in):
 
 
 def test_shared_memory_is_requested_once_and_only_upward(stand_in):
-    """For the kernel and for the function that is launched: the stand-in's function does not take over the limit."""
-    add, x = stand_in.load()["add"], torch.zeros(1)
-    asked = []
+    """For the kernel and for its function: the stand-in's does not take over the limit."""
+    add, x, asked = stand_in.load()["add"], torch.zeros(1), []
     for shared_bytes in (48 * 1024 - 256, 48 * 1024, 99 * 1024, 64 * 1024, 99 * 1024):
         launch(add, (5, 4, 3), (128, 2, 1), shared_bytes, [x, x, 1, 0.5])
         calls = stand_in.calls()
         asked += [call for call in calls if "SetAttribute" in call]
         assert expected_launch(f"{x.data_ptr()} {x.data_ptr()} 1 0.5", shared_bytes) in calls
-    requests = "cuKernelSetAttribute(8, {0}, 20, 99)", f"cuFuncSetAttribute(f20, 8, {{0}} in {CONTEXT:x})"
+    limit = "cuKernelSetAttribute(8, {0}, 20, 99)", f"cuFuncSetAttribute(f20, 8, {{0}} in {CONTEXT:x})"
+    requests = *limit, "cuKernelSetAttribute(9, 100, 20, 99)", f"cuFuncSetAttribute(f20, 9, 100 in {CONTEXT:x})"
     assert asked == [request.format(size) for size in (48 * 1024, 99 * 1024) for request in requests]
     for number, function in enumerate(("cuKernelSetAttribute", "cuFuncSetAttribute")):
         stand_in.plant(function, 1)
