@@ -71,10 +71,11 @@ def print_replay(compiled: Compiled, head_size: int, dtype: torch.dtype) -> None
     )
     print("|---|---|---|---|---|")
     for name, code in parse(disassembled(compiled.cubin)).items():
-        threads = 32 * layout.warps * (2 if name == "wkv_backward" else 1)
+        threads = 32 * layout.warps * (2 if name in ("wkv_forward", "wkv_backward") else 1)
         shared_bytes = shared.get(name, span_shared_bytes)(layout)
         most = blocks_at_once(H100, threads, compiled.resources[name].registers, shared_bytes)
-        found = estimate(code, layout.tile_tokens // 16, min(most, 4), layout.warps)
+        chunks = layout.tile_tokens // 16 if name == "wkv_backward" else 1
+        found = estimate(code, chunks, min(most, 4), layout.warps)
         if found:
             print(row(name, found))
 

@@ -252,7 +252,7 @@ class Estimate:
 def estimate(code: Sequence[Instruction], tile_chunks: int, most_blocks: int, slab_warps: int) -> Estimate | None:
     """Replays a kernel's outer loops with barriers, each by one warp of a scheduler; None if it has no such loop.
 
-    tile_chunks: chunks of a tile, which a turn of wkv_backward goes through; a turn of the others is one chunk
+    tile_chunks: chunks of a turn: those of a tile in wkv_backward, whose roles are values, then keys; 1 in the others
     most_blocks: that fit on a processor
     slab_warps:  warps of a role; above 64 channels' 4 a scheduler would have more
     """
@@ -260,10 +260,9 @@ def estimate(code: Sequence[Instruction], tile_chunks: int, most_blocks: int, sl
     outer = [loop for loop in outer if not any(a < loop[0] and loop[1] < b for a, b in outer)]
     if not outer:
         return None
-    by_tile = len(outer) > 1  # of wkv_backward: values, then keys
-    chunks = tile_chunks if by_tile else 1
+    by_tile, chunks = tile_chunks > 1, tile_chunks
     # Values find dscores, a chunk a warp, then go through the chunks; keys walk to the last pair, then go back.
-    trips = [[1, chunks], [(chunks - 1) // 2 * 2 + 1, chunks]] if by_tile else [[]]
+    trips = [[1, chunks], [(chunks - 1) // 2 * 2 + 1, chunks]] if by_tile else [[] for _ in outer]
     paths = [turn(code, loop, each, halves=by_tile) for loop, each in zip(outer, trips, strict=True)]
     counts = [dict.fromkeys(WIDTHS, 0.0) for _ in paths]
     for count, path in zip(counts, paths, strict=True):

@@ -262,7 +262,7 @@ def forward(
     final = state.new_empty(state.shape)
     arguments = (r, k, v, w, u, states, starts, initial, y, final, kept if keep else None, *numbers)
     arguments = (*arguments, row_states, state_step)
-    grid, block = layout.rows * layout.spans, 32 * layout.warps
+    grid, block = layout.rows * layout.spans, 64 * layout.warps
     if grid:  # the driver refuses an empty launch
         kernels.launch("wkv_forward", grid, block, forward_shared_bytes(layout), arguments)
     return layout.whole(y), layout.unpadded(final), kept

@@ -106,14 +106,17 @@ def test_sanitizers_find_nothing(dtype, op):
 
 # By name: text in one of the files => its replacement; line breaks may differ.
 FORWARD_FAULTS = {
-    "no barrier at the end of a chunk": "cp_async_wait<2>(); sync_block(); => cp_async_wait<2>();",
+    "no barrier at the end of a chunk": [
+        "cp_async_wait<2>(); sync_roles(); => cp_async_wait<2>();",
+        "place.end_token, results); } sync_roles(); => place.end_token, results); }",
+    ],
     "values are not waited for": "cp_async_wait<2>(); => cp_async_wait<3>();",
     "too few buffers of staged chunks": "staged_chunks = 3; => staged_chunks = 2;",
     "too few buffers of values": "value_stages = 4; => value_stages = 3;",
-    "one buffer of scores": "scores + (chunk + 1) % 2 * chunk_scores => scores",
+    "one buffer of scores": "scores_start() + chunk % 2 * chunk_scores => scores_start()",
     "starts are passed over": "if (begins.at(chunk)) { => if (false) {",
-    "initial of the first head": "initial_batch + place.head => initial_batch",
-    "a kept state is late": "place.span * state_step => place.span * state_step / 2",
+    "initial of the first head": "input.initial_batch + place.head) => input.initial_batch)",
+    "a kept state is late": "place.span * input.state_step => place.span * input.state_step / 2",
     "no barrier in sums": "<span_stages - 2>(); sync_block(); => <span_stages - 2>();",
     "sums do not wait for values": "wait<span_stages - 2> => wait<span_stages - 1>",
     "decays of spans pass over starts": "cut ? 0.0f : => false ? 0.0f :",
