@@ -93,12 +93,18 @@ ACTIVATION_BYTES = {
     (5, True, False): (154, 108),
     (6, False, False): (238, 171),
     (6, True, False): (174, 134),
-    (7, False, True): (163, 98),
-    (7, True, True): (90, 57),
+    (7, False, True): (152, 94),
+    (7, True, True): (88, 57),
     (7, False, False): (409, 340),
     (7, True, False): (338, 303),
 }
 
+PASSING_BYTES = {(False, False): 38, (False, True): 20, (True, False): 28, (True, True): 38}
+"""(RWKV-7, bf16): what comes and goes while the backward pass is in a block, and the embedding, the last norm and the
+head, in bytes per token and channel of the width (tests/plan/test_activations.py)."""
+
+PASSING_STATES = 5
+"""States of a lane that come and go with them: before and after the blocks, their gradients, and copies of these."""
 
 TRAINED_TOO_CHANNELS = {"norms": (1, 1), "mixes": (2, 2), "decays": (6, 1), "bonus": (1, 1)}
 """What autograd saves in a block for the weights that learn with an adapter, at most: numbers per token and channel of
@@ -133,7 +139,7 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     device_type: "cpu" or "cuda"
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
-    work = lanes * config.slice_tokens * activation_bytes(config, sizes, device_type)
+    work = lanes * (config.slice_tokens * activation_bytes(config, sizes) + PASSING_STATES * state_bytes(sizes))
     work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
@@ -191,18 +197,16 @@ def reduces_each_segment(config: Config) -> bool:
     return config.distributed.strategy in REDUCING_EACH_SEGMENT and config.distributed.gradient_reduction != "step"
 
 
-def activation_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
-    """Returns the bytes that the backward pass holds for one token: measured, see ACTIVATION_BYTES."""
+def activation_bytes(config: Config, sizes: Sizes) -> int:
+    """Returns the bytes that a pass needs for one token: measured, see ACTIVATION_BYTES and PASSING_BYTES."""
     low = config.run.precision == "bf16"
-    backend = config.model.backend
-    with_kernels = ("cpu",) if sizes.version == 7 else ("cpu", "cuda")
-    kernels = backend in ("compiled", "cuda") or (backend == "auto" and device_type in with_kernels)
+    kernels = config.model.backend in ("auto", "compiled", "cuda")
     block = ACTIVATION_BYTES[sizes.version, low, kernels][config.model.freezes_weights] * sizes.width
-    ends = (7 if low else 13) * sizes.width  # embedding, last norm, head
     block += _adapter_activation_bytes(config, sizes)
+    passing = PASSING_BYTES[sizes.version == 7, low] * sizes.width
     if config.model.recompute_blocks:
-        return sizes.num_layers * (2 if low else 4) * sizes.width + block + ends
-    return sizes.num_layers * block + ends
+        return sizes.num_layers * (2 if low else 8) * sizes.width + block + passing
+    return sizes.num_layers * block + passing
 
 
 def _adapter_activation_bytes(config: Config, sizes: Sizes) -> int:

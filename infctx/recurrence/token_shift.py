@@ -28,7 +28,7 @@ def token_shift(x: Tensor, last: Tensor, starts: Tensor | None, initial: Tensor 
         before = torch.zeros_like(last)[:, None] if initial is None else initial[:, None]
         both[:, :num_tokens:START_SPACING] = torch.where(starts[..., None], before.to(x.dtype), firsts)
     shifted, new_last = both.split([num_tokens, 1], dim=1)  # whose backward is one concatenation
-    return shifted, new_last[:, 0].to(last.dtype)
+    return shifted, new_last[:, 0].to(last.dtype, copy=True)  # a view would keep all of `both`
 
 
 def blend(origin: Tensor, difference: Tensor, mixes: Tensor) -> tuple[Tensor, ...]:

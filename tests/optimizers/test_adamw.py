@@ -1,10 +1,7 @@
 """AdamW in little memory: its parts against plain torch, and what happens to numbers that few bits cannot hold."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from infctx.optimizers import adamw
 from infctx.optimizers.adamw import LittleAdamW
@@ -13,6 +10,8 @@ from infctx.optimizers.gradients import add_up_in_bf16
 from infctx.optimizers.host import HostAdamW
 from infctx.optimizers.moments import are_moments, to_eight_bits, to_fp32
 from infctx.optimizers.rounding import Dice, round_to_bf16
+
+from allocated import Allocated
 
 FORM = {"lr": 2e-2, "betas": (0.9, 0.99), "eps": 1e-8}
 
@@ -141,40 +140,12 @@ def test_moments_change_their_form():
             assert not are_moments({k: v for k, v in moments.items() if k != name}, torch.Size([33, 17]), torch.float32)
 
 
-class _Bytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, and the most that were alive at a time."""
-
-    def __init__(self, held):
-        super().__init__()
-        self.held = {tensor.untyped_storage().data_ptr() for tensor in held}
-        self.alive, self.now, self.most = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage):
-        key = storage.data_ptr()
-        if key in self.alive or key in self.held:
-            return
-        self.alive[key] = size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key):
-        self.now -= self.alive.pop(key, 0)
-
-
 def test_a_step_needs_what_the_plan_counts():
     count = 7 * BLOCK
     weight = torch.nn.Parameter(torch.randn(10 * count).bfloat16())
     weight.grad = torch.randn(10 * count).bfloat16()
     optimizer = LittleAdamW([{"params": [weight]}], **FORM, eight_bits=True, seed=1)
     optimizer.step()  # makes the moments
-    with _Bytes([weight, weight.grad, *optimizer.state[weight].values()]) as measured:
+    with Allocated([weight, weight.grad, *optimizer.state[weight].values()]) as measured:
         optimizer.step()
     assert 0.9 * adamw.SLICE_BYTES * count <= measured.most <= adamw.SLICE_BYTES * count

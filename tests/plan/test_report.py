@@ -111,7 +111,7 @@ def test_time_ranks_share_activations_and_keep_what_was_sent():
     seams = 16 * state_bytes(FINCH)
     assert planned_bytes(alone, FINCH, "cuda").host == seams
     assert planned_bytes(shared, FINCH, "cuda").host == seams + 16 * sent
-    activations = 2048 * activation_bytes(alone, FINCH, "cuda")
+    activations = 2048 * activation_bytes(alone, FINCH)
     assert planned_bytes(alone, FINCH, "cuda").device - planned_bytes(shared, FINCH, "cuda").device == activations
 
 
