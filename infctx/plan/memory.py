@@ -143,9 +143,8 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
-        if config.run.precision == "bf16" and not _has_bf16_matrices(
-            config
-        ):  # copies of the weights, of the current block or of all blocks
+        if config.run.precision == "bf16" and not _has_bf16_matrices(config):
+            # Copies of the weights, of the current block or of all blocks.
             work += 2 * sizes.num_parameters // (sizes.num_layers if config.model.recompute_blocks else 1)
     elif config.model.learned_adapter:
         work += _adapter_work(config, sizes)
