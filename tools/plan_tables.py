@@ -12,7 +12,7 @@ from typing import Literal
 
 from infctx.model.sizes import published_sizes
 from infctx.plan.memory import GB, Strategy, rank_memory, reduces_each_segment, step_wire, with_strategy
-from infctx.plan.strategy import FILLED, STRATEGIES, choose_strategy, resolve_strategy
+from infctx.plan.strategy import FILLED, choose_strategy, possible_strategies, resolve_strategy
 from infctx.settings.config import Config
 from infctx.settings.data import DataSettings
 from infctx.settings.distributed import DistributedSettings
@@ -74,7 +74,10 @@ def _choice(size: str, gigabytes: int, gpus: int) -> str:
     """Returns a cell of choice_table: auto's choice, or the first strategy that fits with a part on the host, or -."""
     config, sizes, memory = example_config(size, gpus, strategy="auto"), published_sizes(size), round(gigabytes * GB)
     chosen = choose_strategy(config, sizes, "cuda", memory)
-    for strategy in [Strategy(chosen), *(strategy for strategy in STRATEGIES if strategy.offload_optimizer)]:
+    for strategy in [
+        Strategy(chosen),
+        *(strategy for strategy in possible_strategies(config) if strategy.offload_optimizer),
+    ]:
         resolved = resolve_strategy(with_strategy(config, strategy), sizes, "cuda", memory)
         needed = rank_memory(resolved, sizes, "cuda").device
         if needed <= FILLED * memory:

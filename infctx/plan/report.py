@@ -110,11 +110,11 @@ def _describe_run(config: Config, sizes: Sizes) -> list[str]:
     ranks = f"{distributed.world_size} on {counted(distributed.nodes, 'node')}"
     if distributed.time_ranks > 1:
         ranks += f"; {distributed.time_ranks} share a document's time, {config.slice_tokens:,} tokens of each segment"
-    if config.model.frozen_dtype:
-        learns += f" in {config.model.frozen_dtype}, {_amount(weight_bytes(config, sizes))}"
+    frozen = config.model.frozen_dtype
     adapter = config.model.learned_adapter
     return [
         f"model     {describe(sizes)}; {learns}",
+        *([f"frozen    in {frozen}, {_amount(weight_bytes(config, sizes))}"] if frozen else []),
         *([f"adapter   {_describe_adapter(adapter, sizes)}"] if adapter else []),
         f"compute   {config.run.precision} for activations, {again}",
         f"window    {window.window_tokens:,} tokens: {segments}, the gradient {reach}",

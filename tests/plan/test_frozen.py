@@ -51,4 +51,4 @@ def test_the_shipped_file_fits_into_8_gb():
     report = plan_report(config, 8)
     assert report.fits
     amount = weight_bytes(config, GOOSE) / GB
-    assert f"the weights are frozen in nf4, {amount:.1f} GB" in report.text
+    assert f"frozen    in nf4, {amount:.1f} GB" in report.text

@@ -138,9 +138,9 @@ def test_no_checkpoint_is_fine_but_no_model_is_an_error(tmp_path):
 
 def test_a_model_is_found_in_a_run_a_checkpoint_and_a_file(tmp_path, config):
     path = save(config, 1)
-    assert find_model(tmp_path / "run") == (path, None)
-    assert find_model(path) == (path, None)
-    assert find_model(tmp_path / "other.pth") == (tmp_path / "other.pth", None)
+    assert find_model(tmp_path / "run") == (path, None, ())
+    assert find_model(path) == (path, None, ())
+    assert find_model(tmp_path / "other.pth") == (tmp_path / "other.pth", None, ())
 
 
 def test_the_manifest_names_every_file(config):

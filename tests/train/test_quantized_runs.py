@@ -106,7 +106,7 @@ def test_a_file_gives_the_same_bits_again(tmp_path, weights):
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_the_loss_is_compared_with_bf16(tmp_path, weights, form, caplog):
     """Before the first step, and by `infctx evaluate`; the judge has the stored weights in memory."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="infctx")
     config = tune_config(tmp_path, weights, form)
     open_run(config)
     (line,) = [record.getMessage() for record in caplog.records if f"{form} weights" in record.getMessage()]
