@@ -44,6 +44,7 @@ TUNING = {
     for learn, overrides in LEARN.items()
     if strategy == "ddp" or learn != "adapter over nf4"  # what ZeRO shares out is in the cases beside it
 } | {"ddp, adapter, lanes": (2, ["distributed.strategy=ddp", *LEARN["adapter"]])}
+QUICK_TUNING = [case for case in TUNING if case.startswith(("ddp", "zero3"))]
 
 
 class Recorded:
@@ -155,17 +156,27 @@ def tune_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(tune_path, tmp_path_factory):
+    """tuned(case): what one process finds, and each rank's results."""
     folder = tmp_path_factory.mktemp("tuned")
-    alone = {
-        learn: finished(tune_path, [*overrides, f"run.folder={folder / learn}"]) for learn, overrides in LEARN.items()
-    }
-    return alone, on_ranks(2, tune_path, TUNING, folder)
+
+    @functools.cache
+    def alone(learn):
+        return finished(tune_path, [*LEARN[learn], f"run.folder={folder / learn}"])
+
+    @functools.cache
+    def together(is_quick):
+        cases = {case: TUNING[case] for case in TUNING if (case in QUICK_TUNING) == is_quick}
+        (folder / f"quick {is_quick}").mkdir()
+        return on_ranks(2, tune_path, cases, folder / f"quick {is_quick}")
+
+    return lambda case: (alone(case.split(", ")[1]), together(case in QUICK_TUNING))
 
 
-@pytest.mark.parametrize("case", TUNING)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK_TUNING else [pytest.mark.slow]) for case in TUNING]
+)
 def test_tuning_over_ranks_finds_the_gradient_of_one(tuned, case):
-    alone, ranks = tuned
-    truth = alone[case.split(", ")[1]]
+    truth, ranks = tuned(case)
     assert ranks[0][case]["losses"] == pytest.approx(truth["losses"], rel=1e-6)
     most = 1e-4 if "adapter" in case else 2e-5  # Adam makes steps of one length from gradients near zero, and B is zero
     for rank in ranks:

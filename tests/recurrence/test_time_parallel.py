@@ -77,7 +77,7 @@ def all_cases(time_ranks):
     return {case: through_window(case, ranks) | {"hidden": hidden_of(case, ranks)} for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"{request.param}_ranks")
     return run_ranks(request.param, all_cases, request.param, folder=folder)

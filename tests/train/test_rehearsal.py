@@ -49,7 +49,17 @@ def check(real, small, output):
     assert max(map(len, end.splitlines()[2:])) <= 120
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+LIKE_OTHERS = ("eagle-7b-64k", "finch-1b6-16k", "finch-3b-tune-state", "goose-0.1b-16k", "goose-2.9b-tune-state")
+"""Configurations that do nothing which others do not do too."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem in LIKE_OTHERS else [], id=path.stem)
+        for path in sorted(CONFIGS.glob("*.yaml"))
+    ],
+)
 def test_every_shipped_configuration_is_rehearsed(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)  # a folder without weights and documents
     real, small, output = rehearse(path)
