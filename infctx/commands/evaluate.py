@@ -45,13 +45,13 @@ def run(options: argparse.Namespace) -> None:
     if is_store(options.model) and not is_store(options.store):
         words = shlex.join(["infctx", "evaluate", str(options.store), str(options.model)])
         raise InputError(f"{options.model}: is a token store, and the model comes first; run {words}")
-    store, model = TokenStore(options.store), load_model(options)
+    store, files = TokenStore(options.store), model_files(options)
+    model = load_model(options, files)
     buckets = evaluate_store(model, store, options.segment_tokens, options.max_tokens)
     print(format_table(buckets, str(store.path)))
     if options.dtype in QUANTIZED:
-        stored = open_base(model_files(options))
         reading = choose_documents(store, model.sizes.vocab_size, options.segment_tokens, options.max_tokens)
-        print(compare_with_stored(model, stored, [reading]))
+        print(compare_with_stored(model, open_base(files), [reading]))
     if options.output:
         evaluation = Evaluation(None, model.initial_wkv is not None, buckets)
         write_record(options.output, str(store.path), options.max_tokens, [evaluation])

@@ -77,14 +77,15 @@ def open_chat(options: argparse.Namespace):  # noqa: ANN202  (the type would loa
     return Chat(load_model(options), template, sampling, system=options.system or "", thinks=options.think)
 
 
-def load_model(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
+def load_model(options: argparse.Namespace, files=None):  # noqa: ANN001, ANN202  (the types would load torch)
+    """Returns the model that the options name; files: its `model_files`, if they are known already."""
     import torch
 
     from infctx.formats.model_files import open_model
     from infctx.machine import pick_device
     from infctx.model.rwkv import Compute
 
-    files = model_files(options)
+    files = files or model_files(options)
     device = pick_device(options.device)
     if options.dtype in QUANTIZED:
         compute = Compute(torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -78,10 +78,10 @@ def propose(model: str, gpu_gb: float, learn: str | None = None) -> Proposal:
     """
     settings, sizes = _find(model)
     gpus = sorted({*GPUS, gpu_gb})
+    fitting = [(way, [_longest_segment(way, settings, sizes, gpu) for gpu in gpus]) for way in WAYS]
     rows = [("what learns", *(f"{gpu:g} GB" for gpu in gpus))]
-    for way in WAYS:
-        fitting = (_longest_segment(way, settings, sizes, gpu) for gpu in gpus)
-        rows.append((way.title, *(f"{config.window.segment_tokens:,}" if config else "-" for config in fitting)))
+    for way, configs in fitting:
+        rows.append((way.title, *(f"{config.window.segment_tokens:,}" if config else "-" for config in configs)))
     lines = [
         describe(sizes),
         "",
@@ -90,9 +90,9 @@ def propose(model: str, gpu_gb: float, learn: str | None = None) -> Proposal:
         f"Numbers: the longest segment that fits {FILLED:.0%} of a GPU, in tokens; a window of {WINDOW_TOKENS:,}.",
         "All of this is computed from sizes, not measured.  1 GB is 1e9 bytes.",
     ]
-    for way in WAYS:
-        config = _longest_segment(way, settings, sizes, gpu_gb) if learn in (None, way.learn) else None
-        if config:
+    for way, configs in fitting:
+        config = configs[gpus.index(gpu_gb)]
+        if config and learn in (None, way.learn):
             needed = rank_memory(config, sizes, "cuda")
             lines += ["", f"{way.title}: {needed.device / GB:.1f} GB of the GPU, {needed.host / GB:.1f} GB of the host"]
             return Proposal("\n".join(lines), _yaml(config, way, gpu_gb))
