@@ -141,6 +141,6 @@ class Engine:
     def set_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
         """Inverts `whole_moments`, after `begin_moments`."""
         own = self.optimizer
-        moments = own.stored(moments) if isinstance(own, (LittleAdamW, HostAdamW)) else to_fp32(moments)
+        moments = own.stored(moments) if isinstance(own, LittleAdamW) else to_fp32(moments)
         home = torch.device("cpu") if isinstance(own, HostAdamW) else self.device
         own.state[parameter] = {name: part.to(home) for name, part in moments.items()}

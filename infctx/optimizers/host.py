@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from infctx.optimizers.moments import MOMENTS, to_fp32
+from infctx.optimizers.moments import MOMENTS
 
 
 class HostAdamW(torch.optim.Optimizer):
@@ -37,10 +37,6 @@ class HostAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_parameter(parameter, group)
-
-    def stored(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns moments in the form that this optimizer holds."""
-        return to_fp32(moments)
 
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         master = self.masters[parameter]
