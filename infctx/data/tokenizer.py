@@ -92,14 +92,21 @@ class WorldTokenizer:
         return RWKVTokenizer()
 
     @cached_property
-    def _tokens(self) -> list[bytes]:
+    def _vocabulary(self) -> Path:
         import pyrwkv_tokenizer
 
-        return _read_vocabulary(next(Path(pyrwkv_tokenizer.__file__).parent.glob("rwkv_vocab_*.txt")), self.vocab_size)
+        return next(Path(pyrwkv_tokenizer.__file__).parent.glob("rwkv_vocab_*.txt"))
+
+    @cached_property
+    def _tokens(self) -> list[bytes]:
+        return _read_vocabulary(self._vocabulary, self.vocab_size)
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        return np.array([len(token) for token in self._tokens], np.int64)
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token_id, _, length in _vocabulary_lines(self._vocabulary):  # ten times as fast as reading the tokens
+            lengths[int(token_id)] = int(length)
+        return lengths
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -162,14 +169,19 @@ class ByteTokenizer:
 def _read_vocabulary(path: Path, vocab_size: int) -> list[bytes]:
     """Returns the bytes of every id, from lines of `id literal length`; the literal is a Python str or bytes."""
     tokens = [b""] * vocab_size
-    for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
-        token_id, rest = line.split(" ", 1)
-        literal, length = rest.rsplit(" ", 1)
+    for token_id, literal, length in _vocabulary_lines(path):
         value = ast.literal_eval(literal)
         token = value.encode() if isinstance(value, str) else value
         assert len(token) == int(length), f"{path}: token {token_id} has {len(token)} bytes, not {length}"
         tokens[int(token_id)] = token
     return tokens
+
+
+def _vocabulary_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+        token_id, rest = line.split(" ", 1)
+        literal, length = rest.rsplit(" ", 1)
+        yield token_id, literal, length
 
 
 def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
