@@ -51,7 +51,10 @@ PUBLISHED_FILES = (
     PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231113-ctx4096.pth", 6_126_106_674, "eagle-3b"),
     PublishedFile(EAGLE, "RWKV-5-World-3B-v2-20231118-ctx16k.pth", 6_126_106_467, "eagle-3b"),
     PublishedFile(EAGLE, "RWKV-5-World-7B-v2-20240128-ctx4096.pth", 15_036_197_526, "eagle-7b"),
+    PublishedFile(GOOSE, "rwkv7-g1d-0.4b-20260210-ctx8192.pth", 901_776_749, "goose-0.4b"),
+    PublishedFile(GOOSE, "rwkv7-g1i-1.5b-20260805-ctx16384.pth", 3_055_444_605, "goose-1.5b"),
     PublishedFile(GOOSE, "rwkv7-g1j-2.9b-20260831-ctx16384.pth", 5_896_273_469, "goose-2.9b"),
+    PublishedFile(GOOSE, "rwkv7-g1i-7.2b-20260805-ctx16384.pth", 14_400_007_869, "goose-7.2b"),
 )
 """All are bf16, under Apache-2.0.  Repositories hold many other files, so each entry names its file."""
 

@@ -18,18 +18,23 @@ from infctx.train.window import cut_window
 
 
 class Failure(NamedTuple):
-    """The place of the first number that is not finite, and the documents of its lane (of all lanes if unknown)."""
+    """The place of the first number that is not finite, and the documents of its lane (of all lanes if unknown).
+
+    entry: the largest entry of the states that came into that segment; None if all that was computed is finite
+    """
 
     place: str
     documents: str
+    entry: float | None = None
 
 
 def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | None) -> list[str]:
     """Returns lines with the step and the layer, the documents, and the checkpoint that is left."""
     what = "the gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     kept = f"the last checkpoint, {checkpoint}, is untouched" if checkpoint else "there is no checkpoint yet"
+    grown = f" (the largest entry of the states that came into it: {where.entry:.3g})" if where.entry else ""
     return [
-        f"step {step}: {what}, first in {where.place}; lower optimizer.peak_lr, or look at these documents",
+        f"step {step}: {what}, first in {where.place}{grown}; lower optimizer.peak_lr, or look at these documents",
         f"documents of the step: {where.documents}",
         kept,
     ]
@@ -47,15 +52,18 @@ def find_failure(engine: Engine, window: Window, state: State, config: Config) -
     with model.alone(), engine.gathered([model.head.weight]):  # every rank computes whole segments of its lanes
         seen = [_first_bad(model, window, state.lanes(group), group, config.window.segment_tokens) for group in groups]
     everyone = engine.ranks.gather(seen)
-    first = min((place for rank in everyone for place, _ in rank if place is not None), default=None)
+    first = min((place for rank in everyone for place, *_ in rank if place is not None), default=None)
     if first is None:
         return Failure(_where_gradient_broke(engine), _documents(engine.ranks.gather(window.documents), None, engine))
     segment, layer = first
     where = "the head" if layer == model.sizes.num_layers else f"layer {layer}"
     finite = [
-        [ok for place, group in rank for ok in (group if place == first else [True] * len(group))] for rank in everyone
+        [ok for place, group, _ in rank for ok in (group if place == first else [True] * len(group))]
+        for rank in everyone
     ]
-    return Failure(f"{where}, segment {segment}", _documents(engine.ranks.gather(window.documents), finite, engine))
+    entry = max(largest for rank in everyone for place, _, largest in rank if place == first)
+    documents = _documents(engine.ranks.gather(window.documents), finite, engine)
+    return Failure(f"{where}, segment {segment}", documents, entry)
 
 
 def _where_gradient_broke(engine: Engine) -> str:
@@ -70,21 +78,23 @@ def _where_gradient_broke(engine: Engine) -> str:
 
 def _first_bad(
     model: RWKV, window: Window, state: State, group: slice, segment_tokens: int
-) -> tuple[tuple[int, int] | None, list[bool]]:
-    """Returns the first (segment, layer) that breaks in a group (layer L is the head), and which lanes are finite."""
+) -> tuple[tuple[int, int] | None, list[bool], float]:
+    """Returns the first (segment, layer) that breaks in a group (layer L is the head), which lanes are finite, and the
+    largest entry of the states that came into that segment."""
     device = state.wkv.device
     tokens, targets, starts = (part[group].to(device) for part in (window.tokens, window.targets, window.starts))
     found = None
     # Continue to the end even after a find: all ranks must do the same.
     for number, segment in enumerate(cut_window(tokens, targets, starts, segment_tokens)):
+        largest = state.wkv.abs().max().item()
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
         assert segment.targets is not None  # cut_window always sets them
         losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
         for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
             if found is None and not all(lanes):
-                found = (number, layer), lanes
-    return found or (None, [True] * state.batch_size)
+                found = (number, layer), lanes, largest
+    return found or (None, [True] * state.batch_size, 0.0)
 
 
 def _documents(documents: list[list[list[str]]], finite: list[list[bool]] | None, engine: Engine) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import random
 import shutil
 import signal
@@ -169,9 +170,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
     assert "Traceback" not in errors
     assert "documents of the step: lane 0: " in message
     if place == "weights":
-        assert "first in layer 1, segment 0" in message
+        assert "first in layer 1, segment 0; lower" in message  # the states of a new window are zero
         assert "there is no checkpoint yet" in message
     else:
+        assert re.search(r"first in .*, segment \d+ \(the largest entry of the states that came into it: \S+\); low", message)
         kept = checkpoints(tmp_path / "run" / "checkpoints")
         assert f"{kept[-1]}, is untouched" in message
         weights = infctx.load_model(kept[-1])
@@ -231,8 +233,10 @@ def test_a_loss_that_is_not_finite_names_its_first_layer_and_documents(tmp_path,
     window.tokens[0][window.tokens[0] == poisoned] = 1
     with torch.no_grad():
         run.model.embedding.weight[poisoned] = math.inf
-    where = find_failure(run.engine, window, run.carry, run.plan.config)
+    came_in = run.carry._replace(wkv=torch.full_like(run.carry.wkv, -4.25e13))
+    where = find_failure(run.engine, window, came_in, run.plan.config)
     assert where.place == "layer 0, segment 0"
+    assert where.entry == pytest.approx(4.25e13)
     assert where.documents == "lane 1: " + ", ".join(window.documents[1][:8]) + (
         f" and {len(window.documents[1]) - 8} more" if len(window.documents[1]) > 8 else ""
     )
