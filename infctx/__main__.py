@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import infctx
 from infctx.arguments import Parser
-from infctx.commands import chat, evaluate, export, generate, inspect, prepare, train
+from infctx.commands import bench, chat, evaluate, export, generate, inspect, prepare, train
 from infctx.environment import rank_number
 from infctx.exits import run_command
 from infctx.small_texts import quoted
@@ -46,6 +46,7 @@ COMMANDS = (
     Command("generate", generate.run, generate.describe, is_quiet=True),
     Command("chat", chat.run, chat.describe, is_quiet=True),
     Command("export", export.run, export.describe),
+    Command("bench", bench.run, bench.describe),
 )
 
 

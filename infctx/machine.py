@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
     """Lets the process keep up to 1 GiB that it has freed; does nothing if the C library is not glibc.
 
     Each segment frees its activations.  By default glibc returns them to the system, which clears the pages again for
-    the next segment; on a CPU that costs 4 to 6 % of training time (tools/bench_cpu.py).
+    the next segment; on a CPU that costs 4 to 6 % of training time (`infctx bench`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

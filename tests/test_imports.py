@@ -28,6 +28,7 @@ ROOMS = (
     "evaluate",
     "report",
     "train",
+    "bench",
     "commands",
     "entrances",
 )

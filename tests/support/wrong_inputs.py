@@ -35,7 +35,7 @@ TABLE = """
 no command =
     the following arguments are required: COMMAND
 unknown command = frob
-    frob: is none of prepare, inspect, train, tune, plan, evaluate, generate, chat or export; see infctx --help
+    frob: is none of prepare, inspect, train, tune, plan, evaluate, generate, chat, export or bench; see infctx --help
 train without a configuration = train
     the following arguments are required: config
 generate without a model = generate
@@ -54,6 +54,14 @@ a choice that is none = generate finch.pth --device gpu
     argument --device: invalid choice: 'gpu' (choose from ... cuda
 a flag without its value = prepare texts --output
     argument --output: expected one argument
+a benchmark of an unknown size = bench --size finch-5b
+    bench --size finch-5b: there is no such size; docs/models.md lists them
+a benchmark of sizes that make no model = bench --width 100
+    bench: width: 100 is not a multiple of head_size 64; 128 would work
+a benchmark against no commit = bench --against no-such-commit
+    bench --against no-such-commit: git finds no such commit in ... use a clone, and name one of its commits
+a table of a benchmark that is no Markdown = bench --output config.yaml
+    config.yaml: the table is Markdown; name a file that ends in .md
 # Configurations.
 a configuration that is missing = train gone.yaml
     gone.yaml: ... the shipped configurations are in configs/

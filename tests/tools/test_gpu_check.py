@@ -258,7 +258,8 @@ def test_the_whole_command(monkeypatch, capfd, tmp_path):
     said = capfd.readouterr().out.splitlines()
     assert said[:3] == ["a warning", "FAIL fail: text", "SKIP skip: text"]
     assert said[3:5] == ["the benchmark ended: exit code 2", "PASS pass: text"]
-    assert said[5].startswith("1 checks passed, 1 failed, 1 were not made; ")
+    assert said[5] == "infctx bench ended: exit code 2"
+    assert said[6].startswith("1 checks passed, 1 failed, 1 were not made; ")
     text = output.read_text()
     assert text.startswith("# WKV kernels on Some GPU\n") and "| commit | 0123abc |" in text
     assert text.endswith("| FAIL | fail | text |\n| SKIP | skip | text |\n| PASS | pass | text |\n")

@@ -2,8 +2,8 @@
 
 import json
 import math
-import re
 import random
+import re
 import shutil
 import signal
 import time
@@ -173,7 +173,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, place):
         assert "first in layer 1, segment 0; lower" in message  # the states of a new window are zero
         assert "there is no checkpoint yet" in message
     else:
-        assert re.search(r"first in .*, segment \d+ \(the largest entry of the states that came into it: \S+\); low", message)
+        assert re.search(
+            r"first in .*, segment \d+ \(the largest entry of the states that came into it: \S+\); low", message
+        )
         kept = checkpoints(tmp_path / "run" / "checkpoints")
         assert f"{kept[-1]}, is untouched" in message
         weights = infctx.load_model(kept[-1])

@@ -5,6 +5,7 @@
 
 One line per check: PASS, FAIL, or SKIP if it cannot be made.  Exit code 0: none failed; 1: some did; 2: no GPU.
 Checks run in separate processes: if one crashes or hangs, that is a FAIL, and the next check continues in a new one.
+It ends with `infctx bench`, four minutes of whole windows, where infctx's packages are installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 # A bare machine has torch, but infctx only as this folder.
@@ -48,7 +50,11 @@ CHECKS_SHARE = 0.6
 """Share of the time for the checks before the benchmark."""
 SANITIZER_SHARE = 0.2
 """Share of the time kept for compute-sanitizer after it."""
+TRAINING_MINUTES = 4
+"""For `infctx bench`, after all else, where infctx's packages are installed."""
 WORDS = {True: "PASS", False: "FAIL", None: "SKIP"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+"""A bare machine has infctx only as this folder."""
 DEVICE_LOST = 3
 """Exit code of a process in which CUDA no longer works."""
 
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = SANITIZER_SHARE * seconds if late and gpu_launches.has_sanitizer() else 10
         speed = run_benchmark(seconds - kept - (time.monotonic() - began), options)
     results += run(late, seconds)
+    if not options.no_speed:
+        speed += run_training(min(TRAINING_MINUTES, options.minutes))
     output = options.output or default_output(torch.cuda.get_device_name())
     with atomic_file(output) as temporary:
         temporary.write_text(report(results, speed, options.commit), encoding="utf-8")
@@ -217,7 +225,9 @@ def lines_of(
     command: list[str], seconds_left: Callable[[], float], longest: float = LONGEST_CHECK_SECONDS
 ) -> Iterator[str]:
     """Yields a process's output, line by line, and an Ending; kills the process if it prints nothing for too long."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, errors="replace", text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, errors="replace", text=True, start_new_session=True, env=ENVIRONMENT
+    )
     output = process.stdout
     assert output is not None  # it is a pipe
     said: queue.Queue[str | None] = queue.Queue()
@@ -278,6 +288,25 @@ def run_benchmark(seconds: float, options: argparse.Namespace) -> str:
             elif line != "exit code 0":
                 print(f"the benchmark ended: {line}", flush=True)
         return output.read_text(encoding="utf-8") if output.exists() else ""
+
+
+def run_training(minutes: float) -> str:
+    """Returns the Markdown of `infctx bench`: whole windows of published sizes; or why there is none."""
+    missing = [name for name in ("numpy", "psutil", "pydantic", "tqdm", "yaml") if find_spec(name) is None]
+    if missing:
+        return f"\n## Training\n\nNot measured: it needs {', '.join(missing)} too.\n"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "training.md"
+        command = [sys.executable, "-m", "infctx", "bench", "--device", "cuda", "--minutes", f"{minutes:g}"]
+        end = time.monotonic() + 60 * minutes
+        # A last window may take longer than the minutes.
+        lines = lines_of(
+            [*command, "--output", str(output)], lambda: end + LONGEST_ROW_SECONDS - time.monotonic(), longest=600
+        )
+        for line in lines:
+            if isinstance(line, Ending) and line != "exit code 0":
+                print(f"infctx bench ended: {line}", flush=True)
+        return f"\n## Training\n\n{output.read_text(encoding='utf-8')}" if output.exists() else ""
 
 
 # ---- output ----
