@@ -82,6 +82,7 @@ def test_disk_full_while_writing_a_checkpoint(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_disk_full_while_exporting(tmp_path, tiny_weights):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

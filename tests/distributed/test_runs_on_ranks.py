@@ -124,6 +124,7 @@ def test_tuning_a_state_on_two_ranks_from_start_to_export(tmp_path):
     assert state.wkv.any()
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
     config = write_config(tmp_path, optimizer__steps=3)
     code, _, errors = infctx_command("train", config, "distributed.devices=2", "model.vocab_size=200")
@@ -132,7 +133,8 @@ def test_a_users_mistake_is_one_line_whoever_meets_it(tmp_path):
     assert "has token" in line
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_loss_that_is_not_finite_is_reported_once_with_its_documents(tmp_path, strategy):
     config = write_config(tmp_path, run__save_every_steps=1)
     settings = [f"distributed.strategy={strategy}", "distributed.devices=2"]

@@ -42,7 +42,7 @@ TOGETHER = {
     "zero3 by segment": ["distributed.strategy=zero3", "distributed.gradient_reduction=segment"],
     "zero3 tuned": ["distributed.strategy=zero3", "distributed.time_ranks=2"],
 }
-FAST = ("zero3",)
+FAST = ("ddp",)
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,9 @@ def test_every_missing_tensor_is_named(tmp_path, version):
         assert "missing" in message
 
 
-@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize(
+    "version", [pytest.param(5, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 7]
+)
 def test_every_odd_shape_is_named(tmp_path, version):
     tensors = stored(version, with_state=True)
     for name, tensor in tensors.items():

@@ -159,7 +159,8 @@ def all_wires():
     return {case: wire_of(*case) for case in cases}
 
 
-@pytest.mark.parametrize("time_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("time_ranks", [2, 4])
 def test_bytes_on_the_wire_are_those_of_the_formula(tmp_path, time_ranks):
     """Counts bytes over TCP as the kernel does; computing again must not send anything twice."""
     for rank in run_ranks(time_ranks, all_wires, folder=tmp_path):

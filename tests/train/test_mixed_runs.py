@@ -53,6 +53,7 @@ def test_the_loss_of_each_source(tmp_path):
     assert not by_source(read_step_log(tmp_path / "one")[0])
 
 
+@pytest.mark.slow
 def test_two_ranks_log_what_one_does_and_one_resumes(tmp_path):
     path = write_mixture(tmp_path)
     code, _, errors = infctx_command("train", path, "distributed.devices=2", f"run.folder={tmp_path}/two")

@@ -257,6 +257,7 @@ def test_the_state_is_written_and_announced_before_it_is_measured(tmp_path, weig
     assert {path.name for path in (tmp_path / "run").glob("state.*")} == {"state.pth", "state.st", "state.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_terminal_without_unicode(tmp_path, weights):
     config = _with_weights(write_config(tmp_path, optimizer__steps=3), weights)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
