@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import infctx
 from infctx.arguments import Parser
-from infctx.commands import chat, evaluate, export, generate, inspect, prepare, train
+from infctx.commands import chat, evaluate, export, generate, inspect, prepare, report, train
 from infctx.environment import rank_number
 from infctx.exits import run_command
 from infctx.small_texts import quoted
@@ -43,6 +43,8 @@ COMMANDS = (
     Command("tune", train.tune_command, train.describe_tune, trains=True),
     Command("plan", train.plan_command, train.describe_plan, loads_torch=False, trains=True),
     Command("evaluate", evaluate.run, evaluate.describe),
+    Command("report", report.report, report.describe_report, loads_torch=False),
+    Command("compare", report.compare, report.describe_compare, loads_torch=False),
     Command("generate", generate.run, generate.describe, is_quiet=True),
     Command("chat", chat.run, chat.describe, is_quiet=True),
     Command("export", export.run, export.describe),
