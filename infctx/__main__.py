@@ -72,8 +72,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     names = [command.name for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        choice = f"{', '.join(names[:-1])} or {names[-1]}"
-        parser.error(f"{quoted(arguments[0], 20)}: is none of {choice}")
+        meant = difflib.get_close_matches(arguments[0], names, n=1)
+        remedy = f"; perhaps {meant[0]} is meant" if meant else f"; there are {', '.join(names[:5])} and more"
+        parser.error(f"{quoted(arguments[0], 20)}: is no command{remedy}")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [word for word in rest if word.startswith("-")]
     if flags:

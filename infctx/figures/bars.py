@@ -50,8 +50,13 @@ def _draw_group(figure: Bars, group: int, y: Placed, left: float, width: float) 
         dots = bar.dots[group] if bar.dots else ()
         if wide >= 20 and top - 16 > 40:
             highest = min([top, *(y.at(dot) for dot in dots)])
-            yield text(x + wide / 2, highest - 6, value_text(value), "soft", "middle")
+            yield text(x + wide / 2, highest - 6, _short(value), "soft", "middle")
         for place, dot in enumerate(dots):
             at = x + wide * (place + 1) / (len(dots) + 1)
             named = f"<title>{value_text(dot)}</title>"
             yield f'<circle class="dot" cx="{at:.1f}" cy="{y.at(dot):.1f}" r="2.5">{named}</circle>'
+
+
+def _short(value: float) -> str:
+    """Returns a number with three digits, which fit on a bar."""
+    return f"{value:.1f}".removesuffix(".0") if 1 <= abs(value) < 1000 else value_text(float(f"{value:.2g}"))

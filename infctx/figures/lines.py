@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from html import escape
+from itertools import pairwise
 
 from infctx.figures.axes import Placed, place_axis, value_text
 from infctx.figures.colors import dash, style_classes
@@ -13,7 +14,6 @@ from infctx.figures.svg import (
     BELOW_PLOT,
     LETTER,
     MARGIN,
-    WIDTH,
     document,
     draw_levels,
     draw_marker,
@@ -27,8 +27,8 @@ from infctx.figures.svg import (
 MOST_MARKED = 24
 """A line of more points has markers only at some of them, and a hidden spot with the numbers at some more."""
 FEW_MARKERS, SPOTS = 5, 32
-MOST_DIRECT, LONGEST_DIRECT = 4, 14
-"""So few lines, of such short names, also have their names at their ends."""
+MOST_DIRECT, LONGEST_DIRECT, LEAST_APART = 4, 14, 14
+"""So few lines, of such short names, whose ends are so far from each other, also have their names at their ends."""
 
 
 def draw_lines(figure: Lines) -> str:
@@ -36,7 +36,7 @@ def draw_lines(figure: Lines) -> str:
     series = [one for one in figure.series if len(one.x)]
     values = [value for one in series for part in (one.y, one.low, one.high) for value in part or ()]
     y = vertical_axis(figure.y, [*values, *(level.value for level in figure.levels)])
-    direct = 1 < len(series) <= MOST_DIRECT and all(len(one.name) <= LONGEST_DIRECT for one in series)
+    direct = _fit_at_ends(series, y)
     beside = 10 + LETTER * max(len(one.name) for one in series) if direct else MARGIN + 6
     box = plot_box([y.label(tick) for tick in y.ticks], beside)
     x = place_axis(figure.x, [place for one in series for place in one.x], box.left, box.right, 6)
@@ -47,6 +47,15 @@ def draw_lines(figure: Lines) -> str:
     entries = [(one.name, one.style) for one in series] if len(series) > 1 else []
     names, tall = legend(entries, figure.levels, box.bottom + BELOW_PLOT)
     return document(figure.title, box.bottom + BELOW_PLOT + tall + 6, [*parts, *names])
+
+
+def _fit_at_ends(series: list[Series], y: Placed) -> bool:
+    """Returns whether the names of the lines fit at their ends: all at the right, none upon another."""
+    if not 1 < len(series) <= MOST_DIRECT or any(len(one.name) > LONGEST_DIRECT for one in series):
+        return False
+    ends = sorted(y.at(one.y[-1]) for one in series)
+    apart = all(later - earlier >= LEAST_APART for earlier, later in pairwise(ends))
+    return apart and len({one.x[-1] for one in series}) == 1
 
 
 def _draw_series(one: Series, figure: Lines, x: Placed, y: Placed) -> Iterator[str]:
@@ -101,10 +110,5 @@ def _describe(one: Series, number: int, figure: Lines) -> str:
 
 
 def _names_at_ends(series: list[Series], x: Placed, y: Placed) -> list[str]:
-    """Draws the name of each line at its end, none upon another."""
-    lowest = -math.inf
-    parts = []
-    for one in sorted(series, key=lambda each: y.at(each.y[-1])):
-        lowest = max(y.at(one.y[-1]) + 4, lowest + 14)
-        parts.append(text(min(x.at(one.x[-1]) + 8, WIDTH - LETTER * len(one.name)), lowest, one.name))
-    return parts
+    """Draws the name of each line at its end."""
+    return [text(x.at(one.x[-1]) + 8, y.at(one.y[-1]) + 4, one.name) for one in series]

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from infctx.errors import InputError
-from infctx.small_texts import read_json_as
+from infctx.small_texts import quoted, read_json_as
 
 EVALUATION = "evaluation.json"
 """The file in a run's folder, if somebody has measured the run and kept it there."""
@@ -126,8 +126,8 @@ def read_measures(schema: type[AnyFile], path: Path) -> AnyFile:
     try:
         return read_json_as(schema, path)
     except ValueError as error:
-        remedy = "measure again with infctx evaluate --output, or move the file away"
-        raise InputError(f"{path}: holds no measurements ({error}); {remedy}") from None
+        problem = quoted(str(error), 60)
+        raise InputError(f"{path}: is not readable ({problem}); measure again, or move it away") from None
 
 
 def whole_loss(buckets: list[Position]) -> tuple[float, float | None]:

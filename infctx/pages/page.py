@@ -59,7 +59,9 @@ def page_of(runs: Sequence[RunFolder], groups: Sequence[tuple[str, Sequence[Figu
     results, differences = _table("Results", results_of(runs), runs), _differences(runs)
     parts = [differences, results, shown] if differences_first else [results, shown, differences]
     today = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    body = "\n".join([f"<h1>{escape(title)}</h1>", _notes(runs), *parts, *map(_details, runs)])
+    body = "\n".join(
+        [f"<h1>{escape(title)}</h1>", _notes(runs), *parts, "<h2>Plan, machine and settings</h2>", *map(_details, runs)]
+    )
     figures = [figure for _, its in groups for figure in its]
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -69,7 +71,7 @@ def page_of(runs: Sequence[RunFolder], groups: Sequence[tuple[str, Sequence[Figu
 <meta name="generator" content="{GENERATOR}">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <link rel="icon" href="data:,">
-<title>{escape(title)}</title>
+<title>infctx: {escape(title)}</title>
 <style>{STYLE}{figure_style()}</style>
 </head>
 <body>

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infctx.errors import InputError
-from infctx.formats.checkpoint_folder import SETTINGS
+from infctx.formats.checkpoint_folder import SETTINGS, checkpoints
 from infctx.pages.measured import EVALUATION, HELD_OUT, HeldOut, HeldOutLoss, Measured, Measures, read_measures
 from infctx.report.starts import ENVIRONMENT, Start, read_starts
 from infctx.report.step_log import STEP_LOG
@@ -139,7 +139,10 @@ def _is_number(value: object) -> bool:
 
 def _read_settings(run: RunFolder) -> None:
     """Reads config.yaml; a page about results needs it less than a reader who has only the results."""
+    saved = checkpoints(run.path / "checkpoints")
     path = run.path / SETTINGS
+    if not path.is_file() and saved:  # runs before 0.2 have them only there
+        path = saved[-1] / SETTINGS
     if not path.is_file():
         run.notes.append(f"{SETTINGS} is missing, so the settings are unknown")
         return

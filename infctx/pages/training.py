@@ -15,7 +15,7 @@ from infctx.pages.measured import whole_loss
 from infctx.pages.run_folder import RunFolder
 from infctx.small_texts import counted
 
-MOST_POINTS, ALL_POINTS = 200, 1600
+MOST_POINTS, ALL_POINTS = 250, 1500
 """Of a line; and of all lines of a figure together, so that a page of many runs stays small."""
 FEWEST_POINTS = 60
 WIDE_RANGE = 30
@@ -29,17 +29,18 @@ class Column(NamedTuple):
 
     name: str
     title: str
+    label: str
     unit: str
     from_zero: bool = False
     may_be_log: bool = False
 
 
 COLUMNS = (
-    Column("loss", "Training loss", "nats per token"),
-    Column("gradient_norm", "Gradient norm before clipping", "", may_be_log=True),
-    Column("learning_rate", "Learning rate", "", from_zero=True),
-    Column("tokens_per_second", "Speed", "tokens per second", from_zero=True),
-    Column("peak_memory_gb", "Peak memory of the first rank", "GB", from_zero=True),
+    Column("loss", "Training loss", "loss", "nats per token"),
+    Column("gradient_norm", "Gradient norm before clipping", "gradient norm", "", may_be_log=True),
+    Column("learning_rate", "Learning rate", "learning rate", "", from_zero=True),
+    Column("tokens_per_second", "Speed", "speed", "tokens per second", from_zero=True),
+    Column("peak_memory_gb", "Peak memory of the first rank", "memory", "GB", from_zero=True),
 )
 STEPS = Axis("step")
 
@@ -64,7 +65,7 @@ def _column_figure(column: Column, runs: Sequence[RunFolder]) -> Lines:
     values = [value for one in series for value in (one.high or one.y) if value > 0]
     wide = column.may_be_log and values and max(values) > WIDE_RANGE * min(values)
     scale: Scale = "log" if wide else "linear"
-    axis = Axis(column.title.partition(" before")[0].lower(), column.unit, scale, (0.0,) if column.from_zero else ())
+    axis = Axis(column.label, column.unit, scale, (0.0,) if column.from_zero else ())
     levels = []
     if column.name == "gradient_norm":
         limits = {run.setting("optimizer", "clip_norm") for run in runs}
