@@ -44,12 +44,12 @@ def report(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from infctx.pages.differences import first_difference, results_of, settings_that_differ
+    from infctx.pages.differences import differences_of, first_difference, results_of
     from infctx.small_texts import aligned
 
     runs = _write(options, differences_first=True)
     names = ["", *(run.name for run in runs)]
-    rows = [[row.name, *row.values] for row in [*settings_that_differ(runs), *results_of(runs)]]
+    rows = [[row.name, *row.values] for row in [*differences_of(runs), *results_of(runs)]]
     print("\n".join([*aligned([names, *rows], "<" * len(names)), first_difference(*runs)]))
 
 

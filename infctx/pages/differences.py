@@ -14,6 +14,7 @@ from infctx.report.progress import duration
 
 PLACES = {("run", "folder")}
 """Settings that say where a run is; they always differ."""
+MACHINE = ("infctx", "commit", "torch", "python", "system", "device", "ranks")
 ABSENT = "(not set)"
 
 
@@ -24,8 +25,15 @@ class Row(NamedTuple):
     values: list[str]
 
 
-def settings_that_differ(runs: Sequence[RunFolder]) -> list[Row]:
-    """Returns the settings in which the runs differ; those of a run whose settings are unknown do not count."""
+def differences_of(runs: Sequence[RunFolder]) -> list[Row]:
+    """Returns the settings in which the runs differ, and what differs in their code and machines.
+
+    A run whose settings, or whose machine, are unknown differs in none of them.
+    """
+    return [*_settings_that_differ(runs), *_machines_that_differ(runs)]
+
+
+def _settings_that_differ(runs: Sequence[RunFolder]) -> list[Row]:
     known = [run for run in runs if run.settings]
     if len(known) < 2:
         return []
@@ -35,6 +43,15 @@ def settings_that_differ(runs: Sequence[RunFolder]) -> list[Row]:
         values = [_shown(run.settings.get(section, {}), name) if run.settings else "unknown" for run in runs]
         if len({value for value, run in zip(values, runs, strict=True) if run.settings}) > 1:
             rows += [Row(f"{section}.{name}", values)] if (section, name) not in PLACES else []
+    return rows
+
+
+def _machines_that_differ(runs: Sequence[RunFolder]) -> list[Row]:
+    rows = []
+    for name in MACHINE:
+        values = [str(getattr(run.starts[-1], name) or "") if run.starts else "unknown" for run in runs]
+        if len({value for value, run in zip(values, runs, strict=True) if run.starts}) > 1:
+            rows.append(Row(name, values))
     return rows
 
 
@@ -70,11 +87,11 @@ def first_difference(one: RunFolder, other: RunFolder) -> str:
         if step in pairs
     ]
     if not both:
-        return "the runs have no step in common"
+        return "The runs have no step in common."
     for step, mine, its in both:
         if mine != its:
-            return f"the losses differ from step {step:,} on: {mine!r} and {its!r} nats per token"
-    return f"the losses of all {len(both):,} common steps are equal in every digit"
+            return f"The losses differ from step {step:,} on: {mine!r} and {its!r} nats per token."
+    return f"The losses of all {len(both):,} steps that both have are equal in every digit."
 
 
 def last_tenth(run: RunFolder, name: str) -> float:

@@ -10,7 +10,7 @@ from html import escape
 from infctx.figures.colors import DARK_INK, DARK_PAPER, DARK_RULE, DARK_SOFT, FONT, INK, PAPER, RULE, SOFT, figure_style
 from infctx.figures.draw import draw
 from infctx.figures.figure import Figure
-from infctx.pages.differences import Row, first_difference, results_of, settings_that_differ
+from infctx.pages.differences import Row, differences_of, first_difference, results_of
 from infctx.pages.run_folder import RunFolder
 from infctx.report.starts import Start
 from infctx.version import __version__
@@ -31,12 +31,12 @@ figure svg {{ display: block; width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th, td {{ text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid {RULE}; vertical-align: top;
   overflow-wrap: anywhere; }}
-th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }}
+th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }} th:first-child {{ width: 30%; }}
 pre {{ overflow-x: auto; font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
 summary {{ cursor: pointer; }}
 @media (max-width: 640px) {{
   body {{ padding: 10px; }} thead {{ display: none; }} tr {{ display: block; padding: 6px 0; }}
-  tr, tbody th {{ border-bottom: 0; }} tbody th {{ display: block; padding: 0; font-weight: 600; }}
+  tr, tbody th {{ border-bottom: 0; }} tbody th {{ display: block; width: auto; padding: 0; font-weight: 600; }}
   td {{ display: flex; gap: 10px; justify-content: space-between; padding: 3px 0; }}
   td::before {{ content: attr(data-of); color: {SOFT}; flex: 0 1 45%; overflow-wrap: anywhere; }}
 }}
@@ -107,11 +107,11 @@ def _notes(runs: Sequence[RunFolder]) -> str:
 def _differences(runs: Sequence[RunFolder]) -> str:
     if len(runs) < 2:
         return ""
-    rows = settings_that_differ(runs)
+    rows = differences_of(runs)
     known = sum(bool(run.settings) for run in runs) > 1
-    none = "<p>No setting differs.</p>" if known else "<p>The settings of the runs are unknown.</p>"
-    table = _table("Settings that differ", rows, runs) or f"<h2>Settings that differ</h2>{none}"
-    said = f"<p>{escape(first_difference(*runs))}.</p>" if len(runs) == 2 else ""
+    none = "<p>None.</p>" if known else "<p>The settings of the runs are unknown.</p>"
+    table = _table("What differs", rows, runs) or f"<h2>What differs</h2>{none}"
+    said = f"<p>{escape(first_difference(*runs))}</p>" if len(runs) == 2 else ""
     return table + said
 
 

@@ -62,7 +62,7 @@ def _column_figure(column: Column, runs: Sequence[RunFolder]) -> Lines:
             one, each = thin(run.name, run.steps["step"], run.steps[column.name], number, points_of_each(len(runs)))
             series += [one] if one.x else []
             most = max(most, each)
-    values = [value for one in series for value in (one.high or one.y) if value > 0]
+    values = [value for one in series for part in (one.y, one.low, one.high) for value in part or () if value > 0]
     wide = column.may_be_log and values and max(values) > WIDE_RANGE * min(values)
     scale: Scale = "log" if wide else "linear"
     axis = Axis(column.label, column.unit, scale, (0.0,) if column.from_zero else ())

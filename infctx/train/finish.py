@@ -67,7 +67,7 @@ def finish(run: Run) -> None:
                 measured = False
                 log.warning("the held-out loss could not be measured: %s", str(error).partition("\n")[0])
     if page := write_own_report(config.run.folder):
-        print(f"report: {page}")
+        print(f"report in {page}")
     print("\n".join(["next", *(f"  {command}" for command in _next_commands(run, model, measured))]))
 
 

@@ -14,7 +14,7 @@ def test_a_run_ends_with_its_report(tmp_path):
     code, output, errors = infctx_here("train", config)
     assert code == 0, errors
     page = (tmp_path / "run" / "report.html").read_text()
-    assert f"report: {tmp_path / 'run' / 'report.html'}" in output
+    assert f"report in {tmp_path / 'run' / 'report.html'}" in output
     run = read_run(tmp_path / "run", "run")
     (start,) = run.starts
     assert (start.from_step, start.ranks) == (1, 1) and start.plan[0].startswith("model     Finch")
