@@ -116,25 +116,28 @@ def read_run(path: Path, name: str) -> RunFolder:
 
 def read_columns(log: Path) -> tuple[dict[str, list[float]], int]:
     """Returns the numbers of a step log by name, in the order of the steps, and how many lines are damaged."""
-    rows: dict[int, dict[str, float]] = {}
+    rows: dict[int, dict[str, Any]] = {}
     damaged = 0
     with log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 entry = parse_json(line)
                 step = entry["step"]
-                if not isinstance(step, int) or isinstance(step, bool):
+                if type(step) is not int:  # a bool is an int too
                     raise TypeError
-                rows[step] = {str(name): float(value) for name, value in entry.items() if _is_number(value)}
-            except (ValueError, KeyError, TypeError, OverflowError):
+                rows[step] = entry
+            except (ValueError, KeyError, TypeError):
                 damaged += 1
     ordered = [rows[step] for step in sorted(rows)]
-    names = dict.fromkeys(name for row in ordered for name in row)
-    return {"step": []} | {name: [row.get(name, math.nan) for row in ordered] for name in names}, damaged
+    names = dict.fromkeys(str(name) for row in ordered for name in row)
+    return {"step": []} | {name: [_number(row.get(name)) for row in ordered] for name in names}, damaged
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> float:
+    """Returns nan for what is no number, or a larger one than any run has."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        return float(value)
+    return value if isinstance(value, float) else math.nan
 
 
 def _read_settings(run: RunFolder) -> None:
