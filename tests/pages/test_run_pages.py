@@ -175,7 +175,7 @@ def test_runs_on_one_axis_keep_their_styles(tmp_path):
     assert alone.series[0].y[0] == pytest.approx((10 * 4.0 + 11 * 3.0) / (10 * 2 + 11 * 2))
 
 
-def test_sources_and_tuned_states_are_lines_of_their_own(tmp_path):
+def test_sources_and_tuned_states_are_separate_lines(tmp_path):
     columns = {"loss_by_source/books": lambda step: 2.0, "loss_by_source/code": lambda step: 1.0}
     folder = write_log(tmp_path / "run", **columns)
     write_held_out(folder, [(40, False, [3.0, 2.5]), (40, True, [2.0, 1.5])])
