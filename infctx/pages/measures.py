@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from infctx.figures.axes import tokens_text
@@ -42,11 +43,13 @@ def measure_figures(runs: Sequence[RunFolder]) -> list[Figure]:
 def models_of(runs: Sequence[RunFolder]) -> list[Model]:
     """Returns the models that were measured, each once; one that is a run has the run's name and style."""
     found: dict[str, Model] = {}
-    for number, run in enumerate(runs):
+    places = {run.path.resolve(): number for number, run in enumerate(runs)}
+    for own, run in enumerate(runs):
         for measures in run.measures:
-            is_run = len(run.measures) == 1 or measures.name.rstrip("/").endswith(str(run.path).rstrip("/"))
-            name = run.name if is_run and run.path.is_dir() else measures.name
-            style = number if name == run.name else len(runs) + len(found)
+            is_own = len(run.measures) == 1 and run.path.is_dir()
+            number = own if is_own else places.get(Path(measures.name).resolve())
+            name = measures.name if number is None else runs[number].name
+            style = len(runs) + len(found) if number is None else number
             found.setdefault(name, Model(name, style, measures))
     return list(found.values())
 

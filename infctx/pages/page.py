@@ -31,12 +31,14 @@ figure svg {{ display: block; width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th, td {{ text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid {RULE}; vertical-align: top;
   overflow-wrap: anywhere; }}
-th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }} th:first-child {{ width: 30%; }}
+th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }}
 pre {{ overflow-x: auto; font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
 summary {{ cursor: pointer; }}
+@media (min-width: 641px) {{ table {{ table-layout: fixed; }} th:first-child {{ width: 28%; }} }}
 @media (max-width: 640px) {{
-  body {{ padding: 10px; }} thead {{ display: none; }} tr {{ display: block; padding: 6px 0; }}
-  tr, tbody th {{ border-bottom: 0; }} tbody th {{ display: block; width: auto; padding: 0; font-weight: 600; }}
+  body {{ padding: 10px; }} pre {{ white-space: pre-wrap; }} thead, td:empty {{ display: none !important; }}
+  tr {{ display: block; padding: 6px 0; }}
+  tr, tbody th {{ border-bottom: 0; }} tbody th {{ display: block; padding: 0; font-weight: 600; }}
   td {{ display: flex; gap: 10px; justify-content: space-between; padding: 3px 0; }}
   td::before {{ content: attr(data-of); color: {SOFT}; flex: 0 1 45%; overflow-wrap: anywhere; }}
 }}
@@ -45,7 +47,8 @@ summary {{ cursor: pointer; }}
   figure, pre, th, td {{ border-color: {DARK_RULE}; }} td::before {{ color: {DARK_SOFT}; }}
 }}
 @media print {{
-  body {{ max-width: none; }} .figures {{ grid-template-columns: 1fr 1fr; }} pre {{ white-space: pre-wrap; }}
+  h2, h3 {{ break-after: avoid; }} body {{ max-width: none; }} pre {{ white-space: pre-wrap; }}
+  .figures {{ grid-template-columns: 1fr 1fr; }}
 }}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -78,9 +78,7 @@ def describe_plan(plan: Plan) -> list[str]:
     assert plan.sizes is not None
     own = with_distributed(plan.config, strategy=plan.strategy, gradient_reduction=plan.reduction)
     needed = rank_memory(own, plan.sizes, plan.device.type)
-    memory = f"{needed.device / GB:.2f} GB per rank" + (
-        f", {needed.host / GB:.2f} GB of the host" if needed.host else ""
-    )
+    memory = f"{_amount(needed.device)} per rank" + (f", {_amount(needed.host)} of the host" if needed.host else "")
     strategy = f"{_name(strategy_of(own))}, gradients reduced each {plan.reduction}"
     return [*_describe_run(plan.config, plan.sizes), f"strategy  {strategy}", f"planned   {memory}"]
 

@@ -62,7 +62,12 @@ def read_starts(path: Path) -> list[Start]:
 
 
 def record_start(plan: Plan, first_step: int) -> None:
-    """Adds this start to the run's file; that a killed run made after first_step is dropped.  Warns if it cannot."""
+    """Adds a start to the run's file, in place of those after first_step, which a killed run made.
+
+    A start of a run that is complete is none.  If the file cannot be written, there is a line in the log.
+    """
+    if first_step > plan.config.optimizer.steps:
+        return
     path = plan.config.run.folder / ENVIRONMENT
     try:
         earlier = read_starts(path) if path.is_file() and first_step > 1 else []

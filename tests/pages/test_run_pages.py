@@ -253,6 +253,9 @@ def test_a_file_of_measurements_may_stand_beside_runs(tmp_path):
     found = figures(run, other)
     assert [(one.name, one.style) for one in found["reach"].series] == [("run", 0), ("goose-0.4b", 3)]
     assert [one.name for one in found["loss"].series] == ["run"]
+    evaluated(tmp_path / "other", name=str(write_log(tmp_path / "second")))
+    (series,) = figures(tmp_path / "second", other)["reach"].series
+    assert (series.name, series.style) == ("second", 0)  # it is about a run that is on the page
 
 
 def test_names_are_short_and_differ(tmp_path):
