@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from infctx.figures.figure import Axis
 
 STEPS = (1, 2, 2.5, 5, 10)
 """Times a power of ten: the distances between ticks that people read easily."""
+LEAST_RANGE = 1e-9
+"""Of an axis, as a part of its numbers."""
 LEVELS = ((1, 2, 5), (1,))
 """On a logarithmic axis, times powers of ten: densely, or sparsely where the axis is long."""
 
@@ -47,7 +50,7 @@ def place_axis(axis: Axis, values: Iterable[float], begin: float, end: float, mo
         return _place_powers(axis, low, high, begin, end, most)
     if axis.scale == "log":
         return _place_log(axis, low, high, begin, end, most)
-    if low == high:
+    if high - low <= abs(high) * LEAST_RANGE:  # as good as equal: floats have no round numbers between them
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     step = round_step((high - low) / most)
     low, high = math.floor(low / step + 1e-9) * step, min(math.ceil(high / step - 1e-9) * step, axis.most)
@@ -92,9 +95,10 @@ def tick_text(tick: float, ticks: Sequence[float]) -> str:
     if largest < 1e-3 or largest >= 1e7:
         exponent = math.floor(math.log10(abs(tick)) + 1e-9)
         return f"{tick / 10.0**exponent:.3g}e{exponent}"
-    decimals = next(digits for digits in range(10) if abs(round(tick, digits) - tick) <= abs(tick) * 1e-6)
     if largest >= 10_000 and tick % 1000 == 0:
         return f"{tick / 1e6:g}M" if tick >= 1e6 else f"{tick / 1000:g},000"
+    apart = min((abs(later - earlier) for earlier, later in pairwise(ticks)), default=abs(tick))
+    decimals = next((digits for digits in range(12) if abs(round(tick, digits) - tick) <= apart / 1000), 12)
     return f"{tick:,.{decimals}f}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from html import escape
 
@@ -39,7 +40,7 @@ def _draw_group(figure: Bars, group: int, y: Placed, left: float, width: float) 
     for number, bar in enumerate(figure.bars):
         value = bar.values[group]
         x = left + wide * number
-        if value is None:
+        if value is None or not math.isfinite(value):
             continue
         top, zero = y.at(value), y.at(0)
         said = f"{figure.groups[group]}, {bar.name}: {value_text(value)} {figure.y.unit}".strip()

@@ -47,6 +47,17 @@ class Series(NamedTuple):
     is_band: bool = False
     places: Sequence[str] | None = None
 
+    def finite(self) -> Series:
+        """Returns the points that are numbers; an error that is none is 0."""
+        kept = [n for n, point in enumerate(zip(self.x, self.y, strict=True)) if all(map(math.isfinite, point))]
+        low, high = (
+            None if part is None else [part[n] if math.isfinite(part[n]) else self.y[n] for n in kept]
+            for part in (self.low, self.high)
+        )
+        x, y = ([part[n] for n in kept] for part in (self.x, self.y))
+        places = self.places and [self.places[n] for n in kept]
+        return Series(self.name, x, y, self.style, low, high, self.is_band, places)
+
 
 class Level(NamedTuple):
     """A level to compare with, drawn across the figure: guessing, a limit, zero."""

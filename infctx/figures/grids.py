@@ -58,17 +58,24 @@ def _cell(
 ) -> str:
     x, y, wide, tall = where
     size = f'x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}"'
-    if value is None:
+    if value is None or not math.isfinite(value):
         return f'<rect class="empty" {size}/>'
     color, ink = cell_color((value - figure.low) / ((figure.high - figure.low) or 1.0))
     row, column = place
     said = f"{panel.title}: {figure.rows.label} {panel.rows[row]}, {figure.columns.label} {panel.columns[column]}: "
     said += f"{value_text(value)} {figure.value.unit}"
-    shown, number = f"{value:.2f}" if abs(value) < 10 and value != int(value) else f"{value:,.0f}", ""
+    shown, number = _short(value), ""
     if tall == ROW and wide >= LETTER * len(shown) + 4:
         middle = f'x="{x + wide / 2:.1f}" y="{y + tall / 2 + 4:.1f}" text-anchor="middle"'
         number = f'<text {middle} style="fill:{ink}">{shown}</text>'
     return f'<g><title>{escape(said.strip())}</title><rect {size} fill="{color}"/>{number}</g>'
+
+
+def _short(value: float) -> str:
+    """Returns a number that fits in a cell."""
+    if value == int(value) or abs(value) >= 10:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _draw_scale(figure: Grids, top: float) -> tuple[list[str], float]:

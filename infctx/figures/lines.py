@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
@@ -26,14 +25,14 @@ from infctx.figures.svg import (
 
 MOST_MARKED = 24
 """A line of more points has markers only at some of them, and a hidden spot with the numbers at some more."""
-FEW_MARKERS, SPOTS = 5, 32
+FEW_MARKERS, ALL_SPOTS, FEWEST_SPOTS = 5, 96, 8
 MOST_DIRECT, LONGEST_DIRECT, LEAST_APART = 4, 14, 14
 """So few lines, of such short names, whose ends are so far from each other, also have their names at their ends."""
 
 
 def draw_lines(figure: Lines) -> str:
     """Returns the figure as SVG."""
-    series = [one for one in figure.series if len(one.x)]
+    series = [one for one in map(Series.finite, figure.series) if one.x]
     values = [value for one in series for part in (one.y, one.low, one.high) for value in part or ()]
     y = vertical_axis(figure.y, [*values, *(level.value for level in figure.levels)])
     direct = _fit_at_ends(series, y)
@@ -42,7 +41,7 @@ def draw_lines(figure: Lines) -> str:
     x = place_axis(figure.x, [place for one in series for place in one.x], box.left, box.right, 6)
     parts = [*frame(x, y, box), *draw_levels(figure.levels, y, box)]
     for one in series:
-        parts += _draw_series(one, figure, x, y)
+        parts += _draw_series(one, figure, x, y, max(ALL_SPOTS // len(series), FEWEST_SPOTS))
     parts += _names_at_ends(series, x, y) if direct else []
     entries = [(one.name, one.style) for one in series] if len(series) > 1 else []
     names, tall = legend(entries, figure.levels, box.bottom + BELOW_PLOT)
@@ -58,7 +57,7 @@ def _fit_at_ends(series: list[Series], y: Placed) -> bool:
     return apart and len({one.x[-1] for one in series}) == 1
 
 
-def _draw_series(one: Series, figure: Lines, x: Placed, y: Placed) -> Iterator[str]:
+def _draw_series(one: Series, figure: Lines, x: Placed, y: Placed, spots: int) -> Iterator[str]:
     stroke, fill = style_classes(one.style)
     places = [(x.at(at), y.at(value)) for at, value in zip(one.x, one.y, strict=True)]
     if one.low is not None and one.high is not None:
@@ -71,14 +70,13 @@ def _draw_series(one: Series, figure: Lines, x: Placed, y: Placed) -> Iterator[s
             bars = "".join(
                 f"M{at:.1f} {low:.1f}V{high:.1f}M{at - 3:.1f} {low:.1f}h6M{at - 3:.1f} {high:.1f}h6"
                 for (at, _), (low, high) in zip(places, ends, strict=True)
-                if math.isfinite(low + high)
             )
             yield f'<path class="error {stroke}" d="{bars}"/>'
     dashes = f' stroke-dasharray="{dash(one.style)}"' if dash(one.style) else ""
     yield f'<path class="line {stroke}"{dashes} d="{_path(places)}"/>'
     count = len(places)
     marked = set(range(count)) if count <= MOST_MARKED else set(_some(count, FEW_MARKERS))
-    for number in sorted(marked | set(_some(count, SPOTS))):
+    for number in sorted(marked | set(_some(count, spots))):
         at, value = places[number]
         said = f"{one.name}: {_describe(one, number, figure)}"
         if number in marked:

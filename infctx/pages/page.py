@@ -32,12 +32,12 @@ table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th, td {{ text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid {RULE}; vertical-align: top;
   overflow-wrap: anywhere; }}
 th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }}
-pre {{ overflow-x: auto; font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
+pre, .wide {{ overflow-x: auto; }} pre {{ font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
 summary {{ cursor: pointer; }}
 @media (min-width: 641px) {{ table {{ table-layout: fixed; }} th:first-child {{ width: 28%; }} }}
 @media (max-width: 640px) {{
   body {{ padding: 10px; }} pre {{ white-space: pre-wrap; }} thead, td:empty {{ display: none !important; }}
-  tr {{ display: block; padding: 6px 0; }}
+  table {{ min-width: 0 !important; }} tr {{ display: block; padding: 6px 0; }}
   tr, tbody th {{ border-bottom: 0; }} tbody th {{ display: block; padding: 0; font-weight: 600; }}
   td {{ display: flex; gap: 10px; justify-content: space-between; padding: 3px 0; }}
   td::before {{ content: attr(data-of); color: {SOFT}; flex: 0 1 45%; overflow-wrap: anywhere; }}
@@ -51,6 +51,8 @@ summary {{ cursor: pointer; }}
   .figures {{ grid-template-columns: 1fr 1fr; }}
 }}
 """
+MOST_COLUMNS = 6
+"""A table of more runs is wider than the page, and scrolls."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Nothing is loaded, whatever a name in a log may try."""
 
@@ -132,9 +134,9 @@ def _table(heading: str, rows: Sequence[Row], runs: Sequence[RunFolder]) -> str:
         for row in rows
     ]
     body = "\n".join(lines)
-    return (
-        f"<h2>{escape(heading)}</h2>\n<table><thead><tr><th></th>{names}</tr></thead>\n<tbody>{body}</tbody></table>\n"
-    )
+    wide = f' style="min-width: {180 * len(runs)}px"' if len(runs) > MOST_COLUMNS else ""
+    head = f"<thead><tr><th></th>{names}</tr></thead>"
+    return f'<h2>{escape(heading)}</h2>\n<div class="wide"><table{wide}>{head}\n<tbody>{body}</tbody></table></div>\n'
 
 
 def _details(run: RunFolder) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -40,11 +41,23 @@ def test_ticks_are_round_few_and_around_all_numbers(scale):
             unit = {"k": 1 << 10 if scale == "tokens" else 1e3, "M": 1 << 20 if scale == "tokens" else 1e6}
             number = float(label.rstrip("kM").replace(",", "")) * unit.get(label[-1], 1)
             assert math.isclose(number, tick, rel_tol=1e-6)
-            assert (
-                scale == "tokens"
-                or f"{tick:.2e}"[:4] in ("0.00", "1.00", "2.00", "2.50", "5.00", "7.50")
-                or (len(axis.ticks) > 1 and scale == "linear")
-            )
+        if scale == "linear":
+            step = axis.ticks[1] - axis.ticks[0]
+            assert f"{step:.3e}"[:5] in ("1.000", "2.000", "2.500", "5.000")
+        else:
+            assert {f"{tick:.3e}"[:5] for tick in axis.ticks} <= {"1.000", "2.000", "5.000"} or scale == "tokens"
+            assert all(math.log2(tick).is_integer() for tick in axis.ticks) or scale == "log"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[5.00000001, 5.00000009], [0.001] * 3, [0.0, 0.0], [1e-12, 1.0], [-3.0, 1e6], [1e300, 1.0], [7, 7 + 1e-14]],
+)
+def test_narrow_and_wide_ranges_have_labels_that_differ(values):
+    axis = place_axis(Axis("any"), values, 300, 20, 5)
+    labels = [axis.label(tick) for tick in axis.ticks]
+    assert 2 <= len(labels) == len(set(labels)), labels
+    assert axis.low <= min(values) and max(values) <= axis.high
 
 
 def test_an_axis_goes_from_one_end_to_the_other():
@@ -92,13 +105,28 @@ def test_lines_say_their_axes_names_and_numbers():
     assert numbers["series"][0]["low"] == [2.9, 2.4, 2.2] and numbers["note"] == "A note."
 
 
+def test_what_is_no_number_is_left_out():
+    nan = math.nan
+    band = Series("a", [1, 2, nan, 4], [nan, 2, 3, 4], 0, [1, nan, 1, 1], [1, math.inf, 3, 5], places=list("pqrs"))
+    assert band.finite() == ("a", [2, 4], [2, 4], 0, [2, 1], [2, 5], False, ["q", "s"])
+    figures = [
+        Lines("l", "L", Axis("x"), Axis("y"), [band, Series("b", [1], [nan], 1)]),
+        Bars("b", "B", Axis("y"), ["g"], [Bar("a", [nan]), Bar("b", [1.0])]),
+        Grids("g", "G", Axis("r"), Axis("c"), Axis("v"), [Panel("", ["r"], ["c", "d"], [[nan, 1.0]])]),
+    ]
+    for figure in figures:
+        assert not re.search(r"\b(nan|inf)\b", draw_alone(figure))
+        json.dumps(figure.numbers(), allow_nan=False)
+    assert "b" not in texts(draw_alone(figures[0]))
+
+
 def test_many_points_have_few_markers_and_bands():
     steps = list(range(1, 401))
     band = Series("run", steps, [1 / step for step in steps], 0, [0.0] * 400, [1.0] * 400, is_band=True)
     svg = draw_alone(Lines("loss", "Loss", Axis("step"), Axis("loss"), [band]))
     root = ElementTree.fromstring(svg)
     assert len([element for element in root.iter(f"{SVG}path") if element.get("class") == "band f0"]) == 1
-    assert len(titles(svg)) <= 40 and any("step 400" in title for title in titles(svg))
+    assert len(titles(svg)) <= 100 and any("step 400" in title for title in titles(svg))
     assert "run" not in texts(svg)  # one line needs no legend
 
 
