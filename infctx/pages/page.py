@@ -32,7 +32,8 @@ table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th, td {{ text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid {RULE}; vertical-align: top;
   overflow-wrap: anywhere; }}
 th {{ font-weight: 600; }} tbody th {{ font-weight: 400; }}
-pre, .wide {{ overflow-x: auto; }} pre {{ font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
+pre, .wide {{ overflow-x: auto; }}
+pre {{ font-size: 12.5px; border: 1px solid {RULE}; border-radius: 8px; padding: 10px; }}
 summary {{ cursor: pointer; }}
 @media (min-width: 641px) {{ table {{ table-layout: fixed; }} th:first-child {{ width: 28%; }} }}
 @media (max-width: 640px) {{
