@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -16,6 +17,8 @@ MODEL_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 STEM = "base_model.model."
 PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector", "block": "miss_block"}
 """The parameters of our adapters, and their names in files."""
+LOOKUP_PARTS = {"down": "lora_embedding_A", "up": "lora_embedding_B"}
+"""The same of the embedding's adapter.  RWKV-PEFT makes none beside head and embedding, but peft reads these."""
 FORMS = {"lora": ("down", "up"), "dora": ("down", "up", "magnitude"), "miss": ("block",)}
 """The parameters of each form."""
 TARGETS = get_args(Target)
@@ -36,17 +39,19 @@ def stored_name(name: str, official: Mapping[str, str]) -> str:
     matrix, is_adapter, part = name.partition(".adapter.")
     if not is_adapter:
         return official[name]
-    return f"{STEM}{official[f'{matrix}.weight'].removesuffix('weight')}{PARTS[part]}"
+    parts = LOOKUP_PARTS if matrix == "embedding" else PARTS
+    return f"{STEM}{official[f'{matrix}.weight'].removesuffix('weight')}{parts[part]}"
 
 
 def our_name(stored: str, ours: Mapping[str, str]) -> str | None:
     """Inverts `stored_name`; None for a name of something else.  ours: official name -> our name of every weight"""
     if stored in ours:
         return ours[stored]
-    for part, suffix in PARTS.items():
-        weight = f"{stored.removeprefix(STEM).removesuffix(suffix)}weight"
-        if stored.startswith(STEM) and stored.endswith(f".{suffix}") and weight in ours:
-            return f"{ours[weight].removesuffix('.weight')}.adapter.{part}"
+    for part, suffix in (*PARTS.items(), *LOOKUP_PARTS.items()):
+        matrix = ours.get(f"{stored.removeprefix(STEM).removesuffix(suffix)}weight", "").removesuffix(".weight")
+        is_lookup = suffix in LOOKUP_PARTS.values()
+        if stored.startswith(STEM) and stored.endswith(f".{suffix}") and is_lookup == (matrix == "embedding"):
+            return f"{matrix}.adapter.{part}" if matrix else None
     return None
 
 
@@ -76,8 +81,9 @@ def peft_config(header: Header, stored: list[str]) -> dict[str, Any]:
 
     stored: names of the adapter's tensors in the file
     """
-    matrices = {name.removeprefix(STEM).removesuffix(f".{part}") for name in stored for part in PARTS.values()}
-    targets = sorted({".".join(name.split(".")[-2:]) for name in matrices if name.startswith("blocks.")} & set(TARGETS))
+    parts = (*PARTS.values(), *LOOKUP_PARTS.values())
+    matrices = {name.removeprefix(STEM).removesuffix(f".{part}") for name in stored for part in parts}
+    targets = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in matrices} & set(TARGETS))
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "inference_mode": True,

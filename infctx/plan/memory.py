@@ -165,13 +165,23 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
 
 
 def _adapter_work(config: Config, sizes: Sizes) -> int:
-    """Returns the bytes of an adapter's copies in bf16, and of a matrix in fp32 whose rows dora measures."""
-    adapter = config.model.learned_adapter
+    """Returns the bytes of an adapter's copies in bf16, of a matrix in fp32 whose rows dora measures, and of what
+    comes and goes with the adapters of the embedding and the head."""
+    adapter, itemsize = config.model.learned_adapter, _activation_itemsize(config)
     assert adapter is not None
     blocks = sizes.num_layers if config.model.recompute_blocks else 1
-    copies = 2 * count_learned(adapter, sizes) // blocks if config.run.precision == "bf16" else 0
-    matrix = max(outputs * inputs for outputs, inputs in target_shapes(adapter, sizes))
-    return copies + 4 * matrix * (adapter.form == "dora" and config.run.precision == "bf16")
+    shapes, low, dora = target_shapes(adapter, sizes), itemsize == 2, adapter.form == "dora"
+    work = low * 2 * count_learned(adapter, sizes) // blocks
+    work += 4 * max(inputs * outputs for inputs, outputs in shapes.values()) * (dora and low)
+    tokens = config.pass_lanes * config.slice_tokens
+    for name in ("head", "embedding"):
+        if name in shapes:
+            # A gradient as long as the vocabulary, before it is added up and after; the rows and theirs.
+            work += 2 * 4 * adapter.rank * sizes.vocab_size + 2 * itemsize * tokens * adapter.rank
+    if "head" in shapes:
+        work += itemsize * min(SLICE_LOGITS, tokens * sizes.vocab_size) * dora
+        work += tokens * sizes.width * (itemsize + 1) * bool(adapter.dropout)
+    return work
 
 
 def strategy_of(config: Config) -> Strategy:
@@ -215,7 +225,9 @@ def _adapter_activation_bytes(config: Config, sizes: Sizes) -> int:
     if adapter is None:
         return 0
     channels, dropped = sum(TRAINED_TOO_CHANNELS[group][low] for group in adapter.train_too) * sizes.width, 0
-    for outputs, inputs in target_shapes(adapter, sizes):
+    for name, (inputs, outputs) in target_shapes(adapter, sizes).items():
+        if not name.startswith("blocks."):
+            continue
         channels += adapter.rank + inputs * (adapter.form != "miss") + outputs * (adapter.form == "dora")
         dropped += inputs if adapter.dropout else 0
     if not low and not dropped and adapter.form != "miss":

@@ -30,13 +30,14 @@ TIME = {
     "2 time ranks of 4, zero2": (4, ["distributed.time_ranks=2", "distributed.strategy=zero2"]),
 }
 QUICK = ("2 time ranks",)
-DORA = "{form: dora, rank: 4, dropout: 0.2, train_too: [norms, decays], initial_state: true, state_lr: 0.01}"
+TOO = "rank: 4, dropout: 0.2, train_too: [norms, decays], initial_state: true, state_lr: 0.01"
+DORA, LORA = f"{{form: dora, where: [all, head], {TOO}}}", f"{{form: lora, where: [all, head, emb], {TOO}}}"
 LEARN = {
     "initial_state": ["model.learn=initial_state"],
     "initial_state_and_shifts": ["model.learn=initial_state_and_shifts"],
     "state over nf4": ["model.learn=initial_state", "model.frozen_dtype=nf4"],
     "adapter": ["model.learn=adapter", f"model.adapter={DORA}"],
-    "adapter over nf4": ["model.learn=adapter", f"model.adapter={DORA}", "model.frozen_dtype=nf4"],
+    "adapter over nf4": ["model.learn=adapter", f"model.adapter={LORA}", "model.frozen_dtype=nf4"],
 }
 TUNING = {
     f"{strategy}, {learn}": (2, [f"distributed.strategy={strategy}", "distributed.time_ranks=2", *overrides])
