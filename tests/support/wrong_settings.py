@@ -104,8 +104,6 @@ a factor of miss = tune tune.yaml model.learn=adapter model.adapter.form=miss mo
     command line: model.adapter.alpha: ... leave it out, or choose lora or dora
 a lookup in another form = tune tune.yaml model.learn=adapter model.adapter.form=dora model.adapter.where=[all,emb]
     command line: model.adapter.where: ... leave it out, or choose lora
-a matrix that no model has = tune tune.yaml model.learn=adapter model.adapter.where=[att.kee]
-    command line: model.adapter.where[0]: ... 'ffn.receptance', 'head' or 'emb'
 an adapter that is not there = generate finch.pth --adapter gone.safetensors
     gone.safetensors: ... name an adapter (.safetensors), or the folder of a run that learned one
 weights as an adapter = generate finch.pth --adapter finch.pth
