@@ -124,7 +124,7 @@ def show_plan(options: argparse.Namespace) -> None:
 
 
 def planned_run(options: argparse.Namespace) -> dict[str, float]:
-    """Runs one step from the weights' file to the files of the end; returns bytes: planned, and added to the process."""
+    """Runs a step, from the weights' file to the files of the end; returns bytes: planned, and added to the process."""
     setattr(infctx.train.window, "keep_freed_memory", lambda: None)  # noqa: B010  (mypy knows its type)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     with tempfile.TemporaryDirectory() as name:
