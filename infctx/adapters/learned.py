@@ -44,7 +44,7 @@ class Learned(NamedTuple):
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Returns a weight of the model as it is with what was learned: computed in fp64, rounded to fp32."""
         if name in self.tensors:
-            return self.tensors[name]
+            return self.tensors[name].view_as(weight)
         parts = self._parts(name.removesuffix(".weight"))
         if not parts:
             return weight

@@ -355,7 +355,7 @@ def _buffers(config: Config, sizes: Sizes) -> int:
 def _step_bytes(config: Config, sizes: Sizes) -> int:
     """Returns the bytes that the optimizer's step needs on top of those held; activations are gone by then."""
     if config.optimizer.small_forms and not config.distributed.offload_optimizer:
-        return SLICE_BYTES * min(SLICE, sizes.num_parameters)
+        return SLICE_BYTES * min(SLICE, sizes.width * max(sizes.vocab_size, sizes.ffn_width))  # of one matrix
     if config.distributed.strategy != "zero3" or config.model.freezes_weights or config.distributed.offload_optimizer:
         return 0
     return 4 * sizes.num_parameters // config.distributed.world_size  # the gradient, laid out for the optimizer

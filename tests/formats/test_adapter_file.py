@@ -125,6 +125,35 @@ def test_rwkv_pefts_form_and_back(tmp_path, form, alpha):
     assert torch.allclose(opened(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["lora", "miss"])
+def test_rwkv_pefts_old_files(tmp_path, form):
+    """Of LoraLinear and BoneLinear: one .pth with the parameters of layers, and other weights that it trained."""
+    settings = AdapterSettings(form=form, rank=6, alpha=12.0 if form == "lora" else None, where=["att.key"])
+    model = written(tmp_path, 6, settings.model_copy(update={"train_too": ["norms"]}))
+    names = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "miss_block": "disha"}
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "adapter.safetensors").items():
+        for new, old in names.items():
+            name = name.removeprefix("base_model.model.").replace(new, old)
+        tensors[name] = tensor[None, None] if name == "ln_out.weight" else tensor
+    path = tmp_path / "rwkv-0.pth"
+    torch.save(tensors, path)
+    files = ModelFiles(tmp_path / "base.pth", None)
+    with pytest.raises(InputError, match="rwkv-0.pth: is an adapter, not a model"):
+        open_model(path)
+    if form == "lora":
+        with pytest.raises(InputError, match='adapter_config.json beside it: {"peft_type": "LORA", "r": 6, "lora_al'):
+            open_model(with_adapter(files, path))
+        config = {"peft_type": "LORA", "r": 6, "lora_alpha": 12}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tokens = random_tokens(1, 20)
+    opened = open_model(with_adapter(files, path))
+    assert torch.allclose(opened(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+    torch.save(tensors | {"blocks.0.att.key.disha": torch.zeros(4, 6, 6)}, path)  # BatLinear
+    with pytest.raises(InputError, match="which is no (lora|miss) for a matrix of 24 x 24"):
+        open_model(with_adapter(files, path))
+
+
 def test_an_export_names_what_a_folder_leaves_out(tmp_path):
     written(tmp_path, 6, AdapterSettings(rank=3, train_too=["bonus"]))
     said = export(tmp_path / "adapter.safetensors", tmp_path / "alone", form="adapter")
