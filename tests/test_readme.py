@@ -104,6 +104,7 @@ def test_make_tune(demonstration, tmp_path):
     """Runs `make tune` with the documents that the Makefile prepares, the demonstration's model and fewer steps."""
     folder, _ = demonstration
     settings = f"model.weights={folder} optimizer.steps=2 optimizer.warmup_steps=0 run.evaluate_tokens=4000"
+    settings += " window.lanes=1 window.window_tokens=2048 data.document_tokens=2048"
     done = make("tune", "--assume-old=runs/finch-tiny/model.pth", f"RUNS={tmp_path}", f"ARGS={settings}")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 2/2  loss ") == 3

@@ -3,7 +3,7 @@
     python tools/bench_memory.py                               windows of 8k, 64k and 512k tokens
     python tools/bench_memory.py --windows 8192 1048576        others
     python tools/bench_memory.py --tune --windows 4096 65536   tuning the initial state, the weights frozen
-    python tools/bench_memory.py --plan model.learn=adapter    a whole run of one step with these settings, and its plan
+    python tools/bench_memory.py --plan model.learn=adapter    a run of two steps with these settings, and its plan
 
 Four layers of width 256 (tuning: eight of width 512), bytes, segments of 512, one lane, fp32 on the CPU: forward,
 backward, AdamW.  Peak memory is the largest resident set of the whole process; the seams are what the exact gradient
@@ -124,7 +124,8 @@ def show_plan(options: argparse.Namespace) -> None:
 
 
 def planned_run(options: argparse.Namespace) -> dict[str, float]:
-    """Runs a step, from the weights' file to the files of the end; returns bytes: planned, and added to the process."""
+    """Runs two steps, from the weights' file to the files of the end; returns planned bytes, and those that were added
+    to the process."""
     setattr(infctx.train.window, "keep_freed_memory", lambda: None)  # noqa: B010  (mypy knows its type)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     with tempfile.TemporaryDirectory() as name:
@@ -142,17 +143,17 @@ def planned_run(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _config(folder: Path, sizes: dict[str, Any], window_tokens: int, overrides: list[str]) -> Config:
-    """Writes weights and a document, and a configuration of one step over them; returns it with the overrides."""
+    """Writes weights and a document, and a configuration of two steps over them; returns it with the overrides."""
     weights, store, path = folder.with_suffix(".pth"), folder.with_suffix(""), folder.with_suffix(".yaml")
     infctx.save_weights(infctx.build_model(**sizes), weights, torch.bfloat16)
     with TokenStoreWriter(store) as writer:
-        writer.extend(np.random.default_rng(0).integers(1, 257, 2 * window_tokens).astype(np.uint16))
+        writer.extend(np.random.default_rng(0).integers(1, 257, 3 * window_tokens).astype(np.uint16))
         writer.end_document()
     content = {
         "model": {"weights": str(weights)},
         "data": {"store": str(store)},
         "window": {"segment_tokens": SEGMENT_TOKENS, "window_tokens": window_tokens, "lanes": 1},
-        "optimizer": {"steps": 1, "peak_lr": 1e-3},
+        "optimizer": {"steps": 2, "peak_lr": 1e-3},  # in the second, the moments are there
         "run": {"folder": f"{folder}-run", "device": "cpu", "threads": torch.get_num_threads()},
         "distributed": {"strategy": "ddp"},
     }
