@@ -140,7 +140,9 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * (config.slice_tokens * activation_bytes(config, sizes) + PASSING_STATES * state_bytes(sizes))
-    work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
+    # A slice of the logits, and as much on the way; in bf16 also the head's product, and its gradient.
+    logits = min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)
+    work += (3 if config.run.precision == "bf16" else 2) * 4 * logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
         if config.run.precision == "bf16" and not _has_bf16_matrices(config):
@@ -174,10 +176,9 @@ def _adapter_work(config: Config, sizes: Sizes) -> int:
     work = low * 2 * count_learned(adapter, sizes) // blocks
     work += 4 * max(inputs * outputs for inputs, outputs in shapes.values()) * (dora and low)
     tokens = config.pass_lanes * config.slice_tokens
-    for name in ("head", "embedding"):
-        if name in shapes:
-            # A gradient as long as the vocabulary, before it is added up and after; the rows and theirs.
-            work += 2 * 4 * adapter.rank * sizes.vocab_size + 2 * itemsize * tokens * adapter.rank
+    if "head" in shapes or "embedding" in shapes:
+        # A gradient as long as the vocabulary, before it is added up and after; the rows and theirs.
+        work += 2 * 4 * adapter.rank * sizes.vocab_size + 2 * itemsize * tokens * adapter.rank
     if "head" in shapes:
         work += itemsize * min(SLICE_LOGITS, tokens * sizes.vocab_size) * dora
         work += tokens * sizes.width * (itemsize + 1) * bool(adapter.dropout)
