@@ -11,6 +11,8 @@ VENV := .venv
 INFCTX := $(VENV)/bin/infctx
 TRAIN_CONFIG := $(or $(CONFIG),configs/finch-tiny.yaml)
 TUNE_CONFIG := $(or $(CONFIG),configs/finch-tiny-tune-state.yaml)
+RUNS ?= runs
+TUNED = $(RUNS)/finch-tiny-tune
 STATE ?=
 MODEL ?= runs/finch-tiny
 STORE ?= data/python/held_out
@@ -43,8 +45,15 @@ inspect: $(VENV)/installed  ## shows what is in a token store: make inspect STOR
 train: $(VENV)/installed $(if $(filter configs/%-tiny.yaml,$(TRAIN_CONFIG)),data/python/store.json) $(BOOKS)  ## trains CONFIG=configs/finch-tiny.yaml on GPUS=1, or resumes it
 	@$(INFCTX) train "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)
 
-tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes the initial state of a model: CONFIG=configs/finch-tiny-tune-state.yaml, GPUS=1
+tune: $(VENV)/installed $(if $(filter configs/finch-tiny-tune-%.yaml,$(TUNE_CONFIG)),data/cpp/store.json runs/finch-tiny/model.pth)  ## tunes a state, an adapter and both on finch-tiny, and compares them; or CONFIG=..., GPUS=1
+ifeq ($(CONFIG),)
+	@$(INFCTX) tune configs/finch-tiny-tune-state.yaml run.folder="$(TUNED)-state" $(DEVICES) $(ARGS)
+	@$(INFCTX) tune configs/finch-tiny-tune-adapter.yaml run.folder="$(TUNED)-adapter" $(DEVICES) $(ARGS)
+	@$(INFCTX) tune configs/finch-tiny-tune-adapter.yaml model.adapter.initial_state=true run.folder="$(TUNED)-both" $(DEVICES) $(ARGS)
+	@$(VENV)/bin/python tools/compare_tuning.py "$(TUNED)-state" "$(TUNED)-adapter" "$(TUNED)-both"
+else
 	@$(INFCTX) tune "$$TUNE_CONFIG" $(DEVICES) $(ARGS)
+endif
 
 plan: $(VENV)/installed  ## shows the memory that a run needs: CONFIG=..., GPUS=8, ARGS="window.lanes=8 --device-gb 80"
 	@$(INFCTX) plan "$$TRAIN_CONFIG" $(DEVICES) $(ARGS)

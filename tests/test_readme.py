@@ -39,6 +39,7 @@ HANDED_ON = {
     "PROMPT",
     "OUTPUT",
     "STATE",
+    "RUNS",
 }
 
 
@@ -102,11 +103,23 @@ def test_make_test():
 def test_make_tune(demonstration, tmp_path):
     """Runs `make tune` with the documents that the Makefile prepares, the demonstration's model and fewer steps."""
     folder, _ = demonstration
-    settings = f"model.weights={folder} run.folder={tmp_path / 'run'} optimizer.steps=6 run.evaluate_tokens=4000"
-    done = make("tune", "--assume-old=runs/finch-tiny/model.pth", f"ARGS={settings}")
+    settings = f"model.weights={folder} optimizer.steps=2 optimizer.warmup_steps=0 run.evaluate_tokens=4000"
+    settings += " window.lanes=1 window.window_tokens=2048 data.document_tokens=2048"
+    done = make("tune", "--assume-old=runs/finch-tiny/model.pth", f"RUNS={tmp_path}", f"ARGS={settings}")
     assert done.returncode == 0, done.stderr
-    assert "step 6/6  loss " in done.stderr
-    assert {"state.pth", "state.st", "state.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert done.stderr.count("step 2/2  loss ") == 3
+    states = {"state.pth", "state.st", "state.safetensors"}
+    for name, files in (("state", states), ("adapter", set()), ("both", states)):
+        has = {path.name for path in (tmp_path / f"finch-tiny-tune-{name}").iterdir()}
+        assert has & (states | {"adapter.safetensors"}) == files | (
+            {"adapter.safetensors"} if name != "state" else set()
+        )
+    shown = done.stdout[done.stdout.index("held-out loss in bits per byte, by position") :].splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in shown[2:]}
+    assert list(rows) == ["before", "state", "adapter", "both"]
+    assert int(rows["both"][0].replace(",", "")) > int(rows["adapter"][0].replace(",", "")) > 0
+    assert {len(row) for row in rows.values()} == {len(rows["state"]), len(rows["state"]) - 2}
+    assert all(rows[name][-1] != rows["before"][-1] for name in ("adapter", "both"))
 
 
 SLOW = {command for page in PAGES for command in commands(page) if "GPUS=8" in command and "--rehearse" in command}

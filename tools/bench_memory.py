@@ -3,12 +3,14 @@
     python tools/bench_memory.py                               windows of 8k, 64k and 512k tokens
     python tools/bench_memory.py --windows 8192 1048576        others
     python tools/bench_memory.py --tune --windows 4096 65536   tuning the initial state, the weights frozen
-    python tools/bench_memory.py --tune --frozen-dtype nf4     the same over weights that are read into 4 bits
+    python tools/bench_memory.py --plan model.learn=adapter    a run of two steps with these settings, and its plan
 
 Four layers of width 256 (tuning: eight of width 512), bytes, segments of 512, one lane, fp32 on the CPU: forward,
 backward, AdamW.  Peak memory is the largest resident set of the whole process; the seams are what the exact gradient
-has to keep of a longer window.  With --frozen-dtype it is what reading the weights and the step add to the process,
-next to what `infctx plan` says; freed memory then goes back to the system at once, so that only what is needed counts.
+has to keep of a longer window.
+
+With --plan it is what a run adds to the process, from reading the weights to writing the files of the end, next to what
+`infctx plan` says; freed memory then goes back to the system at once, so that only what is needed counts.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import infctx
 import infctx.train.window
-from infctx.formats.weights import open_weights, read_model
+from infctx.data.store_writer import TokenStoreWriter
+from infctx.formats.weights import read_sizes
 from infctx.machine import M_MMAP_THRESHOLD, peak_memory
-from infctx.model.quantized import quantize_layers
-from infctx.model.rwkv import Compute
-from infctx.plan.memory import rank_memory, state_bytes, weight_bytes
+from infctx.plan.memory import held_memory, rank_memory, state_bytes
+from infctx.plan.plan import make_plan
 from infctx.settings.config import Config
+from infctx.settings.load import load_config
 from infctx.settings.optimizer import OptimizerSettings
 from infctx.train.learn import freeze_weights
+from infctx.train.loop import train
 from infctx.train.optimizer import make_optimizer
 
 SEGMENT_TOKENS = 512
@@ -48,17 +53,18 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[8192, 65536, 524288], help="tokens of each window")
     parser.add_argument("--truncated", action="store_true", help="cuts the gradient at every segment instead")
     parser.add_argument("--tune", action="store_true", help="the initial state learns, and nothing else")
-    parser.add_argument("--frozen-dtype", choices=("bf16", "int8", "nf4"), help="how --tune keeps the weights")
-    parser.add_argument("--layers", type=int, default=8, help="of the model with --frozen-dtype (default %(default)s)")
+    parser.add_argument("--plan", nargs="*", metavar="section.setting=value", help="compares a run with its plan")
+    parser.add_argument("--layers", type=int, default=8, help="of the model with --plan (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="of the same (default %(default)s)")
     parser.add_argument("--version", type=int, default=6, help="of the same (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=257, help="of the same (default %(default)s)")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.frozen_dtype:
-        show_frozen(options)
+    if options.plan is not None:
+        show_plan(options)
         return
     if options.one:
         print(json.dumps(one_step(options.one, 1 if options.truncated else None, options.tune)))
@@ -102,64 +108,57 @@ def one_step(window_tokens: int, gradient_segments: int | None, tune: bool) -> d
     return {"peak": peak_memory(torch.device("cpu")), "seams": segments * state_bytes(model.sizes), "seconds": seconds}
 
 
-def show_frozen(options: argparse.Namespace) -> None:
+def show_plan(options: argparse.Namespace) -> None:
     """Prints a row for each window, measured in its own process."""
     if options.one:
-        print(json.dumps(frozen_step(options)))
+        print(json.dumps(planned_run(options)), file=sys.__stdout__)
         return
-    print("| tokens in the window | weights | the plan | measured | of the plan | tokens/s |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| tokens in the window | held | the plan | measured | of the plan |")
+    print("|---:|---:|---:|---:|---:|")
     for tokens in options.windows:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", str(tokens)]
-        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        weights, plan, peak = (f"{row[name] / 1e6:,.1f} MB" for name in ("weights", "plan", "peak"))
-        difference, speed = row["peak"] / row["plan"] - 1, tokens / row["seconds"]
-        print(
-            f"| {tokens:,} | {weights} | {plan} | {peak} | {difference:+.1%} | {speed:,.0f} |",
-            flush=True,
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        row = json.loads(done.splitlines()[-1])
+        held, plan, peak = (f"{row[name] / 1e6:,.1f} MB" for name in ("held", "plan", "peak"))
+        print(f"| {tokens:,} | {held} | {plan} | {peak} | {row['peak'] / row['plan'] - 1:+.1%} |", flush=True)
 
 
-def frozen_step(options: argparse.Namespace) -> dict[str, float]:
-    """Reads a model from a file and makes one step; returns bytes that this added to the process, and seconds."""
+def planned_run(options: argparse.Namespace) -> dict[str, float]:
+    """Runs two steps, from the weights' file to the files of the end; returns planned bytes, and those that were added
+    to the process."""
     setattr(infctx.train.window, "keep_freed_memory", lambda: None)  # noqa: B010  (mypy knows its type)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    sizes = {"version": options.version, "num_layers": options.layers, "width": options.width, "vocab_size": 257}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        infctx.save_weights(infctx.build_model(**sizes), path, torch.bfloat16)
-        warm_up = infctx.build_model(**(sizes | {"num_layers": 1, "width": 64}))
-        quantize_layers(warm_up, "int8")
-        tune_step(warm_up, 2 * SEGMENT_TOKENS)  # loads the compiled kernels
-        del warm_up
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = {"version": options.version, "num_layers": 1, "width": 64, "vocab_size": options.vocab_size}
+        train(_config(folder / "warm-up", small, 2 * SEGMENT_TOKENS, options.plan))  # loads the compiled kernels
+        sizes = small | {"num_layers": options.layers, "width": options.width}
+        config = make_plan(_config(folder / "measured", sizes, options.one, options.plan)).config
         before = restart_peak()
-        model = read_model(open_weights(path), options.frozen_dtype, "cpu", Compute(torch.float32))
-        seconds = tune_step(model, options.one)
+        train(config)
+        peak = peak_memory(torch.device("cpu")) - before
+        plan = rank_memory(config, read_sizes(folder / "measured.pth"), "cpu")
+        held = held_memory(config, read_sizes(folder / "measured.pth"))
+    return {"held": sum(held), "plan": sum(plan), "peak": peak}
+
+
+def _config(folder: Path, sizes: dict[str, Any], window_tokens: int, overrides: list[str]) -> Config:
+    """Writes weights and a document, and a configuration of two steps over them; returns it with the overrides."""
+    weights, store, path = folder.with_suffix(".pth"), folder.with_suffix(""), folder.with_suffix(".yaml")
+    infctx.save_weights(infctx.build_model(**sizes), weights, torch.bfloat16)
+    with TokenStoreWriter(store) as writer:
+        writer.extend(np.random.default_rng(0).integers(1, 257, 3 * window_tokens).astype(np.uint16))
+        writer.end_document()
     content = {
-        "model": {"weights": str(path), "learn": "initial_state", "frozen_dtype": options.frozen_dtype},
-        "data": {"store": "none"},
-        "window": {"segment_tokens": SEGMENT_TOKENS, "window_tokens": options.one, "lanes": 1},
-        "optimizer": {"steps": 100, "peak_lr": 0.1},
-        "run": {"folder": "none", "device": "cpu"},
+        "model": {"weights": str(weights)},
+        "data": {"store": str(store)},
+        "window": {"segment_tokens": SEGMENT_TOKENS, "window_tokens": window_tokens, "lanes": 1},
+        "optimizer": {"steps": 2, "peak_lr": 1e-3},  # in the second, the moments are there
+        "run": {"folder": f"{folder}-run", "device": "cpu", "threads": torch.get_num_threads()},
         "distributed": {"strategy": "ddp"},
     }
-    config = Config.model_validate(content)
-    plan = rank_memory(config, model.sizes, "cpu")
-    peak = peak_memory(torch.device("cpu")) - before
-    return {"weights": weight_bytes(config, model.sizes), "plan": plan.device, "peak": peak, "seconds": seconds}
-
-
-def tune_step(model: infctx.RWKV, window_tokens: int) -> float:
-    """Makes a step of state tuning; returns the seconds that it took."""
-    freeze_weights(model)
-    optimizer = make_optimizer(model, OptimizerSettings(steps=100, peak_lr=0.1))
-    tokens = torch.randint(257, (1, window_tokens + 1))
-    starts = torch.zeros(1, window_tokens // 16, dtype=torch.bool)
-    starts[:, 0] = True
-    began = time.perf_counter()
-    infctx.window_backward(model, tokens[:, :-1], tokens[:, 1:], SEGMENT_TOKENS, starts=starts)
-    optimizer.step()
-    return time.perf_counter() - began
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return load_config(path, overrides)
 
 
 def restart_peak() -> int:

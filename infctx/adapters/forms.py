@@ -6,51 +6,45 @@ Parameters are fp32 and computed in the dtype of x.  r is the rank, I the inputs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.adapters.dropout import kept
-from infctx.model.layers import Draws, Linear
+from infctx.model.layers import Beside, Draws, Embedding, Linear, LowRank, Matrix
 from infctx.ops.precision import state_dtype
 from infctx.settings.adapter import AdapterSettings
 
-Matrix = Callable[[torch.dtype], Tensor]
-"""Returns W in a dtype."""
 
-
-def make_adapter(settings: AdapterSettings, linear: Linear, number: int, draws: Draws) -> Adapter:
+def make_adapter(settings: AdapterSettings, layer: Linear | Embedding, number: int, draws: Draws) -> Adapter:
     """Makes the adapter of a matrix, on its device, without values.
 
     number: of the adapter in its model, for its dropout
     """
-    return {"lora": Lora, "dora": Dora, "miss": Miss}[settings.form](settings, linear, number, draws)
+    forms = {"lora": LookupLora} if isinstance(layer, Embedding) else {"lora": Lora, "dora": Dora, "miss": Miss}
+    return forms[settings.form](settings, layer, number, draws)
 
 
-class Adapter(nn.Module):
+class Adapter(Beside):
     """What all forms share: dropout of their inputs."""
 
     matrices: tuple[str, ...]
     """The parameters that weight decay is for."""
 
-    def __init__(self, settings: AdapterSettings, linear: Linear, number: int, draws: Draws) -> None:
+    def __init__(self, settings: AdapterSettings, layer: Linear | Embedding, number: int, draws: Draws) -> None:
         super().__init__()
         self.rank, self.scale, self.rate = settings.rank, settings.scale, settings.dropout
-        self.inputs, self.outputs = linear.in_features, linear.out_features
+        self.inputs, self.outputs = inputs_and_outputs(layer)
         self.number, self.draws = number, draws
-
-    def forward(self, x: Tensor, y: Tensor, matrix: Matrix) -> Tensor:
-        """x (B, T, I), y = x W^T (B, T, O) -> y with the adapter (B, T, O)."""
-        raise NotImplementedError
 
     def begin(self, random: torch.Generator, matrix: Matrix) -> None:
         """Sets the values of a new adapter, which changes no output."""
         raise NotImplementedError
 
-    def _empty(self, linear: Linear, *shape: int) -> nn.Parameter:
-        like = next(linear.parameters())
+    def _empty(self, layer: nn.Module, *shape: int) -> nn.Parameter:
+        like = next(layer.parameters())
         return nn.Parameter(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device))
 
     def _dropped(self, x: Tensor) -> tuple[Tensor, float]:
@@ -66,15 +60,14 @@ class Lora(Adapter):
 
     matrices = ("down", "up")
 
-    def __init__(self, settings: AdapterSettings, linear: Linear, number: int, draws: Draws) -> None:
-        super().__init__(settings, linear, number, draws)
-        self.down = self._empty(linear, self.rank, self.inputs)
-        self.up = self._empty(linear, self.outputs, self.rank)
+    def __init__(self, settings: AdapterSettings, layer: Linear | Embedding, number: int, draws: Draws) -> None:
+        super().__init__(settings, layer, number, draws)
+        self.down = self._empty(layer, self.rank, self.inputs)
+        self.up = self._empty(layer, self.outputs, self.rank)
 
-    def forward(self, x: Tensor, y: Tensor, matrix: Matrix) -> Tensor:
+    def low_rank(self, x: Tensor, matrix: Matrix) -> LowRank:
         x, factor = self._dropped(x)
-        low = F.linear(x, self.down.to(x.dtype)).flatten(0, -2)  # (B * T, r)
-        return torch.addmm(y.flatten(0, -2), low, self.up.to(x.dtype).T, alpha=factor * self.scale).view_as(y)
+        return LowRank(F.linear(x, self.down.to(x.dtype)), self.up, factor * self.scale)
 
     @torch.no_grad()
     def begin(self, random: torch.Generator, matrix: Matrix) -> None:
@@ -84,6 +77,20 @@ class Lora(Adapter):
         self.up.zero_()
 
 
+class LookupLora(Lora):
+    """The same beside a table of vectors: x are tokens, and A has a column for each; as peft's lora.Embedding (0033694)
+    it has no dropout."""
+
+    def low_rank(self, x: Tensor, matrix: Matrix) -> LowRank:
+        return LowRank(F.embedding(x, self.down.T), self.up, self.scale)
+
+    @torch.no_grad()
+    def begin(self, random: torch.Generator, matrix: Matrix) -> None:
+        """A zeros, B normal, as in peft."""
+        self.up.copy_(torch.randn(self.up.shape, generator=random, dtype=torch.float64))
+        self.down.zero_()
+
+
 class Dora(Lora):
     """c (y + scale (x A^T) B^T), for each output c = m / |its row of W + scale B A|   (arXiv 2402.09353).
 
@@ -91,13 +98,12 @@ class Dora(Lora):
     all of its inputs.
     """
 
-    def __init__(self, settings: AdapterSettings, linear: Linear, number: int, draws: Draws) -> None:
-        super().__init__(settings, linear, number, draws)
-        self.magnitude = self._empty(linear, self.outputs)
+    def __init__(self, settings: AdapterSettings, layer: Linear | Embedding, number: int, draws: Draws) -> None:
+        super().__init__(settings, layer, number, draws)
+        self.magnitude = self._empty(layer, self.outputs)
 
-    def forward(self, x: Tensor, y: Tensor, matrix: Matrix) -> Tensor:
-        factors = self.magnitude / self._lengths(matrix)
-        return super().forward(x, y, matrix) * factors.to(y.dtype)
+    def low_rank(self, x: Tensor, matrix: Matrix) -> LowRank:
+        return super().low_rank(x, matrix)._replace(factors=self.magnitude / self._lengths(matrix))
 
     @torch.no_grad()
     def begin(self, random: torch.Generator, matrix: Matrix) -> None:
@@ -123,19 +129,25 @@ class Miss(Adapter):
 
     matrices = ("block",)
 
-    def __init__(self, settings: AdapterSettings, linear: Linear, number: int, draws: Draws) -> None:
-        super().__init__(settings, linear, number, draws)
-        self.block = self._empty(linear, self.rank, self.outputs)
+    def __init__(self, settings: AdapterSettings, layer: Linear | Embedding, number: int, draws: Draws) -> None:
+        super().__init__(settings, layer, number, draws)
+        self.block = self._empty(layer, self.rank, self.outputs)
 
-    def forward(self, x: Tensor, y: Tensor, matrix: Matrix) -> Tensor:
+    def low_rank(self, x: Tensor, matrix: Matrix) -> LowRank:
         x, factor = self._dropped(x)
         padded = F.pad(x, (0, -self.inputs % self.rank))
-        low = padded.unflatten(-1, (-1, self.rank)).sum(-2).flatten(0, -2)  # (B * T, r)
-        return torch.addmm(y.flatten(0, -2), low, self.block.to(x.dtype), alpha=factor).view_as(y)
+        return LowRank(padded.unflatten(-1, (-1, self.rank)).sum(-2), self.block.T, factor)
 
     @torch.no_grad()
     def begin(self, random: torch.Generator, matrix: Matrix) -> None:
         self.block.zero_()
+
+
+def inputs_and_outputs(layer: Linear | Embedding) -> tuple[int, int]:
+    """Returns I and O; a lookup is the product with a vector of zeros and a 1, so I is the number of tokens."""
+    if isinstance(layer, Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.in_features, layer.out_features
 
 
 def merged(form: str, weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:

@@ -28,7 +28,9 @@ class Learned(NamedTuple):
         return list(dict.fromkeys(name.partition(".adapter.")[0] for name in self.tensors if ".adapter." in name))
 
     def refuse_shapes(self, matrix: str, outputs: int, inputs: int) -> None:
-        """Raises InputError unless the adapter fits a matrix of this size."""
+        """Raises InputError unless the adapter fits a matrix whose weight has this shape."""
+        if matrix == "embedding":
+            outputs, inputs = inputs, outputs
         shapes = {part: tuple(tensor.shape) for part, tensor in self._parts(matrix).items()}
         rank = next((shape[0] for part, shape in shapes.items() if part in ("down", "block")), 0)
         whole = {"down": (rank, inputs), "up": (outputs, rank), "magnitude": (outputs,), "block": (rank, outputs)}
@@ -42,9 +44,13 @@ class Learned(NamedTuple):
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Returns a weight of the model as it is with what was learned: computed in fp64, rounded to fp32."""
         if name in self.tensors:
-            return self.tensors[name]
+            return self.tensors[name].view_as(weight)
         parts = self._parts(name.removesuffix(".weight"))
-        return merged(self.kind.form, weight, parts, self.kind.scale).float() if parts else weight
+        if not parts:
+            return weight
+        if name == "embedding.weight":
+            return merged(self.kind.form, weight.T, parts, self.kind.scale).T.contiguous().float()
+        return merged(self.kind.form, weight, parts, self.kind.scale).float()
 
     def _parts(self, matrix: str) -> dict[str, Tensor]:
         begin = f"{matrix}.adapter."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, model_validator
@@ -16,6 +17,10 @@ MODEL_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 STEM = "base_model.model."
 PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector", "block": "miss_block"}
 """The parameters of our adapters, and their names in files."""
+LOOKUP_PARTS = {"down": "lora_embedding_A", "up": "lora_embedding_B"}
+"""The same of the embedding's adapter.  RWKV-PEFT makes none beside head and embedding, but peft reads these."""
+OLD_PARTS = {"down": "lora_A", "up": "lora_B", "block": "disha"}
+"""The same in RWKV-PEFT's .pth files from before it used peft (LoraLinear, BoneLinear), which have no STEM."""
 FORMS = {"lora": ("down", "up"), "dora": ("down", "up", "magnitude"), "miss": ("block",)}
 """The parameters of each form."""
 TARGETS = get_args(Target)
@@ -36,18 +41,47 @@ def stored_name(name: str, official: Mapping[str, str]) -> str:
     matrix, is_adapter, part = name.partition(".adapter.")
     if not is_adapter:
         return official[name]
-    return f"{STEM}{official[f'{matrix}.weight'].removesuffix('weight')}{PARTS[part]}"
+    parts = LOOKUP_PARTS if matrix == "embedding" else PARTS
+    return f"{STEM}{official[f'{matrix}.weight'].removesuffix('weight')}{parts[part]}"
 
 
 def our_name(stored: str, ours: Mapping[str, str]) -> str | None:
-    """Inverts `stored_name`; None for a name of something else.  ours: official name -> our name of every weight"""
+    """Inverts `stored_name`, also for OLD_PARTS; None for a name of something else.
+
+    ours: official name -> our name of every weight
+    """
     if stored in ours:
         return ours[stored]
-    for part, suffix in PARTS.items():
-        weight = f"{stored.removeprefix(STEM).removesuffix(suffix)}weight"
-        if stored.startswith(STEM) and stored.endswith(f".{suffix}") and weight in ours:
-            return f"{ours[weight].removesuffix('.weight')}.adapter.{part}"
+    parts = (*PARTS.items(), *LOOKUP_PARTS.items()) if stored.startswith(STEM) else OLD_PARTS.items()
+    for part, suffix in parts:
+        matrix = ours.get(f"{stored.removeprefix(STEM).removesuffix(suffix)}weight", "").removesuffix(".weight")
+        is_lookup = suffix in LOOKUP_PARTS.values()
+        if stored.endswith(f".{suffix}") and is_lookup == (matrix == "embedding"):
+            return f"{matrix}.adapter.{part}" if matrix else None
     return None
+
+
+def holds_adapter(names: Iterable[str]) -> bool:
+    """Returns whether the tensors of a file are an adapter, of this or RWKV-PEFT's old form."""
+    return any(
+        name.startswith(STEM) or name.endswith(tuple(f".{part}" for part in OLD_PARTS.values())) for name in names
+    )
+
+
+def old_kind(shapes: Mapping[str, Sequence[int]]) -> OldKind | None:
+    """Returns what a file of RWKV-PEFT's old form says by its tensors' names and shapes; None for another file."""
+    for name, shape in shapes.items():
+        part = name.rpartition(".")[2]
+        if part in OLD_PARTS.values() and not name.startswith(STEM) and shape:
+            return OldKind("miss" if part == "disha" else "lora", shape[1] if part == "lora_B" else shape[0])
+    return None
+
+
+class OldKind(NamedTuple):
+    """The form and the rank of an adapter of RWKV-PEFT's old form; it does not have lora's factor."""
+
+    form: Literal["lora", "miss"]
+    rank: int
 
 
 class Header(BaseModel):
@@ -76,8 +110,9 @@ def peft_config(header: Header, stored: list[str]) -> dict[str, Any]:
 
     stored: names of the adapter's tensors in the file
     """
-    matrices = {name.removeprefix(STEM).removesuffix(f".{part}") for name in stored for part in PARTS.values()}
-    targets = sorted({".".join(name.split(".")[-2:]) for name in matrices if name.startswith("blocks.")} & set(TARGETS))
+    parts = (*PARTS.values(), *LOOKUP_PARTS.values())
+    matrices = {name.removeprefix(STEM).removesuffix(f".{part}") for name in stored for part in parts}
+    targets = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in matrices} & set(TARGETS))
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "inference_mode": True,

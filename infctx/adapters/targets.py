@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
-from infctx.adapters.forms import make_adapter
+from infctx.adapters.forms import inputs_and_outputs, make_adapter
 from infctx.errors import InputError
 from infctx.model.build import empty_model
-from infctx.model.layers import Linear
+from infctx.model.layers import Embedding, Linear
 from infctx.model.rwkv import RWKV
 from infctx.model.sizes import Sizes, describe
 from infctx.settings.adapter import AdapterSettings, Target
 
 PARTS = {"att": "time_mix", "ffn": "channel_mix"}
 """The official names of a block's halves, and ours; their matrices have the same names."""
+ENDS = {"head": "head", "emb": "embedding"}
+"""The same of the matrices outside of the blocks, which `all` leaves out."""
 
 
 def refuse_targets(settings: AdapterSettings, sizes: Sizes) -> None:
@@ -29,15 +31,15 @@ def refuse_targets(settings: AdapterSettings, sizes: Sizes) -> None:
             )
 
 
-def target_matrices(model: RWKV, settings: AdapterSettings) -> Iterator[tuple[str, Linear]]:
-    """Yields the matrices that get an adapter, by their names in the model, block by block."""
+def target_matrices(model: RWKV, settings: AdapterSettings) -> Iterator[tuple[str, Linear | Embedding]]:
+    """Yields the matrices that get an adapter, by their names in the model, block by block, then the others."""
     wanted = _wanted(settings, _present(model))
-    for layer in range(len(model.blocks)):
-        for name in wanted:
-            ours = f"blocks.{layer}.{_our_name(name)}"
-            matrix = model.get_submodule(ours)
-            assert isinstance(matrix, Linear)
-            yield ours, matrix
+    in_blocks = [_our_name(name) for name in wanted if name not in ENDS]
+    names = [f"blocks.{layer}.{name}" for layer in range(len(model.blocks)) for name in in_blocks]
+    for name in names + [ENDS[name] for name in wanted if name in ENDS]:
+        matrix = model.get_submodule(name)
+        assert isinstance(matrix, (Linear, Embedding))
+        yield name, matrix
 
 
 def weights_that_learn(model: RWKV, settings: AdapterSettings) -> list[str]:
@@ -63,10 +65,10 @@ def count_learned(settings: AdapterSettings, sizes: Sizes) -> int:
     return layers[0] + (sizes.num_layers - 1) * (layers[1] - layers[0]) + state
 
 
-def target_shapes(settings: AdapterSettings, sizes: Sizes) -> list[tuple[int, int]]:
-    """Returns the outputs and inputs of each matrix of a block that gets an adapter."""
+def target_shapes(settings: AdapterSettings, sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Returns the inputs and outputs of each matrix of the first block that gets an adapter, and of `ENDS`."""
     model = empty_model(replace(sizes, num_layers=1))
-    return [(matrix.out_features, matrix.in_features) for _, matrix in target_matrices(model, settings)]
+    return {name: inputs_and_outputs(matrix) for name, matrix in target_matrices(model, settings)}
 
 
 def _count(settings: AdapterSettings, sizes: Sizes) -> int:
@@ -78,15 +80,18 @@ def _count(settings: AdapterSettings, sizes: Sizes) -> int:
 
 
 def _wanted(settings: AdapterSettings, present: list[str]) -> list[str]:
-    if isinstance(settings.where, list):
-        return list(dict.fromkeys(settings.where))
-    return [name for name in present if settings.where == "all" or name.startswith("att.")]
+    given = settings.where if isinstance(settings.where, list) else [settings.where]
+    groups = {
+        "all": [name for name in present if name not in ENDS],
+        "attention": [name for name in present if name.startswith("att.")],
+    }
+    return list(dict.fromkeys(name for word in given for name in groups.get(word, [word])))
 
 
 def _present(model: RWKV) -> list[str]:
-    """Returns the matrices of a block that can have an adapter, by their official names."""
+    """Returns the matrices that can have an adapter, by their official names."""
     names = set(dict(model.blocks[0].named_modules()))
-    return [name for name in get_args(Target) if _our_name(name) in names]
+    return [name for name in get_args(Target) if name in ENDS or _our_name(name) in names]
 
 
 def _our_name(name: str) -> str:

@@ -99,7 +99,7 @@ def evaluate_reading(
 
     def run(tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
         hidden, state = model(tokens, state)
-        return token_losses(hidden, model.head.weight, targets), state
+        return token_losses(hidden, model.head.weight, targets, model.head_adapter(hidden)), state
 
     return [loss for _, loss in measure_documents(reading, run, model.embedding.weight.device, each_segment)]
 

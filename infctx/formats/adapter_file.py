@@ -14,7 +14,18 @@ from pathlib import Path
 from torch import Tensor
 
 from infctx.adapters.learned import Learned
-from infctx.adapters.stored import CONFIG_FILE, MODEL_FILE, STEM, Header, PeftConfig, our_name, peft_config, stored_name
+from infctx.adapters.stored import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    STEM,
+    Header,
+    PeftConfig,
+    holds_adapter,
+    old_kind,
+    our_name,
+    peft_config,
+    stored_name,
+)
 from infctx.errors import InputError
 from infctx.files import atomic_folder
 from infctx.formats.stored_names import stored_names
@@ -74,7 +85,7 @@ def read_adapter(path: Path, sizes: Sizes) -> Learned:
 
 def is_adapter_file(path: Path) -> bool:
     """Returns whether a file holds an adapter."""
-    return any(name.startswith(STEM) for name in read_shapes(path))
+    return holds_adapter(read_shapes(path))
 
 
 def merged_weights(stored: StoredWeights, learned: Learned) -> StoredWeights:
@@ -84,7 +95,7 @@ def merged_weights(stored: StoredWeights, learned: Learned) -> StoredWeights:
     for matrix in learned.matrices():
         learned.refuse_shapes(matrix, *plan[names[f"{matrix}.weight"]].shape)
     for name, tensor in learned.tensors.items():
-        if name in names and tensor.shape != plan[names[name]].shape:
+        if name in names and tensor.numel() != plan[names[name]].numel():  # some write (1, 1, D) for (D)
             shape = tuple(tensor.shape)
             raise InputError(f"{learned.place}: {names[name]} has shape {shape}; use one trained on this model")
     merged = LazyTensors(plan, lambda official: learned.merged(ours.get(official, ""), stored.tensors[official]))
@@ -105,7 +116,13 @@ def _header(path: Path) -> Header | PeftConfig:
             return PeftConfig.model_validate_json(beside.read_bytes())
     except ValueError as error:
         raise InputError(f"{path if said else beside}: does not say what can be read ({_first(error)})") from None
-    raise InputError(f"{path}: is no adapter that says what it computes; keep {CONFIG_FILE} beside it")
+    old = old_kind(read_shapes(path))
+    if old is not None and old.form == "miss":
+        return PeftConfig(peft_type="MISS", r=old.rank)
+    remedy = f"keep {CONFIG_FILE} beside it"
+    if old is not None:
+        remedy = f'write {CONFIG_FILE} beside it: {{"peft_type": "LORA", "r": {old.rank}, "lora_alpha": its alpha}}'
+    raise InputError(f"{path}: is no adapter that says what it computes; {remedy}")
 
 
 def _first(error: ValueError) -> str:

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Matrix = Callable[[torch.dtype], Tensor]
+"""Returns W in a dtype."""
+
+
+class LowRank(NamedTuple):
+    """What an adapter makes of a product y (..., O): factors (y + scale rows columns^T).
+
+    rows:    (..., r)
+    columns: (O, r)
+    factors: (O); None for ones
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale: float
+    factors: Tensor | None = None
+
+    def detach(self) -> LowRank:
+        """Returns the same without gradients."""
+        factors = None if self.factors is None else self.factors.detach()
+        return LowRank(self.rows.detach(), self.columns.detach(), self.scale, factors)
+
+
+class Beside(nn.Module):
+    """An adapter beside a matrix; infctx/adapters has its forms."""
+
+    def low_rank(self, x: Tensor, matrix: Matrix) -> LowRank:
+        """x (..., I) -> what to add to x W^T; matrix: of W."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, matrix: Matrix) -> Tensor:
+        """x (..., I), y = x W^T (..., O) -> y with the adapter (..., O)."""
+        rows, columns, scale, factors = self.low_rank(x, matrix)
+        rows, columns = rows.to(y.dtype).flatten(0, -2), columns.to(y.dtype)
+        y = torch.addmm(y.flatten(0, -2), rows, columns.T, alpha=scale).view_as(y)
+        return y if factors is None else y * factors.to(y.dtype)
+
 
 class Linear(nn.Linear):
-    """Computes y = x W^T in the dtype of x; an `adapter` (infctx/adapters), if there is one, adds its term."""
+    """Computes y = x W^T in the dtype of x; an `adapter`, if there is one, adds its term."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self.adapter: nn.Module | None = None
+        self.adapter: Beside | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)
@@ -59,10 +97,22 @@ class Draws:
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors, whose gradient is summed in fp32 if it is bf16: a segment has many tokens of the same id."""
+    """A table of vectors, whose gradient is summed in fp32 if it is bf16: a segment has many tokens of the same id.
+
+    adapter: what the model adds to the vectors in the dtype that it computes in
+    """
+
+    def __init__(self, num_vectors: int, width: int) -> None:
+        super().__init__(num_vectors, width)
+        self.adapter: Beside | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Lookup.apply(self.weight, tokens) if self.weight.dtype == torch.bfloat16 else super().forward(tokens)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """Returns the table, a vector a column: the matrix W (D, V) of which a lookup is the product with x, where one
+        of V inputs is 1."""
+        return self.weight.to(dtype).T
 
 
 class _Lookup(torch.autograd.Function):

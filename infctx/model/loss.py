@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
+from infctx.model.layers import LowRank
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.ops.precision import state_dtype
@@ -71,15 +72,21 @@ class SegmentLoss(nn.Module):
             hidden = torch.cat([before, after], dim=1)
         if targets is None:
             return hidden.new_zeros(()), state, hidden.new_zeros(self.num_sources)
+        head, adapter = self.model.head.weight, self.model.head_adapter(hidden, rows)
         if each_token:
-            return token_losses(hidden, self.model.head.weight, targets), state, hidden.new_zeros(self.num_sources)
+            return token_losses(hidden, head, targets, adapter), state, hidden.new_zeros(self.num_sources)
         of_sources = None if sources is None else (sources, self.num_sources)
-        loss_sum, by_source = cross_entropy_sum(hidden, self.model.head.weight, targets, self.l2wrap, of_sources)
+        loss_sum, by_source = cross_entropy_sum(hidden, head, targets, self.l2wrap, of_sources, adapter)
         return loss_sum, state, by_source
 
 
 def cross_entropy_sum(
-    hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool = False, sources: tuple[Tensor, int] | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    l2wrap: bool = False,
+    sources: tuple[Tensor, int] | None = None,
+    adapter: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of -log softmax(hidden head^T)[target] over unmasked targets, a scalar in fp32 (fp64 with fp64),
     and the same sum for each source (S,), without a gradient.
@@ -90,38 +97,61 @@ def cross_entropy_sum(
     l2wrap:  adds RWKV-LM's L2Wrap to the gradient, not to the value: the gradient of 0.5e-4 max_logit^2 per target.
              It has the same denominator as the loss, so its weight does not depend on how a step is cut.
     sources: the number of each target's source (B, T), and how many there are; None for one
+    adapter: what the head's adapter makes of its product with hidden; None without one
     """
     if not torch.is_grad_enabled():  # a Function's forward cannot see this
         hidden, head = hidden.detach(), head.detach()
+        adapter = adapter and adapter.detach()
     numbers, count = sources or (None, 1)
     numbers = None if numbers is None else numbers.flatten()
-    return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap, numbers, count)
+    beside: tuple[Any, ...] = (None, None, 1.0, None)
+    if adapter is not None:
+        beside = adapter.rows.flatten(0, 1), *adapter[1:]
+    return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap, numbers, count, *beside)
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Returns -log softmax(hidden head^T)[target] for each token (B, T), 0 for masked targets; no gradients."""
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank | None = None) -> Tensor:
+    """Returns -log softmax(hidden head^T)[target] for each token (B, T), 0 for masked targets; no gradients.
+
+    adapter: see `cross_entropy_sum`
+    """
+    if adapter is not None:
+        adapter = adapter._replace(rows=adapter.rows.flatten(0, 1))
     losses = [
-        F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="none")
-        for _, logits, wanted in _slices(hidden.flatten(0, 1), head, targets.flatten())
+        F.cross_entropy(part.logits, part.targets, ignore_index=MASKED, reduction="none")
+        for part in _slices(hidden.flatten(0, 1), head, targets.flatten(), adapter)
     ]
     return torch.cat(losses).view(targets.shape)
 
 
-def _slices(hidden: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, logits (rows, V) in at least fp32, targets (rows)) for slices of the rows of hidden (B * T, D)."""
+class _Slice(NamedTuple):
+    """Some rows of hidden: the head's product with them, without the adapter's factors; logits in at least fp32."""
+
+    rows: slice
+    product: Tensor  # (rows, V)
+    logits: Tensor  # (rows, V)
+    targets: Tensor  # (rows)
+
+
+def _slices(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank | None) -> Iterator[_Slice]:
+    """Yields slices of the rows of hidden (B * T, D)."""
     rows = max(1, SLICE_LOGITS // head.shape[0])
     head = head.to(hidden.dtype)
+    columns = None if adapter is None else adapter.columns.to(hidden.dtype)
     for begin in range(0, len(hidden), rows):
         chosen = slice(begin, begin + rows)
-        logits = F.linear(hidden[chosen], head)
-        yield chosen, logits if logits.dtype == torch.float64 else logits.float(), targets[chosen]
+        logits = product = F.linear(hidden[chosen], head)
+        if adapter is not None and columns is not None:
+            product.addmm_(adapter.rows[chosen], columns.T, alpha=adapter.scale)
+            logits = product if adapter.factors is None else product * adapter.factors.to(product.dtype)
+        yield _Slice(chosen, product, logits if logits.dtype == torch.float64 else logits.float(), targets[chosen])
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
     """Computes the gradient of a slice while its logits exist, so that the head is never applied twice."""
 
-    # Seven parameters: autograd hands them over one by one.
+    # Seven parameters and those of a LowRank: autograd hands them over one by one.
     @staticmethod
     def forward(
         ctx: Any,
@@ -131,32 +161,26 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         l2wrap: bool,
         sources: Tensor | None,
         num_sources: int,
+        *beside: Any,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        if not needs_head:
+        needs = ctx.needs_input_grad
+        adapter = None if beside[0] is None else LowRank(*beside)
+        if not needs[1]:
             head = head.to(hidden.dtype)  # once, not for each slice
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_head = torch.zeros_like(head, dtype=state_dtype(head.dtype)) if needs_head else None  # a sum of slices
+        gradients = _Gradients(hidden, head, adapter, needs) if any(needs) else None
         loss_sum = hidden.new_zeros((), dtype=state_dtype(hidden.dtype))
         by_source = loss_sum.new_zeros(num_sources)
-        for rows, logits, wanted in _slices(hidden, head, targets):
+        for part in _slices(hidden, head, targets, adapter):
             if sources is None:
-                loss_sum += F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="sum")
+                loss_sum += F.cross_entropy(part.logits, part.targets, ignore_index=MASKED, reduction="sum")
             else:
-                losses = F.cross_entropy(logits, wanted, ignore_index=MASKED, reduction="none")
+                losses = F.cross_entropy(part.logits, part.targets, ignore_index=MASKED, reduction="none")
                 loss_sum += losses.sum()
                 # Not index_add, which adds in any order on a GPU.
-                by_source += losses @ F.one_hot(sources[rows], num_sources).to(losses.dtype)
-            if d_hidden is None and d_head is None:
-                continue
-            d_logits = _logit_gradient(logits, wanted, l2wrap).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, head.to(hidden.dtype), out=d_hidden[rows])
-            if d_head is not None and d_head.dtype == hidden.dtype:
-                d_head.addmm_(d_logits.T, hidden[rows])
-            elif d_head is not None:
-                d_head += d_logits.T @ hidden[rows]
-        ctx.save_for_backward(d_hidden, d_head)
+                by_source += losses @ F.one_hot(sources[part.rows], num_sources).to(losses.dtype)
+            if gradients is not None:
+                gradients.add(part, l2wrap)
+        ctx.save_for_backward(*(gradients.found() if gradients else ()))
         if sources is None:
             by_source += loss_sum
         ctx.mark_non_differentiable(by_source)
@@ -165,11 +189,55 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_head = ctx.saved_tensors
-        d_hidden, d_head = (
-            None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in (d_hidden, d_head)
+        d_hidden, d_head, d_rows, d_columns, d_factors = (
+            None if gradient is None else gradient * d_loss.to(gradient.dtype) for gradient in ctx.saved_tensors
         )
-        return d_hidden, d_head, None, None, None, None
+        return d_hidden, d_head, None, None, None, None, d_rows, d_columns, None, d_factors
+
+
+class _Gradients:
+    """The gradients of hidden, head and adapter: rows of some, sums of the others, slice after slice."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, adapter: LowRank | None, needs: Sequence[bool]) -> None:
+        self.hidden, self.head, self.adapter = hidden, head, adapter
+        self.d_hidden = torch.empty_like(hidden) if needs[0] else None
+        self.d_head = _sums(head) if needs[1] else None
+        self.d_rows = self.d_columns = self.d_factors = None
+        if adapter is not None and any(needs[6:]):
+            self.d_rows, self.d_columns = torch.empty_like(adapter.rows), _sums(adapter.columns)
+            self.d_factors = None if adapter.factors is None else _sums(adapter.factors)
+
+    def add(self, part: _Slice, l2wrap: bool) -> None:
+        """Adds those of a slice, over its logits and its product."""
+        hidden, dtype = self.hidden[part.rows], self.hidden.dtype
+        d_product = _logit_gradient(part.logits, part.targets, l2wrap).to(dtype)
+        if self.adapter is not None and self.adapter.factors is not None:
+            if self.d_factors is not None:
+                self.d_factors += part.product.mul_(d_product).sum(0, dtype=self.d_factors.dtype)
+            d_product = d_product.mul_(self.adapter.factors.to(dtype))
+        if self.d_hidden is not None:
+            torch.mm(d_product, self.head.to(dtype), out=self.d_hidden[part.rows])
+        if self.d_head is not None:
+            _add_product(self.d_head, d_product.T, hidden)
+        if self.adapter is not None and self.d_rows is not None and self.d_columns is not None:
+            rows, columns, scale, _ = self.adapter
+            self.d_rows[part.rows] = scale * (d_product @ columns.to(dtype))
+            _add_product(self.d_columns, d_product.T, scale * rows[part.rows])
+
+    def found(self) -> tuple[Tensor | None, ...]:
+        return self.d_hidden, self.d_head, self.d_rows, self.d_columns, self.d_factors
+
+
+def _sums(like: Tensor) -> Tensor:
+    """Returns zeros to add to, in at least fp32: a sum of slices."""
+    return torch.zeros_like(like, dtype=state_dtype(like.dtype))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor, l2wrap: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from infctx.conventions import START_SPACING
 from infctx.errors import InputError
 from infctx.model.block import Block
-from infctx.model.layers import Draws, Embedding, LayerNorm, Linear
+from infctx.model.layers import Draws, Embedding, LayerNorm, Linear, LowRank
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
 from infctx.ops.precision import state_dtype
@@ -104,9 +104,14 @@ class RWKV(nn.Module):
 
     def _run_with(self, rows: Tensor, block: nn.Module, *inputs: Any) -> Any:
         """Runs a block with dropout; a recomputation in the backward pass comes here too, and draws the same."""
+        with self._drawing(rows):
+            return block(*inputs)
+
+    @contextmanager
+    def _drawing(self, rows: Tensor | None) -> Iterator[None]:
         self.draws.rows = rows
         try:
-            return block(*inputs)
+            yield
         finally:
             self.draws.rows = None
 
@@ -121,7 +126,9 @@ class RWKV(nn.Module):
                 f"model: token {int(outside[0])} is outside the vocabulary of {vocab_size:,} ids; use the tokenizer "
                 "that goes with the model"
             ) from None
-        return embedded.to(self.compute.dtype or self.embedding.weight.dtype)
+        embedded = embedded.to(self.compute.dtype or self.embedding.weight.dtype)
+        adapter = self.embedding.adapter
+        return embedded if adapter is None else adapter(tokens, embedded, self.embedding.matrix)
 
     def _learns_start(self, starts: Tensor | None) -> bool:
         from_initial = starts is not None and self.compute.carry == "document"
@@ -165,9 +172,23 @@ class RWKV(nn.Module):
         if state is not None and state.time_shift.shape != wanted:
             raise InputError(f"model: the state has (L, B, D) = {tuple(state.time_shift.shape)}, not {wanted}")
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns (B, T, D) -> (B, T, V), for inspection: training applies the head in slices, inside the loss."""
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Returns (B, T, D) -> (B, T, V), for inspection: training applies the head in slices, inside the loss.
+
+        rows: see `forward`
+        """
+        with self._drawing(rows):
+            return self.head(hidden)
+
+    def head_adapter(self, hidden: Tensor, rows: Tensor | None = None) -> LowRank | None:
+        """Returns what the head's adapter makes of the head's product with hidden (B, T, D); None without an adapter.
+
+        rows: see `forward`
+        """
+        if self.head.adapter is None:
+            return None
+        with self._drawing(rows):
+            return self.head.adapter.low_rank(hidden, self.head.matrix)
 
     def initial_state(self, batch_size: int) -> State:
         """Returns the state that documents start from: zeros, or the learned one expanded over B, with its gradient."""

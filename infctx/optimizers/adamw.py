@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infctx.optimizers.eight_bits import BLOCK, dequantize, quantize
-from infctx.optimizers.moments import SIGNED, scales_of, to_eight_bits, to_fp32
+from infctx.optimizers.moments import SIGNED, no_moments, scales_of, to_eight_bits, to_fp32
 from infctx.optimizers.rounding import Dice, round_to_bf16
 
 SLICE = 1 << 21
@@ -49,6 +49,10 @@ class LittleAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Steps every parameter that has a gradient; closure: None."""
         parameters = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        # All before the first step: among what a step frees, they would leave gaps too small for the next one.
+        for _, parameter in parameters:
+            if parameter.grad is not None and not self.state[parameter]:
+                self.state[parameter] = no_moments(parameter, self.eight_bits)
         for place, (group, parameter) in enumerate(parameters):
             if parameter.grad is not None:
                 self._step_parameter(parameter, group, place)
@@ -60,9 +64,6 @@ class LittleAdamW(torch.optim.Optimizer):
         return to_eight_bits(moments, self._dice.generator(moments["exp_avg"].device))
 
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
-        if not self.state[parameter]:
-            zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in SIGNED}
-            self.state[parameter] = self.stored(zeros | {"step": torch.zeros(())})
         state = self.state[parameter]
         state["step"] += 1
         steps = int(state["step"].item())

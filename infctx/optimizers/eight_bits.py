@@ -43,6 +43,11 @@ def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return _fractions(signed, codes.device)[codes.int()].mul_(scales.repeat_interleave(BLOCK)[: len(codes)])
 
 
+def zero_code(signed: bool) -> int:
+    """Returns the code of zero."""
+    return int((_fractions(signed, torch.device("cpu")) == 0).nonzero())
+
+
 @cache
 def _fractions(signed: bool, device: torch.device) -> Tensor:
     """Returns the 256 fractions in order: for each power of ten half as many steps as for the one above it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from infctx.optimizers.eight_bits import BLOCK, dequantize, quantize
+from infctx.optimizers.eight_bits import BLOCK, dequantize, quantize, zero_code
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """The moments, and whether they have a sign."""
@@ -27,6 +27,19 @@ def scales_of(moment: str) -> str:
 
 PARTS = (*MOMENTS, *map(scales_of, MOMENTS), "step")
 """Everything that either form can have."""
+
+
+def no_moments(like: Tensor, eight_bits: bool) -> dict[str, Tensor]:
+    """Returns the moments of a parameter before its first step: zeros, made in their form."""
+    steps = {"step": torch.zeros(())}
+    if not eight_bits:
+        return {name: torch.zeros_like(like, dtype=torch.float32) for name in MOMENTS} | steps
+    codes = {
+        name: torch.full_like(like, zero_code(signed), dtype=torch.uint8, requires_grad=False)
+        for name, signed in SIGNED.items()
+    }
+    scales = [torch.zeros(-(-like.numel() // BLOCK), device=like.device) for _ in MOMENTS]
+    return codes | dict(zip(map(scales_of, MOMENTS), scales, strict=True)) | steps
 
 
 def in_eight_bits(moments: dict[str, Tensor]) -> bool:

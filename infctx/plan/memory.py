@@ -140,7 +140,9 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * (config.slice_tokens * activation_bytes(config, sizes) + PASSING_STATES * state_bytes(sizes))
-    work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
+    # A slice of the logits, and as much on the way; in bf16 also the head's product, and its gradient.
+    logits = min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)
+    work += (3 if config.run.precision == "bf16" else 2) * 4 * logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
         if config.run.precision == "bf16" and not _has_bf16_matrices(config):
@@ -165,13 +167,22 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
 
 
 def _adapter_work(config: Config, sizes: Sizes) -> int:
-    """Returns the bytes of an adapter's copies in bf16, and of a matrix in fp32 whose rows dora measures."""
-    adapter = config.model.learned_adapter
+    """Returns the bytes of an adapter's copies in bf16, of a matrix in fp32 whose rows dora measures, and of what
+    comes and goes with the adapters of the embedding and the head."""
+    adapter, itemsize = config.model.learned_adapter, _activation_itemsize(config)
     assert adapter is not None
     blocks = sizes.num_layers if config.model.recompute_blocks else 1
-    copies = 2 * count_learned(adapter, sizes) // blocks if config.run.precision == "bf16" else 0
-    matrix = max(outputs * inputs for outputs, inputs in target_shapes(adapter, sizes))
-    return copies + 4 * matrix * (adapter.form == "dora" and config.run.precision == "bf16")
+    shapes, low, dora = target_shapes(adapter, sizes), itemsize == 2, adapter.form == "dora"
+    work = low * 2 * count_learned(adapter, sizes) // blocks
+    work += 4 * max(inputs * outputs for inputs, outputs in shapes.values()) * (dora and low)
+    tokens = config.pass_lanes * config.slice_tokens
+    if "head" in shapes or "embedding" in shapes:
+        # A gradient as long as the vocabulary, before it is added up and after; the rows and theirs.
+        work += 2 * 4 * adapter.rank * sizes.vocab_size + 2 * itemsize * tokens * adapter.rank
+    if "head" in shapes:
+        work += itemsize * min(SLICE_LOGITS, tokens * sizes.vocab_size) * dora
+        work += tokens * sizes.width * (itemsize + 1) * bool(adapter.dropout)
+    return work
 
 
 def strategy_of(config: Config) -> Strategy:
@@ -215,7 +226,9 @@ def _adapter_activation_bytes(config: Config, sizes: Sizes) -> int:
     if adapter is None:
         return 0
     channels, dropped = sum(TRAINED_TOO_CHANNELS[group][low] for group in adapter.train_too) * sizes.width, 0
-    for outputs, inputs in target_shapes(adapter, sizes):
+    for name, (inputs, outputs) in target_shapes(adapter, sizes).items():
+        if not name.startswith("blocks."):
+            continue
         channels += adapter.rank + inputs * (adapter.form != "miss") + outputs * (adapter.form == "dora")
         dropped += inputs if adapter.dropout else 0
     if not low and not dropped and adapter.form != "miss":
@@ -343,7 +356,7 @@ def _buffers(config: Config, sizes: Sizes) -> int:
 def _step_bytes(config: Config, sizes: Sizes) -> int:
     """Returns the bytes that the optimizer's step needs on top of those held; activations are gone by then."""
     if config.optimizer.small_forms and not config.distributed.offload_optimizer:
-        return SLICE_BYTES * min(SLICE, sizes.num_parameters)
+        return SLICE_BYTES * min(SLICE, sizes.width * max(sizes.vocab_size, sizes.ffn_width))  # of one matrix
     if config.distributed.strategy != "zero3" or config.model.freezes_weights or config.distributed.offload_optimizer:
         return 0
     return 4 * sizes.num_parameters // config.distributed.world_size  # the gradient, laid out for the optimizer

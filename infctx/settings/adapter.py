@@ -9,7 +9,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from infctx.settings.section import Fraction, Positive, Section
 
 Target = Literal[
-    "att.receptance", "att.key", "att.value", "att.output", "att.gate", "ffn.key", "ffn.value", "ffn.receptance"
+    "att.receptance",
+    "att.key",
+    "att.value",
+    "att.output",
+    "att.gate",
+    "ffn.key",
+    "ffn.value",
+    "ffn.receptance",
+    "head",
+    "emb",
 ]
 Group = Literal["norms", "mixes", "decays", "bonus"]
 
@@ -17,7 +26,7 @@ WHERE_FORMS = ("as a word", "as a list")
 """What pydantic calls the forms of `where` in its errors."""
 Where = Annotated[
     Annotated[Literal["all", "attention"], Tag(WHERE_FORMS[0])]
-    | Annotated[list[Target], Tag(WHERE_FORMS[1]), Field(min_length=1)],
+    | Annotated[list[Literal["all", "attention", Target]], Tag(WHERE_FORMS[1]), Field(min_length=1)],
     Discriminator(lambda value: WHERE_FORMS[isinstance(value, list)]),
 ]
 
@@ -37,8 +46,9 @@ class AdapterSettings(Section):
     """Share of the adapter's inputs that are set to zero in training, drawn anew in each step."""
     where: Where = "all"
     """Which matrices have an adapter: `all` of the blocks, those of `attention` (the time mix), or a list of
-    `att.receptance`, `att.key`, `att.value`, `att.output`, `att.gate`, `ffn.key`, `ffn.value`, `ffn.receptance`.  Goose
-    has no `att.gate` and no `ffn.receptance`."""
+    `att.receptance`, `att.key`, `att.value`, `att.output`, `att.gate`, `ffn.key`, `ffn.value`, `ffn.receptance`, `head`
+    and `emb`, the embedding; a list can have `all` and `attention` too, as in `[all, head]`.  Goose has no `att.gate`
+    and no `ffn.receptance`.  `emb` has the form lora, without dropout."""
     train_too: list[Group] = []
     """Weights that learn with the adapter, in full and in fp32: `norms`; `mixes`, the token-shift weights with Finch's
     low-rank product; `decays`, with theirs; `bonus`.  RWKV-PEFT's form of an adapter has no place for them."""
@@ -55,6 +65,10 @@ class AdapterSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> AdapterSettings:
+        if self.form != "lora" and "emb" in self.where:
+            raise ValueError(
+                f"where: {self.form} has no form for emb, a table of vectors; leave it out, or choose lora"
+            )
         if self.form == "miss" and self.alpha is not None:
             raise ValueError("alpha: miss has no factor; leave it out, or choose lora or dora")
         return self

@@ -90,8 +90,8 @@ def _first_bad(
         hidden, state = model(segment.tokens, state, segment.starts)
         finite = torch.stack([part.isfinite().flatten(2).all(2) for part in state]).all(0)  # (L, B)
         assert segment.targets is not None  # cut_window always sets them
-        losses = token_losses(hidden, model.head.weight, segment.targets).isfinite().all(1)  # (B)
-        for layer, lanes in enumerate([*finite.tolist(), losses.tolist()]):
+        losses = token_losses(hidden, model.head.weight, segment.targets, model.head_adapter(hidden))  # (B, T)
+        for layer, lanes in enumerate([*finite.tolist(), losses.isfinite().all(1).tolist()]):
             if found is None and not all(lanes):
                 found = (number, layer), lanes, largest
     return found or (None, [True] * state.batch_size, 0.0)

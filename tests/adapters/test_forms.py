@@ -10,6 +10,7 @@ from infctx.adapters.forms import merged
 from infctx.adapters.install import adapters_of, add_adapters, learned_names
 from infctx.adapters.targets import count_learned, refuse_targets
 from infctx.errors import InputError
+from infctx.model import loss
 from infctx.model.layers import Linear
 from infctx.model.loss import SegmentLoss
 from infctx.model.rwkv import Compute
@@ -52,9 +53,11 @@ def packed_window(version):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("version", [5, 6, 7])
-def test_the_gradient_is_that_of_whole_documents(version, form):
+def test_the_gradient_is_that_of_whole_documents(monkeypatch, version, form):
     """In float64, over nine segments, with dropout.  The judge reads each document in one graph, over a plain loop."""
-    settings = AdapterSettings(form=form, rank=5, dropout=0.25, train_too=ALL, initial_state=True)
+    monkeypatch.setattr(loss, "SLICE_LOGITS", 7 * 19)  # the head is applied to seven tokens at a time
+    where = ["all", "head"] + ["emb"] * (form == "lora")
+    settings = AdapterSettings(form=form, rank=5, dropout=0.25, where=where, train_too=ALL, initial_state=True)
     tokens, targets, starts, documents = packed_window(version)
     rows = row_keys(7, 3, range(3), 96, tokens.device)
     model = adapted(version, settings, dtype=torch.float64, backend="chunked")
@@ -69,12 +72,14 @@ def test_the_gradient_is_that_of_whole_documents(version, form):
     judge.load_state_dict(model.state_dict())
     total = 0
     for lane, place, wanted in documents:
-        hidden, _ = judge(tokens[lane : lane + 1, place], rows=rows[lane : lane + 1, place])
-        total = total + F.cross_entropy(judge.logits(hidden)[0], wanted[0], reduction="sum")
+        drawn = rows[lane : lane + 1, place]
+        hidden, _ = judge(tokens[lane : lane + 1, place], rows=drawn)
+        total = total + F.cross_entropy(judge.logits(hidden, drawn)[0], wanted[0], reduction="sum")
     (total / count).backward()
     assert abs(losses.sum() - total) <= 1e-10
     learning = [name for name, part in model.named_parameters() if part.requires_grad]
-    assert {name.partition(".adapter.")[0] for name in learning if ".adapter." in name} == set(adapters_of(model))
+    have = {name.partition(".adapter.")[0] for name in learning if ".adapter." in name}
+    assert have == set(adapters_of(model)) and "head" in have and ("embedding" in have) == (form == "lora")
     assert "initial_wkv" in learning
     for name in learning:
         truth = judge.get_parameter(name).grad
@@ -162,10 +167,26 @@ def test_dropout_is_drawn_from_places():
     assert not torch.equal(model(tokens, rows=rows)[0], model(tokens)[0])
 
 
+def test_a_lookup_is_a_product_with_one_input():
+    """As peft's lora.Embedding writes it; merged, and as the product of the transposed table with a vector of one 1."""
+    torch.manual_seed(0)
+    model, tokens = random_model(7, dtype=torch.float64), random_tokens(2, 9)
+    add_adapters(model, AdapterSettings(rank=5, alpha=3.0, dropout=0.5, where=["emb"]), seed=2)
+    table, adapter = model.embedding.weight, model.embedding.adapter
+    assert torch.equal(model._embed(tokens), F.embedding(tokens, table)) and adapter.up.any()
+    adapter.down.data += torch.randn_like(adapter.down)
+    found = model._embed(tokens)
+    theirs = F.embedding(tokens, table) + F.embedding(tokens, adapter.down.T) @ adapter.up.T * 3.0 / 5
+    matrix = merged("lora", table.T, {name: part.detach() for name, part in adapter.named_parameters()}, 3.0 / 5)
+    for wanted in (theirs, F.linear(F.one_hot(tokens, 19).double(), matrix)):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("version", [5, 6, 7])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_learns_is_counted(version, form):
-    settings = AdapterSettings(form=form, rank=5, train_too=ALL, initial_state=True)
+    where = ["head", "all"] + ["emb"] * (form == "lora")
+    settings = AdapterSettings(form=form, rank=5, where=where, train_too=ALL, initial_state=True)
     model = random_model(version, num_layers=3)
     add_adapters(model, settings, seed=0)
     learned = sum(part.numel() for part in model.parameters() if part.requires_grad)
@@ -182,7 +203,12 @@ def test_matrices_that_a_version_does_not_have():
         ):
             refuse_targets(AdapterSettings(where=["att.key", name]), sizes)
         refuse_targets(AdapterSettings(where=[name]), random_model(5).sizes)
-    for where, count in (("all", 6), ("attention", 4), (["att.key", "ffn.value"], 2)):
+    for where, count in (
+        ("all", 12),
+        ("attention", 8),
+        (["att.key", "ffn.value"], 4),
+        (["emb", "attention", "att.key", "head"], 10),
+    ):
         model = random_model(7)
         add_adapters(model, AdapterSettings(where=where), seed=0)
-        assert len(adapters_of(model)) == 2 * count
+        assert len(adapters_of(model)) == count

@@ -57,13 +57,16 @@ def test_the_rwkv_package_runs_merged_weights(tmp_path, request, version, form, 
 
 @pytest.mark.parametrize("form", ["lora", "dora", "miss"])
 def test_merging_is_exact_to_the_rounding_of_the_dtype(tmp_path, form):
-    settings = AdapterSettings(form=form, rank=5, train_too=["norms"])
+    where = ["all", "head"] + ["emb"] * (form == "lora")
+    settings = AdapterSettings(form=form, rank=5, where=where, train_too=["norms"])
     model = written(tmp_path, 6, settings)
+    assert "head" in adapters_of(model)
     files = with_adapter(ModelFiles(tmp_path / "base.pth", None), tmp_path / "adapter.safetensors")
     merged, low = open_model(files), open_model(files, dtype=torch.bfloat16)
     for name, adapter in adapters_of(model).items():
         weight, parts = model.get_submodule(name).weight.detach().double().numpy(), dict(adapter.named_parameters())
         parts = {part: tensor.detach().double().numpy() for part, tensor in parts.items()}
+        weight = weight.T if name == "embedding" else weight
         if form == "miss":
             tiled = np.tile(parts["block"].T, -(-weight.shape[1] // 5))[:, : weight.shape[1]]
             exact = weight + tiled
@@ -73,6 +76,7 @@ def test_merging_is_exact_to_the_rounding_of_the_dtype(tmp_path, form):
             exact *= (parts["magnitude"] / np.linalg.norm(exact, axis=1))[:, None]
         for found, bits in ((merged, 24), (low, 8)):
             mine = found.get_parameter(f"{name}.weight").detach().double().numpy()
+            mine = mine.T if name == "embedding" else mine
             assert (np.abs(mine - exact) <= np.abs(exact) * 2.0**-bits * 1.01 + 1e-30).all(), (name, bits)
     for name in learned_names(model):
         if ".adapter." not in name:
@@ -82,7 +86,9 @@ def test_merging_is_exact_to_the_rounding_of_the_dtype(tmp_path, form):
 @pytest.mark.parametrize(("form", "alpha"), [("lora", 12.0), ("dora", 3.0), ("miss", None)])
 def test_rwkv_pefts_form_and_back(tmp_path, form, alpha):
     """The names and keys that peft's save_pretrained writes, from which RWKV-PEFT continues."""
-    settings = AdapterSettings(form=form, rank=6, alpha=alpha, dropout=0.1, where=["att.key", "ffn.value"])
+    ends = ["head"] + ["emb"] * (form == "lora")
+    where = ["att.key", "ffn.value", *ends]
+    settings = AdapterSettings(form=form, rank=6, alpha=alpha, dropout=0.1, where=where)
     model = written(tmp_path, 7, settings)
     said = export(tmp_path / "adapter.safetensors", tmp_path / "alone", form="adapter")
     assert said.startswith(f"{tmp_path / 'alone'}: an adapter of ") and "without" not in said
@@ -97,13 +103,16 @@ def test_rwkv_pefts_form_and_back(tmp_path, form, alpha):
         for layer in range(2)
         for name in ("att.key", "ffn.value")
         for suffix in suffixes
+    } | {f"base_model.model.head.{suffix}" for suffix in suffixes} | {
+        f"base_model.model.emb.lora_embedding_{letter}" for letter in "AB" if form == "lora"
     }
+    shapes = {"lora_embedding_A": (6, 19), "lora_embedding_B": (24, 6)}  # the vocabulary; the width
     for name, tensor in tensors.items():
-        shape = next(shape for suffix, shape in suffixes.items() if name.endswith(suffix))
+        shape = next(shape for suffix, shape in (suffixes | shapes).items() if name.endswith(suffix))
         assert all(wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True))
     config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("MISS" if form == "miss" else "LORA", 6)
-    assert config["target_modules"] == ["att.key", "ffn.value"]
+    assert config["target_modules"] == sorted(where)
     assert form == "miss" or (config["lora_alpha"], config["use_dora"]) == (alpha, form == "dora")
     (tmp_path / "adapter.safetensors").unlink()
     for path in (tmp_path / "alone", tmp_path / "alone" / "adapter_model.safetensors"):
@@ -114,6 +123,35 @@ def test_rwkv_pefts_form_and_back(tmp_path, form, alpha):
     opened = open_model(with_adapter(ModelFiles(tmp_path / "base.pth", None), tmp_path / "alone"))
     tokens = random_tokens(1, 20)
     assert torch.allclose(opened(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["lora", "miss"])
+def test_rwkv_pefts_old_files(tmp_path, form):
+    """Of LoraLinear and BoneLinear: one .pth with the parameters of layers, and other weights that it trained."""
+    settings = AdapterSettings(form=form, rank=6, alpha=12.0 if form == "lora" else None, where=["att.key"])
+    model = written(tmp_path, 6, settings.model_copy(update={"train_too": ["norms"]}))
+    names = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "miss_block": "disha"}
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "adapter.safetensors").items():
+        for new, old in names.items():
+            name = name.removeprefix("base_model.model.").replace(new, old)
+        tensors[name] = tensor[None, None] if name == "ln_out.weight" else tensor
+    path = tmp_path / "rwkv-0.pth"
+    torch.save(tensors, path)
+    files = ModelFiles(tmp_path / "base.pth", None)
+    with pytest.raises(InputError, match="rwkv-0.pth: is an adapter, not a model"):
+        open_model(path)
+    if form == "lora":
+        with pytest.raises(InputError, match='adapter_config.json beside it: {"peft_type": "LORA", "r": 6, "lora_al'):
+            open_model(with_adapter(files, path))
+        config = {"peft_type": "LORA", "r": 6, "lora_alpha": 12}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tokens = random_tokens(1, 20)
+    opened = open_model(with_adapter(files, path))
+    assert torch.allclose(opened(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+    torch.save(tensors | {"blocks.0.att.key.disha": torch.zeros(4, 6, 6)}, path)  # BatLinear
+    with pytest.raises(InputError, match="which is no (lora|miss) for a matrix of 24 x 24"):
+        open_model(with_adapter(files, path))
 
 
 def test_an_export_names_what_a_folder_leaves_out(tmp_path):

@@ -8,7 +8,7 @@ from infctx.optimizers.adamw import LittleAdamW
 from infctx.optimizers.eight_bits import BLOCK, dequantize, quantize
 from infctx.optimizers.gradients import add_up_in_bf16
 from infctx.optimizers.host import HostAdamW
-from infctx.optimizers.moments import are_moments, to_eight_bits, to_fp32
+from infctx.optimizers.moments import are_moments, no_moments, to_eight_bits, to_fp32
 from infctx.optimizers.rounding import Dice, round_to_bf16
 
 from allocated import Allocated
@@ -128,6 +128,9 @@ def test_moments_change_their_form():
     random = torch.Generator().manual_seed(9)
     full = {"exp_avg": torch.randn(33, 17), "exp_avg_sq": torch.rand(33, 17), "step": torch.tensor(3.0)}
     small = to_eight_bits(full, random)
+    none = to_eight_bits({name: part * 0 for name, part in full.items()}, random)
+    first = no_moments(full["exp_avg"], eight_bits=True)
+    assert first.keys() == none.keys() and all(torch.equal(first[name], none[name]) for name in none)
     back = to_fp32(small)
     for name in ("exp_avg", "exp_avg_sq"):
         assert small[name].dtype == torch.uint8 and small[name].shape == full[name].shape
@@ -145,7 +148,10 @@ def test_a_step_needs_what_the_plan_counts():
     weight = torch.nn.Parameter(torch.randn(10 * count).bfloat16())
     weight.grad = torch.randn(10 * count).bfloat16()
     optimizer = LittleAdamW([{"params": [weight]}], **FORM, eight_bits=True, seed=1)
-    optimizer.step()  # makes the moments
-    with Allocated([weight, weight.grad, *optimizer.state[weight].values()]) as measured:
+    with Allocated([weight, weight.grad]) as measured:
+        optimizer.step()  # makes the moments
+    moments = list(optimizer.state[weight].values())
+    assert measured.most <= adamw.SLICE_BYTES * count + sum(moment.nbytes for moment in moments)
+    with Allocated([weight, weight.grad, *moments]) as measured:
         optimizer.step()
     assert 0.9 * adamw.SLICE_BYTES * count <= measured.most <= adamw.SLICE_BYTES * count

@@ -41,13 +41,14 @@ COPIED = [
 SMALLER = {
     # What would take minutes: text in the shipped configurations, and words of commands.
     "steps: 240": "steps: 4",
-    "steps: 120": "steps: 2",
+    "steps: 40": "steps: 2",
     "warmup_steps: 5": "warmup_steps: 1",
     "window_tokens: 16384          #": "window_tokens: 1024           #",
     "window_tokens: 16384\n  lanes: 1\n": "window_tokens: 1024\n  lanes: 1\n",
     "segment_tokens: 1024          #": "segment_tokens: 256            #",
+    "optimizer.steps=120": "optimizer.steps=2",
     "optimizer.steps=60": "optimizer.steps=4",
-    "optimizer.steps=140": "optimizer.steps=3",
+    "optimizer.steps=50": "optimizer.steps=3",
 }
 ASSUMED = ("data/python/store.json", "data/cpp/store.json", "data/pg19/store.json", "runs/finch-tiny/model.pth")
 MESSAGE = "When do you cross?\n"

@@ -102,6 +102,8 @@ an adapter that does not learn = train tune.yaml model.adapter.rank=8 model.lear
     command line: model.adapter: ... set learn: adapter, or leave it out
 a factor of miss = tune tune.yaml model.learn=adapter model.adapter.form=miss model.adapter.alpha=4
     command line: model.adapter.alpha: ... leave it out, or choose lora or dora
+a lookup in another form = tune tune.yaml model.learn=adapter model.adapter.form=dora model.adapter.where=[all,emb]
+    command line: model.adapter.where: ... leave it out, or choose lora
 an adapter that is not there = generate finch.pth --adapter gone.safetensors
     gone.safetensors: ... name an adapter (.safetensors), or the folder of a run that learned one
 weights as an adapter = generate finch.pth --adapter finch.pth
