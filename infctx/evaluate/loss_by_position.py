@@ -206,8 +206,12 @@ _HEAD = "        position     tokens"
 
 
 def _place(bucket: Bucket) -> str:
-    name = "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
-    return f"{name:>16} {bucket.num_tokens:>10,}"
+    return f"{format_place(bucket):>16} {bucket.num_tokens:>10,}"
+
+
+def format_place(bucket: Bucket) -> str:
+    """Formats the positions of a bucket: 256 - 1,023."""
+    return "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
 
 
 def summarize(buckets: list[Bucket]) -> str:
