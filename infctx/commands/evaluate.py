@@ -31,7 +31,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, help="a token store, such as data/books/held_out")
     parser.add_argument(
         "--what",
-        type=measures,
+        type=names_of_measures,
         default=["positions"],
         metavar="NAME,NAME",
         help=f"what to measure: {', '.join(MEASURES)} (default positions); docs/evaluate.md says what each shows",
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     for path, its_files in zip(options.model, files, strict=True):
         model = load_model(options, its_files)
         for table in evaluation.measure(model, str(path)):
-            print(table, flush=True)
+            print(f"{table}\n", flush=True)
         if options.dtype in QUANTIZED and "positions" in options.what:
             print(compare_with_stored(model, open_base(its_files), [evaluation.reading]))
         del model  # before the next one is loaded
@@ -88,12 +88,12 @@ def run(options: argparse.Namespace) -> None:
         evaluation.write(options.output)
 
 
-def measures(text: str) -> list[str]:
+def names_of_measures(text: str) -> list[str]:
     """Reads the names of measures between commas."""
     found = [part.strip() for part in text.split(",")]
     for name in found:
         if name not in MEASURES:
-            raise argparse.ArgumentTypeError(f"{quoted(name, 40)} is none of {', '.join(MEASURES)}")
+            raise argparse.ArgumentTypeError(f"{quoted(name, 40)}: take {', '.join(MEASURES[:-1])} or {MEASURES[-1]}")
     return found
 
 

@@ -96,7 +96,7 @@ def _accuracy(model: RWKV, text: StoreText, segment_tokens: int, span: tuple[int
 def format_forgetting(rows: Sequence[Row], title: str) -> str:
     """Formats the rows as a table."""
     lines = [
-        f"forgetting curve in {title}",
+        f"forgetting curve of {title}",
         f"{'distance':>16} {'copy':>7} {'language':>9} {'difference':>11} {'+-':>7}",
     ]
     for row in rows:

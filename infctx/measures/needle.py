@@ -177,7 +177,7 @@ def format_needle(rows: Sequence[Row], title: str) -> str:
     """Formats the rows as a table: tasks and lengths down, depths across."""
     depths = sorted({row.depth for row in rows})
     cells = {(row.task, row.length, row.depth): f"{row.right}/{row.asked}" for row in rows}
-    lines = [f"needles in {title}", _line("task", "length", [f"depth {depth:g}" for depth in depths])]
+    lines = [f"needles of {title}", _line("task", "length", [f"depth {depth:g}" for depth in depths])]
     for task, length in dict.fromkeys((row.task, row.length) for row in rows):
         lines.append(_line(task, f"{length:,}", [cells[task, length, depth] for depth in depths]))
     return "\n".join(lines)

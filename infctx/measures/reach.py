@@ -105,7 +105,7 @@ def _row(tokens: int, by_document: dict[int, list[float]], seed: int) -> Row:
 
 def format_reach(rows: Sequence[Row], title: str) -> str:
     """Formats the rows as a table."""
-    lines = [f"reach in {title}", f"{'tokens back':>16} {'distance':>10} {'+-':>9}"]
+    lines = [f"reach of {title}", f"{'tokens back':>16} {'distance':>10} {'+-':>9}"]
     for row in rows:
         error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
         lines.append(f"{row.tokens:>16,} {row.distance:>10.4f} {error:>9}")

@@ -22,7 +22,7 @@ from infctx.model.rwkv import RWKV
 DOCUMENTS = 32
 DOCUMENTS_AT_ONCE = 16
 GAPS, KEYS = (128, 512, 2048), (1, 4, 16)
-HOW_TO_READ = f"the share of right answers; guessing gets {1 / VALUES:.2f}, and so does a model without this training"
+HOW_TO_READ = f"the share of right answers; guessing gets {1 / VALUES:.2f}, a model not trained on this task no more"
 
 
 class Row(NamedTuple):
@@ -92,7 +92,7 @@ def _answers(model: RWKV, tokens: Tensor, places: np.ndarray, segment_tokens: in
 
 def format_recall(rows: Sequence[Row], title: str) -> str:
     """Formats the rows as a table: gaps down, keys across, for values written once and overwritten ones."""
-    lines = [f"recall of keys' values, {title}"]
+    lines = [f"recall of {title}"]
     for overwritten in (False, True):
         these = {(row.gap_tokens, row.keys): row.right / row.asked for row in rows if row.overwritten == overwritten}
         keys = sorted({key for _, key in these})

@@ -131,7 +131,7 @@ def _collapse(shapes: dict[int, _Shape]) -> Collapse | None:
 
 def format_states(rows: Sequence[Row], collapse: Collapse | None, title: str) -> str:
     """Formats the first and the last position of each layer as a table, with a line about collapse."""
-    lines = [f"states in {title}", _line("layer", "tokens", "norm", "saturation", "effective rank")]
+    lines = [f"states of {title}", _line("layer", "tokens", "norm", "saturation", "effective rank")]
     ends = {
         position for rows_of in _by_layer(rows).values() for position in (rows_of[0].position, rows_of[-1].position)
     }

@@ -45,7 +45,5 @@ class StoreText:
     def refuse_shorter(self, num_tokens: int, what: str) -> None:
         """Raises InputError if the text has fewer tokens; what: what takes them, and a verb."""
         if self.num_tokens < num_tokens:
-            remedy = "give a longer store, or shorter --lengths"
-            raise InputError(
-                f"{self.store.path}: has {self.num_tokens:,} tokens of text, {what} {num_tokens:,}; {remedy}"
-            )
+            problem = f"has {self.num_tokens:,} tokens of text, {what} {num_tokens:,}"
+            raise InputError(f"{self.store.path}: {problem}; give a longer store, or shorter --lengths")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import infctx
 from infctx.data.store_writer import TokenStoreWriter
-from infctx.data.synthetic_tasks import ASK, FIRST_NOISE, VOCAB_SIZE, WRITE
+from infctx.data.synthetic_tasks import ASK, FIRST_NOISE, VOCAB_SIZE, WRITE, Task
 from infctx.data.token_store import TokenStore
 from infctx.data.tokenizer import get_tokenizer
 from infctx.evaluate.loss_by_position import Bucket, DocumentLoss, choose_documents, evaluate_reading, total
@@ -203,6 +204,34 @@ def test_recall_is_the_same_in_segments_of_any_length():
     model = random_model(7, vocab_size=100)
     counts = [[row.right for row in measure_recall(model, tokens, [70], 20, 5)] for tokens in (1 << 20, 48)]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_a_model_that_learned_to_recall_reaches_its_fact_and_no_further(tmp_path):
+    """Trained with the exact gradient; its fact is at most 16 tokens before the gap, and the answer is at its end."""
+    task = Task("recall", 64, 1)
+    model = infctx.build_model(version=6, vocab_size=VOCAB_SIZE, num_layers=1, width=64, head_size=32, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    random = np.random.default_rng(0)
+    for _ in range(250):
+        tokens, targets = (torch.from_numpy(part) for part in task.batch(random, 32))
+        loss, _ = infctx.window_backward(model, tokens, targets, 16)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.01:
+            break
+    (row,) = measure_recall(model, 64, [64], None, 1)[:1]
+    assert (row.keys, row.overwritten) == (1, False) and row.right >= 0.95 * row.asked
+    documents = []
+    for _ in range(12):
+        tokens, _ = task.batch(random, 1)
+        before = random.integers(FIRST_NOISE, FIRST_NOISE + 16, 100)
+        documents.append((np.concatenate([before, tokens[0]]), 100 + task.num_tokens - 1))
+    store = write_tokens(tmp_path / "facts", documents)
+    reading = choose_documents(store, VOCAB_SIZE, 16, 1 << 20)
+    distances = {row.tokens: row.distance for row in measure_reach(model, reading, 12, 0)}
+    assert distances[32] > 0.6 and distances[128] < 0.2, distances
 
 
 # Needles.

@@ -223,7 +223,7 @@ models of different vocabularies = evaluate finch.pth odd.pth books/held_out
 an adapter for several models = evaluate finch.pth other.pth books/held_out --adapter run
     --adapter: is for one model; ... evaluate each
 a measure that is none = evaluate finch.pth books/held_out --what positions,speed
-    argument --what: speed is none of positions, reach, forgetting, recall, needle, states
+    argument --what: speed: take positions, reach, forgetting, recall, needle or states
 a length that is none = evaluate finch.pth books/held_out --lengths 1k,many
     argument --lengths: many is not a whole number of at least 1, such as 4096 or 4k
 a store shorter than a prompt = evaluate finch.pth books/held_out --what needle --lengths 4k
