@@ -24,6 +24,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> list[int]:
+    """Reads whole numbers of at least 1 between commas; 4k is 4,096."""
+    found = []
+    for part in text.split(","):
+        digits = part.strip().removesuffix("k")
+        if not digits.isdecimal() or int(digits) < 1:
+            raise argparse.ArgumentTypeError(f"{quoted(part)} is not a whole number of at least 1, such as 4096 or 4k")
+        found.append(int(digits) * (1024 if part.strip().endswith("k") else 1))
+    return sorted(set(found))
+
+
 def whole(text: str) -> int:
     """Reads a whole number of at least 0."""
     if not text.isdecimal():

@@ -26,6 +26,7 @@ ROOMS = (
     "plan",
     "distributed",
     "evaluate",
+    "measures",
     "report",
     "figures",
     "pages",

@@ -9,15 +9,14 @@ from infctx.arguments import count, number, seed
 from infctx.documents.templates import DEFAULT, HELP, get_template
 
 QUANTIZED = ("int8", "nf4")
+MODEL = (
+    "a .pth, a .safetensors, a folder in Hugging Face's layout, a checkpoint or a run's folder; or a name on the hub, "
+    "OWNER/REPO:FILE"
+)
 
 
 def describe_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        type=Path,
-        help="a .pth, a .safetensors, a folder in Hugging Face's layout, a checkpoint or a run's folder; or a name on "
-        "the hub, OWNER/REPO:FILE",
-    )
+    parser.add_argument("model", type=Path, help=MODEL)
 
 
 def describe_device(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +93,9 @@ def load_model(options: argparse.Namespace, files=None):  # noqa: ANN001, ANN202
     return open_model(files, options.state, dtype, device)
 
 
-def model_files(options: argparse.Namespace):  # noqa: ANN202  (the type would load torch)
-    """Returns the files of the model that the options name, with its adapter."""
+def model_files(options: argparse.Namespace, path: Path | None = None):  # noqa: ANN202  (the type would load torch)
+    """Returns the files of the model that the options name, with its adapter; path: of one of several models."""
     from infctx.formats.model_files import find_model, with_adapter
 
-    files = find_model(options.model)
+    files = find_model(path or options.model)
     return files if options.adapter is None else with_adapter(files, options.adapter)

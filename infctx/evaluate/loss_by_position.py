@@ -65,9 +65,30 @@ class Reading(NamedTuple):
     def num_segments(self, document: int) -> int:
         return -(-(self.tokens[document] - 1) // self.segment_tokens)
 
+    def spans(self, document: int) -> Iterator[tuple[int, int]]:
+        """Yields the places of the tokens of each segment, with the target of its last one: begin, end."""
+        last = self.tokens[document]
+        for begin in range(0, last - 1, self.segment_tokens):
+            yield begin, min(begin + self.segment_tokens + 1, last)
+
+    def read(self, document: int, begin: int, end: int) -> Tensor:
+        """Returns tokens begin..end-1 of a document; raises InputError for one beyond the vocabulary."""
+        return read_tokens(self.store, self.vocab_size, document, begin, end)
+
     def only(self, documents: Iterable[int]) -> Reading:
         """Returns the reading of some of its documents."""
         return self._replace(tokens={document: self.tokens[document] for document in documents})
+
+
+def read_tokens(store: TokenStore, vocab_size: int, document: int, begin: int, end: int) -> Tensor:
+    """Returns tokens begin..end-1 of a document, at least one; raises InputError for one beyond the vocabulary."""
+    tokens = torch.from_numpy(store.tokens(document, begin, end))
+    if tokens.max() >= vocab_size:
+        raise InputError(
+            f"{store.path}: document {document} has token {tokens.max()}, and the model has {vocab_size} ids; "
+            "prepare the documents with the model's tokenizer"
+        )
+    return tokens
 
 
 RunSegment = Callable[[Tensor, Tensor, "State | None"], tuple[Tensor, State]]
@@ -93,12 +114,15 @@ def evaluate_store(
 
 
 def evaluate_reading(
-    model: RWKV, reading: Reading, each_segment: Callable[[], None] = lambda: None
+    model: RWKV, reading: Reading, each_segment: Callable[[], None] = lambda: None, carries: bool = True
 ) -> list[DocumentLoss]:
-    """Measures the documents of a reading, like `evaluate_store`, and returns the loss of each."""
+    """Measures the documents of a reading, like `evaluate_store`, and returns the loss of each.
+
+    carries: whether the state crosses from segment to segment; otherwise each starts from the initial state
+    """
 
     def run(tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
-        hidden, state = model(tokens, state)
+        hidden, state = model(tokens, state if carries else None)
         return token_losses(hidden, model.head.weight, targets, model.head_adapter(hidden)), state
 
     return [loss for _, loss in measure_documents(reading, run, model.embedding.weight.device, each_segment)]
@@ -120,17 +144,16 @@ def measure_documents(
     byte_lengths = torch.from_numpy(get_tokenizer(tokenizer).byte_lengths) if tokenizer else None
     found = []
     with _progress_bar(sum(reading.tokens.values()) - len(reading.tokens), shows) as bar:
-        for document, tokens in _read(reading.store, reading.vocab_size, reading.tokens):
-            targets = torch.from_numpy(reading.store.targets(document, 0, len(tokens)))
+        for document in reading.tokens:
             state, measured = None, DocumentLoss([], [])
-            for begin in range(0, len(tokens) - 1, reading.segment_tokens):
-                piece = tokens[begin : begin + reading.segment_tokens + 1].to(device)
+            for begin, end in reading.spans(document):
+                piece = reading.read(document, begin, end).to(device)
                 each, state = run(piece[None, :-1], piece[None, 1:], state)
                 losses = each[0].double().cpu()
                 if not losses.isfinite().all():
                     problem = f"document {document} has a loss of nan or inf; the weights are damaged"
                     raise InputError(f"{reading.store.path}: {problem}")
-                counted = targets[begin + 1 : begin + len(piece)]
+                counted = torch.from_numpy(reading.store.targets(document, begin + 1, end))
                 num_bytes = None if byte_lengths is None else byte_lengths[piece[1:].cpu()]
                 _add(measured.buckets, begin, losses, counted, num_bytes)
                 measured.pieces.append((int(counted.sum()), losses[counted].sum().item()))
@@ -154,8 +177,9 @@ def merge(parts: Iterable[list[Bucket]]) -> list[Bucket]:
 def refuse_tokens_beyond(readings: Mapping[str, Reading]) -> None:
     """Raises InputError if an evaluation would meet a token beyond the model's vocabulary."""
     for reading in readings.values():
-        for _ in _read(reading.store, reading.vocab_size, reading.tokens):
-            pass
+        for document in reading.tokens:
+            for begin, end in reading.spans(document):
+                reading.read(document, begin, end)
 
 
 def format_table(buckets: list[Bucket], store: str) -> str:
@@ -182,8 +206,12 @@ _HEAD = "        position     tokens"
 
 
 def _place(bucket: Bucket) -> str:
-    name = "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
-    return f"{name:>16} {bucket.num_tokens:>10,}"
+    return f"{format_place(bucket):>16} {bucket.num_tokens:>10,}"
+
+
+def format_place(bucket: Bucket) -> str:
+    """Formats the positions of a bucket: 256 - 1,023."""
+    return "all" if bucket.end == 0 else f"{bucket.begin:,} - {bucket.end - 1:,}"
 
 
 def summarize(buckets: list[Bucket]) -> str:
@@ -251,18 +279,6 @@ def choose_documents(store: TokenStore, vocab_size: int, segment_tokens: int, ma
             "--max-tokens, or run.evaluate_tokens in a run"
         )
     return Reading(store, tokens, segment_tokens, vocab_size)
-
-
-def _read(store: TokenStore, vocab_size: int, chosen: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields the number and tokens of each chosen document."""
-    for document, num_tokens in chosen.items():
-        tokens = torch.from_numpy(store.tokens(document, 0, num_tokens))
-        if tokens.max() >= vocab_size:
-            raise InputError(
-                f"{store.path}: document {document} has token {tokens.max()}, and the model has {vocab_size} ids; "
-                "prepare the documents with the model's tokenizer"
-            )
-        yield document, tokens
 
 
 def _common_length(lengths: list[int], max_tokens: int) -> int:

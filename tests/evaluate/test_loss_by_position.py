@@ -1,14 +1,12 @@
 """Loss by position: the judge is one forward pass over each whole document in float64."""
 
 import io
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-import infctx
 from infctx.data.store_writer import TokenStoreWriter
 from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
@@ -16,7 +14,6 @@ from infctx.evaluate import loss_by_position as evaluate_module
 from infctx.evaluate.loss_by_position import Bucket, evaluate_store, format_table, summarize, total
 from infctx.evaluate.record import Evaluation, read_record, write_record
 
-from runs import infctx_here
 from tiny_models import random_model
 
 ALL = 1 << 30
@@ -194,23 +191,6 @@ def test_a_damaged_record_is_a_value_error(tmp_path, content):
     (tmp_path / "held_out.json").write_text(content)
     with pytest.raises(ValueError):
         read_record(tmp_path / "held_out.json", "s", 5)
-
-
-def test_evaluate_writes_the_table_and_never_replaces_one(tmp_path):
-    infctx.save_weights(random_model(6, vocab_size=257, with_state=True), tmp_path / "tiny.pth")
-    store = write_documents(tmp_path / "store", (300, 20))
-    command = ("evaluate", tmp_path / "tiny.pth", store.path, "--max-tokens", 310, "--output", tmp_path / "table.json")
-    code, output, errors = infctx_here(*command)
-    assert code == 0, errors
-    content = json.loads((tmp_path / "table.json").read_text())
-    (evaluation,) = content["evaluations"]
-    assert (content["store"], content["tokens"]) == (str(store.path), 310)
-    assert (evaluation["step"], evaluation["with_state"]) == (None, True)
-    first, second = evaluation["buckets"]
-    assert (first["begin"], first["end"], second["begin"], second["end"]) == (0, 256, 256, 1024)
-    assert f"{second['num_tokens']} {second['nats_per_token']:12.4f} {second['bits_per_byte']:11.3f}" in output
-    code, output, errors = infctx_here(*command)
-    assert (code, output, errors) == (2, "", f"infctx: {tmp_path}/table.json: exists; choose another name\n")
 
 
 def test_only_a_terminal_shows_a_bar_and_then_clears_it(tmp_path, model, monkeypatch):

@@ -252,6 +252,24 @@ a comparison of one run = compare run
     the following arguments are required: RUN
 segments of words = evaluate finch.pth books/held_out --segment-tokens many
     argument --segment-tokens: many is not a whole number of at least 1
+models of different vocabularies = evaluate finch.pth odd.pth books/held_out
+    odd.pth: has 100 ids, and finch.pth has 257; compare models of one vocabulary
+an adapter for several models = evaluate finch.pth other.pth books/held_out --adapter run
+    --adapter: is for one model; ... evaluate each
+a measure that is none = evaluate finch.pth books/held_out --what positions,speed
+    argument --what: speed: take positions, reach, forgetting, recall, needle or states
+a length that is none = evaluate finch.pth books/held_out --lengths 1k,many
+    argument --lengths: many is not a whole number of at least 1, such as 4096 or 4k
+a store shorter than a prompt = evaluate finch.pth books/held_out --what needle --lengths 4k
+    books/held_out: has ... and a prompt of needle takes 4,096; give a longer store, or shorter --lengths
+a store shorter than a curve = evaluate finch.pth books/held_out --what forgetting --lengths 1k
+    books/held_out: has ... and forgetting at 1,024 takes 3,072; give a longer store, or shorter --lengths
+a prompt without room = evaluate finch.pth books/held_out --what needle --lengths 50
+    --lengths: a prompt of 50 tokens is too short for needle; give ... or more
+needles without words = evaluate odd.pth beyond/train --what needle
+    --what needle: ... the model's 100 ids; leave needle out
+a gap without room = evaluate finch.pth books/held_out --what recall --lengths 1
+    --lengths: a gap of 1 tokens has no room for a question; give 2 or more
 documents beyond the vocabulary = evaluate finch.pth beyond/train
     beyond/train: ... prepare the documents with the model's tokenizer
 tokens below zero = generate finch.pth --tokens -5
