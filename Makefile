@@ -25,7 +25,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-v
 # Passed through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare inspect train tune plan evaluate generate chat export test test-slow lint dev gpu-check
+.PHONY: help install prepare inspect train tune plan evaluate generate chat export showcase test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -61,6 +61,9 @@ chat: $(VENV)/installed  ## chats with a model: make chat MODEL=model.pth STATE=
 export: $(VENV)/installed  ## writes weights or a state for other programs: make export MODEL=runs/finch-tiny OUTPUT=finch-tiny.pth
 	@test -n "$${OUTPUT:-}" || { echo 'name OUTPUT: make export OUTPUT=finch-tiny.pth' >&2; exit 2; }
 	@$(INFCTX) export "$$MODEL" "$$OUTPUT" $(ARGS)
+
+showcase: $(VENV)/installed  ## trains one tiny model three ways to recall a fact, in minutes, and shows which one can
+	@$(VENV)/bin/python tools/showcase.py $(ARGS)
 
 test: $(VENV)/installed-test  ## runs the tests, in minutes
 	@$(VENV)/bin/python -m pytest -n 4 $(ARGS)
