@@ -5,7 +5,7 @@
     .venv/bin/python tools/showcase.py --publish                           and puts it into the README and docs/
 
 Every run is an `infctx train configs/recall-tiny.yaml` with other settings: the exact gradient; the gradient truncated
-at every segment, the state carried on; and no carry, every segment a document of its own.  After each run the model is
+at every segment, the state carried on; and no carry, every segment as a document.  After each run the model is
 asked for the facts of new documents, from their beginning to their end; the right answers are in the run's
 evaluation.json.  Runs that are finished are not repeated: remove --folder to begin again.  tools/showcase_picture.py
 draws the results.  docs/evidence.md says how to read them.

@@ -22,7 +22,7 @@ RESULTS, PICTURE = ROOT / "docs" / "showcase.json", ROOT / "docs" / "showcase.sv
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 MARKS = ("<!-- made by tools/showcase.py -->\n", "<!-- end -->")
 WORDS = {"exact": "exact", "truncated": "truncated at every segment", "no carry": "no carry between segments"}
-# From Okabe and Ito's colors, which color-blind readers tell apart; the dashes differ too.
+# From Okabe and Ito's colors, which color-blind readers can distinguish; the dashes differ too.
 STROKES = {"exact": ("#0072b2", ""), "truncated": ("#d55e00", "7 4"), "no carry": ("#64748b", "2 3")}
 GUESSING = math.log(VALUES)
 MOST = 3.5  # nats: the first steps, which only learn that answers are values, are above the picture
