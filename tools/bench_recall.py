@@ -66,7 +66,7 @@ def train_task(
     """Trains a model; returns it, its share of right answers and its steps.  Stops after ten nearly perfect batches."""
     random = np.random.default_rng(seed)
     model = infctx.build_model(version=version, **SIZES, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0)  # as in a run
     losses: list[float] = []
     for _ in range(steps):
         loss, _ = infctx.window_backward(model, *batch(task, random), SEGMENT_TOKENS, gradient_segments)

@@ -16,6 +16,7 @@ from typing import Any
 
 from infctx.data.synthetic_tasks import VALUES
 from infctx.model.sizes import NAMES
+from infctx.small_texts import counted
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "docs" / "showcase.json", ROOT / "docs" / "showcase.svg"
@@ -24,6 +25,7 @@ MARKS = ("<!-- made by tools/showcase.py -->\n", "<!-- end -->")
 WORDS = {"exact": "exact", "truncated": "truncated at every segment", "no carry": "no carry between segments"}
 # From Okabe and Ito's colors, which color-blind readers can distinguish; the dashes differ too.
 STROKES = {"exact": ("#0072b2", ""), "truncated": ("#d55e00", "7 4"), "no carry": ("#64748b", "2 3")}
+SAID = "Loss by step, for the exact gradient, the truncated one, and no carry"
 GUESSING = math.log(VALUES)
 MOST = 3.5  # nats: the first steps, which only learn that answers are values, are above the picture
 INK, SOFT, PAPER, GRID = "#1f2933", "#64748b", "#ffffff", "#e2e8f0"
@@ -47,12 +49,18 @@ def publish(results: dict[str, Any]) -> None:
     main()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        page.write_text(with_block(text, block_of(results)), encoding="utf-8")
+        page.write_text(with_block(text, block_of(results, page)), encoding="utf-8")
 
 
-def block_of(results: dict[str, Any]) -> str:
-    """Returns what stands in the pages: the table, and where it comes from."""
-    return f"{table(results)}\n\nMeasured {results['date']} at commit {results['commit']}; {results['steps']} steps.\n"
+def block_of(results: dict[str, Any], page: Path) -> str:
+    """Returns what stands in a page: the picture, the table of right answers, and where they come from."""
+    picture = PICTURE.relative_to(page.parent).as_posix()
+    seeds = len({run["seed"] for run in results["runs"]})
+    return (
+        f"![{SAID}]({picture})\n\n{table(results)}\n\n"
+        f"Right answers about new documents, by seed, after {results['steps']} steps ({counted(seeds, 'seed')}, "
+        f"{results['date']}, commit {results['commit']}).\n"
+    )
 
 
 def with_block(text: str, block: str) -> str:
@@ -94,9 +102,8 @@ def draw(results: dict[str, Any]) -> str:
     versions = _versions(results)
     width = LEFT + len(versions) * (PANEL + BETWEEN) - BETWEEN + 24
     height = TOP + TALL + BOTTOM
-    said = "Loss by step: only with the exact gradient it falls from guessing to nothing"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{said}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{SAID}">',
         f"<style>{STYLE}</style>",
         f'<rect width="{width}" height="{height}" rx="10" fill="{PAPER}"/>',
         _text(LEFT, 26, "To recall a fact, eight segments later", "bold"),

@@ -9,6 +9,7 @@ from infctx.conventions import MASKED
 from infctx.data.synthetic_tasks import VOCAB_SIZE
 
 import showcase
+from places import ROOT
 from showcase_picture import MARKS, as_promised, block_of, describe, draw, table, with_block
 
 
@@ -130,8 +131,10 @@ def test_the_picture_shows_every_run():
 
 def test_pages_get_the_block_between_their_marks():
     results = made_up({"exact": 95})
-    page = with_block(f"before\n{MARKS[0]}old\n{MARKS[1]}\nafter", block_of(results))
-    assert page.startswith(f"before\n{MARKS[0]}| gradient |") and page.endswith(f"{MARKS[1]}\nafter")
-    assert "commit abc1234" in page and "old" not in page
+    for place, picture in (("README.md", "docs/showcase.svg"), ("docs/evidence.md", "showcase.svg")):
+        page = with_block(f"before\n{MARKS[0]}old\n{MARKS[1]}\nafter", block_of(results, ROOT / place))
+        assert page.startswith(f"before\n{MARKS[0]}![Loss by step") and page.endswith(f"{MARKS[1]}\nafter")
+        assert f"({picture})" in page and table(results) in page and "2 seeds, 2026-01-02, commit abc1234" in page
+        assert "old" not in page
     with pytest.raises(AssertionError, match="lost its marks"):
         with_block("no marks", "")
