@@ -27,7 +27,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-v
 # Passed through the environment, so that spaces and quotes in them survive.  INPUT and ARGS are lists of words.
 export TRAIN_CONFIG TUNE_CONFIG MODEL STORE PROMPT OUTPUT STATE
 
-.PHONY: help install prepare inspect train tune plan evaluate generate chat export bench test test-slow lint dev gpu-check
+.PHONY: help install prepare inspect train tune plan evaluate generate chat export bench showcase test test-slow lint dev gpu-check
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -73,6 +73,9 @@ export: $(VENV)/installed  ## writes weights or a state for other programs: make
 
 bench: $(VENV)/installed  ## speed and memory of training here: make bench ARGS="--version 7 --against HEAD~1"
 	@$(INFCTX) bench $(ARGS)
+
+showcase: $(VENV)/installed  ## trains one tiny model three ways to recall a fact, in minutes, and shows which one can
+	@$(VENV)/bin/python tools/showcase.py $(ARGS)
 
 test: $(VENV)/installed-test  ## runs the tests, in minutes
 	@$(VENV)/bin/python -m pytest -n 4 $(ARGS)

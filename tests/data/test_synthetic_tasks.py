@@ -1,12 +1,15 @@
 """Synthetic tasks: another reader finds every answer, and nothing but memory does."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
 from infctx.conventions import MASKED
 from infctx.data import synthetic_tasks
+from infctx.data.lanes import Lanes
+from infctx.data.mixture import Source
 from infctx.data.synthetic_tasks import (
     ASK,
     FIRST_NOISE,
@@ -18,7 +21,11 @@ from infctx.data.synthetic_tasks import (
     WRITE,
     Task,
 )
+from infctx.data.token_store import TokenStore
 from infctx.errors import InputError
+
+import synthetic_documents
+from synthetic_documents import SPLITS, TASK_FILE, write_stores
 
 TASKS = [
     Task("recall"),
@@ -109,3 +116,44 @@ def test_the_same_documents_for_a_seed_and_others_for_another(name, monkeypatch)
 def test_a_task_that_there_is_not(arguments, said):
     with pytest.raises(InputError, match=said):
         Task(*arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stores_hold_the_same_documents_and_targets(name, tmp_path):
+    """What the tool writes, read back by the lanes of a run, is what the task makes."""
+    task = Task(name, 48, 5)
+    write_stores(task, tmp_path / "made", (6, 4), seed=3)
+    seen = set()
+    for split, count in enumerate((6, 4)):
+        store = TokenStore(tmp_path / "made" / SPLITS[split])
+        assert store.num_documents == count and store.length(0) == task.num_tokens + 1
+        lanes = Lanes(
+            [Source("made", store)],
+            num_lanes=count,
+            window_tokens=task.num_tokens,
+            seed=0,
+            vocab_size=VOCAB_SIZE,
+            shuffle=False,
+        )
+        window, _ = next(lanes)
+        documents = list(itertools.islice(task.documents([3, split]), count))
+        assert np.array_equal(window.tokens, np.stack([tokens for tokens, _ in documents]))
+        assert np.array_equal(window.targets, np.stack([targets for _, targets in documents]))
+        seen |= {tokens.tobytes() for tokens, _ in documents}
+    assert len(seen) == 10  # none is held out and trained on
+    about = json.loads((tmp_path / "made" / TASK_FILE).read_text())
+    assert about == {"name": name, "gap_tokens": 48, "keys": 5, "vocab_size": VOCAB_SIZE, "seed": 3}
+
+
+def test_the_tool_says_what_it_wrote_and_what_is_wrong(tmp_path, monkeypatch, capsys):
+    def typed(*words):
+        monkeypatch.setattr("sys.argv", ["synthetic_documents.py", *words, "--output", str(tmp_path / "made")])
+        return synthetic_documents.main(), "".join(capsys.readouterr())
+
+    assert typed("copy", "--keys", "3", "--documents", "20", "--held-out", "4") == (
+        0,
+        f"{tmp_path}/made: 20 documents of 145 tokens to train on, and\n"
+        "4 held out; a model needs model.vocab_size: 97\n",
+    )
+    assert typed("copy")[0] == 2
+    assert typed("copy", "--keys", "40") == (2, "infctx: task copy: 40 keys; give 1 to 32\n")

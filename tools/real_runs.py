@@ -1,0 +1,58 @@
+"""Real runs for tools that compare settings: an infctx command in this process, which saves the start of another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from infctx.__main__ import main
+from infctx.files import atomic_file
+
+ROOT = Path(__file__).parents[1]
+
+Wanted = TypeVar("Wanted")
+Result = TypeVar("Result")
+
+
+def run_infctx(words: Sequence[object], log: Path) -> None:
+    """Runs an infctx command; what it prints goes into a file.  Exits, naming the file, if the command fails."""
+    arguments = [str(word) for word in words]
+    root = logging.getLogger()
+    with log.open("w", encoding="utf-8") as printed:
+        print(f"infctx {' '.join(arguments)}", file=printed, flush=True)
+        handlers, root.handlers = root.handlers, []  # the command makes its own, of this file
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main(arguments)
+        root.handlers = handlers
+    if code:
+        raise SystemExit(f"{log}: the run failed; its last lines say why")
+
+
+def side_by_side(
+    do: Callable[[Wanted], Result], wanted: Sequence[Wanted], workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Does each of `wanted` in one of some processes; yields its place and what came of it, as they end."""
+    # New processes, not forks of this one: a fork of a process in which torch has threads may hang.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        places = {pool.submit(do, one): place for place, one in enumerate(wanted)}
+        for future in as_completed(places):
+            yield places[future], future.result()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file of JSON completely or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Returns the commit of this repository, as short as git makes it."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
