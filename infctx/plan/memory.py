@@ -140,7 +140,8 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * (config.slice_tokens * activation_bytes(config, sizes) + PASSING_STATES * state_bytes(sizes))
-    work += 3 * 4 * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)  # slices of the logits
+    logit = _activation_itemsize(config) if device_type == "cpu" else 3 * 4  # in one pass, or slice by slice in fp32
+    work += logit * min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
         if config.run.precision == "bf16" and not _has_bf16_matrices(config):
