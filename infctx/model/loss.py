@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
+from infctx.cpu import head_loss
 from infctx.model.layers import LowRank
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
@@ -104,10 +105,12 @@ def cross_entropy_sum(
         adapter = adapter and adapter.detach()
     numbers, count = sources or (None, 1)
     numbers = None if numbers is None else numbers.flatten()
-    beside: tuple[Any, ...] = (None, None, 1.0, None)
+    arguments = hidden.flatten(0, 1), head, targets.flatten(), l2wrap, numbers, count
     if adapter is not None:
-        beside = adapter.rows.flatten(0, 1), *adapter[1:]
-    return _SlicedCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), l2wrap, numbers, count, *beside)
+        return _SlicedCrossEntropy.apply(*arguments, adapter.rows.flatten(0, 1), *adapter[1:])
+    if head_loss.fits(hidden):
+        return _FusedCrossEntropy.apply(*arguments)
+    return _SlicedCrossEntropy.apply(*arguments, None, None, 1.0, None)
 
 
 @torch.no_grad()
@@ -116,11 +119,14 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank
 
     adapter: see `cross_entropy_sum`
     """
+    vectors, wanted = hidden.flatten(0, 1), targets.flatten()
     if adapter is not None:
         adapter = adapter._replace(rows=adapter.rows.flatten(0, 1))
+    elif head_loss.fits(vectors):
+        return _fused(vectors, head, wanted, False, (False, False)).losses.view(targets.shape)
     losses = [
         F.cross_entropy(part.logits, part.targets, ignore_index=MASKED, reduction="none")
-        for part in _slices(hidden.flatten(0, 1), head, targets.flatten(), adapter)
+        for part in _slices(vectors, head, wanted, adapter)
     ]
     return torch.cat(losses).view(targets.shape)
 
@@ -146,6 +152,54 @@ def _slices(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank | No
             product.addmm_(adapter.rows[chosen], columns.T, alpha=adapter.scale)
             logits = product if adapter.factors is None else product * adapter.factors.to(product.dtype)
         yield _Slice(chosen, product, logits if logits.dtype == torch.float64 else logits.float(), targets[chosen])
+
+
+def _fused(hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool, needed: tuple[bool, bool]) -> head_loss.Found:
+    """Returns `head_loss` of all tokens; nothing is computed for those without a target."""
+    chosen = (targets != MASKED).nonzero()[:, 0]
+    some, head = len(chosen) < len(targets), head.detach().to(hidden.dtype)
+    vectors, wanted = (hidden[chosen], targets[chosen]) if some else (hidden.contiguous(), targets)
+    found = head_loss.head_loss(vectors, head, wanted, SLICE_LOGITS, needed, L2WRAP if l2wrap else 0.0)
+    if not some:
+        return found
+    losses = found.losses.new_zeros(len(targets)).index_copy_(0, chosen, found.losses)
+    d_hidden = found.d_hidden
+    if d_hidden is not None:
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, chosen, d_hidden)
+    return head_loss.Found(losses, d_hidden, found.d_head)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """The same as `_SlicedCrossEntropy`, by `head_loss`."""
+
+    # Seven parameters: autograd hands them over one by one.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        l2wrap: bool,
+        sources: Tensor | None,
+        num_sources: int,
+    ) -> tuple[Tensor, Tensor]:
+        losses, *gradients = _fused(hidden, head, targets, l2wrap, ctx.needs_input_grad[:2])
+        loss_sum = losses.sum()
+        by_source = loss_sum.new_zeros(num_sources)
+        if sources is None:
+            by_source += loss_sum
+        else:
+            by_source.index_add_(0, sources, losses)
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(by_source)
+        return loss_sum, by_source
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: that of a large head takes as long as all else here.  So there is only one backward pass.
+        (d_hidden, d_head), ctx.gradients = ctx.gradients, None
+        return *(x if x is None else x.mul_(d_loss) for x in (d_hidden, d_head)), None, None, None, None
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

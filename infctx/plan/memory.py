@@ -140,9 +140,8 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
     """
     lanes, segments = config.pass_lanes, _run_segments(config)
     work = lanes * (config.slice_tokens * activation_bytes(config, sizes) + PASSING_STATES * state_bytes(sizes))
-    # A slice of the logits, and as much on the way; in bf16 also the head's product, and its gradient.
     logits = min(SLICE_LOGITS, lanes * config.slice_tokens * sizes.vocab_size)
-    work += (3 if config.run.precision == "bf16" else 2) * 4 * logits
+    work += _logit_bytes(config, sizes, device_type) * logits
     if not config.model.freezes_weights:
         work += 4 * sizes.vocab_size * sizes.width  # the head's gradient
         if config.run.precision == "bf16" and not _has_bf16_matrices(config):
@@ -164,6 +163,15 @@ def rank_memory(config: Config, sizes: Sizes, device_type: str) -> Memory:
         frozen = config.model.freezes_weights
         on_device, on_host = max(on_device, whole * frozen), max(on_host, whole * (not frozen))
     return Memory(on_device, on_host)
+
+
+def _logit_bytes(config: Config, sizes: Sizes, device_type: str) -> int:
+    """Returns the bytes of a logit: on a CPU in one pass, else of a slice of them, as much on the way, and in bf16 also
+    the head's product, and its gradient."""
+    adapter = config.model.learned_adapter
+    if device_type == "cpu" and (adapter is None or "head" not in target_shapes(adapter, sizes)):
+        return _activation_itemsize(config)
+    return 4 * (3 if config.run.precision == "bf16" else 2)
 
 
 def _adapter_work(config: Config, sizes: Sizes) -> int:

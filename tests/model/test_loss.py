@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infctx.conventions import MASKED
+from infctx.cpu import head_loss
 from infctx.model import loss as loss_module
 from infctx.model.loss import Segment, SegmentLoss, cross_entropy_sum, token_losses
 
@@ -16,8 +17,18 @@ from tiny_models import random_model, random_tokens
 B, T, D, V = 2, 13, 7, 11
 
 
+@pytest.fixture(params=["fused", "plain"])
+def form(request, monkeypatch):
+    """The compiled form for the CPU, in blocks of few columns; and that of plain torch."""
+    monkeypatch.setattr(head_loss, "LEAST_COLUMNS", 4)
+    monkeypatch.setattr(head_loss, "BLOCK_BYTES", 4 * 8 * B * T)
+    if request.param == "plain":
+        monkeypatch.setattr(head_loss, "fits", lambda hidden: False)
+    return request.param
+
+
 @pytest.fixture(params=[1, 3 * V, 5 * V + 4, 1 << 25], ids=["rows of 1", "rows of 3", "rows of 5", "one slice"])
-def slices(request, monkeypatch):
+def slices(form, request, monkeypatch):
     monkeypatch.setattr(loss_module, "SLICE_LOGITS", request.param)
 
 
@@ -123,20 +134,19 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("l2wrap", [False, True])
-def test_no_tensor_holds_all_logits(monkeypatch, l2wrap):
+def test_no_tensor_holds_all_logits(form, monkeypatch, l2wrap):
     monkeypatch.setattr(loss_module, "SLICE_LOGITS", 4 * V)
     hidden, head, targets = random_case()
     with Shapes() as shapes:
         cross_entropy_sum(hidden, head, targets, l2wrap)[0].backward()
-    assert (4, V) in shapes.seen
-    largest = max(math.prod(shape) for shape in shapes.seen)
-    assert largest == max(4 * V, B * T * D)  # a slice of logits, or the hidden vectors
+    sizes = {math.prod(shape) for shape in shapes.seen}
+    assert 4 * V in sizes and max(sizes) == max(4 * V, B * T * D)  # a slice of logits, or the hidden vectors
     with Shapes() as shapes:
         token_losses(hidden, head, targets)
-    assert max(math.prod(shape) for shape in shapes.seen) == 4 * V
+    assert max(math.prod(shape) for shape in shapes.seen) <= (4 * V if form == "plain" else B * T * D)
 
 
-def test_nothing_is_computed_for_what_is_frozen():
+def test_nothing_is_computed_for_what_is_frozen(form):
     hidden, head, targets = random_case()
     head.requires_grad_(False)
     with Shapes() as shapes:
@@ -158,6 +168,66 @@ def test_nothing_is_computed_for_what_is_frozen():
     assert (V, D) in shapes.seen
     assert (B * T, D) not in shapes.seen
     assert torch.allclose(head.grad, torch.autograd.grad(judge(hidden, head, targets)[0], head)[0], rtol=1e-12)
+
+
+def large_case(dtype, tokens=150, vocab=700, width=24):
+    random = torch.Generator().manual_seed(3)
+    hidden, head = (torch.randn(n, width, generator=random).to(dtype) for n in (tokens, vocab))
+    targets = torch.randint(vocab, (1, tokens), generator=random)
+    return hidden[None].requires_grad_(), head.requires_grad_(), targets.masked_fill(targets % 5 == 0, MASKED)
+
+
+def results(hidden, head, targets, l2wrap=True):
+    loss = cross_entropy_sum(hidden, head, targets, l2wrap)[0]
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, head)), token_losses(hidden, head, targets)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_as_exact_as_plain(dtype, monkeypatch):
+    """Each is compared with float64; in bf16 what counts is rounding, which is the same."""
+    case = large_case(dtype)
+    truth = results(*(x.detach().double().requires_grad_() for x in case[:2]), case[2])
+    monkeypatch.setattr(head_loss, "BLOCK_BYTES", 1 << 16)  # of 700 columns, some
+    fused = results(*case)
+    monkeypatch.setattr(head_loss, "fits", lambda hidden: False)
+    plain = results(*case)
+    for place, (ours, torchs, exact) in enumerate(zip(fused, plain, truth, strict=True)):
+        errors = [((x.double() - exact).norm() / exact.norm()).item() for x in (ours, torchs)]
+        assert errors[0] <= max(1.05 * errors[1], 5e-7), place
+        assert dtype == torch.bfloat16 or (ours - torchs).norm() <= 1e-6 * torchs.norm(), place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit_of_the_passes(dtype, monkeypatch):
+    """Torch's own products are left out: theirs may change."""
+    monkeypatch.setattr(head_loss, "MIN_THREAD_NUMBERS", 1)
+    hidden, head, targets = large_case(dtype)
+    product = torch.mm
+    found, before = [], torch.get_num_threads()
+
+    def one_thread(*inputs, out):
+        torch.set_num_threads(1)
+        product(*inputs, out=out)
+        torch.set_num_threads(threads)
+
+    monkeypatch.setattr(torch, "mm", one_thread)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(hidden, head, targets))
+    finally:
+        torch.set_num_threads(before)
+    for result in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result[:2], found[0][:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nan_reaches_the_loss_and_the_gradients(form, dtype):
+    hidden, head, targets = random_case(dtype=dtype, masked=0)
+    with torch.no_grad():
+        head[5, 2] = torch.nan
+    loss, d_hidden, d_head, _ = results(hidden, head, targets)
+    assert all(x.isnan().all() for x in (loss, d_hidden)) and d_head.isnan().any()
 
 
 def test_token_losses(slices):
