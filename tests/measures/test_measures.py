@@ -107,6 +107,28 @@ def _totals(model, store, segment_tokens):
     return [pieces]
 
 
+def test_no_more_than_a_segment_is_in_memory(store, model, monkeypatch):
+    """Whatever the length: of a document, a text, a past."""
+    read, spans = TokenStore.tokens, []
+
+    def watched(self, document, begin, end):
+        spans.append(end - begin)
+        return read(self, document, begin, end)
+
+    monkeypatch.setattr(TokenStore, "tokens", watched)
+    reading = choose_documents(store, 257, 64, 1 << 20).only([0, 3])
+    measures = (
+        lambda: evaluate_reading(model, reading),
+        lambda: measure_reach(model, reading, 1, 0),
+        lambda: measure_states(model, reading, 1),
+        lambda: measure_forgetting(model, StoreText(store, 257), 64, [200], 3, 0),
+    )
+    for measure in measures:
+        measure()
+        assert 60 <= max(spans) <= 65
+        spans.clear()
+
+
 # Reach.
 
 
