@@ -36,7 +36,9 @@ def describe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,NAME",
         help=f"what to measure: {', '.join(MEASURES)} (default positions); docs/evaluate.md says what each shows",
     )
-    parser.add_argument("--max-tokens", type=count, default=262144, help="tokens to evaluate (default %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=count, default=262144, help="tokens of documents to read (default %(default)s)"
+    )
     parser.add_argument(
         "--segment-tokens", type=count, default=1024, help="tokens computed at once (default %(default)s)"
     )

@@ -27,7 +27,7 @@ from infctx.measures.predictions import ReadTokens, read_pieces, shown
 from infctx.model.rwkv import RWKV
 
 DOCUMENTS = 8
-SPAN, LINEAR, GROWTH, NARROWING = 4, 3.0, 2.0, 0.8
+SPAN, LINEAR, GROWTH, NARROWING = 4, 3.0, 2.5, 0.8
 """From a quarter of the last position to all of it, independent facts make a norm twice as large, and the same one
 again and again four times.  A head shows collapse if its norm grows at least LINEAR times; or GROWTH times, while its
 effective rank falls to this share."""

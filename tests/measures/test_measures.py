@@ -107,6 +107,28 @@ def _totals(model, store, segment_tokens):
     return [pieces]
 
 
+def test_no_more_than_a_segment_is_in_memory(store, model, monkeypatch):
+    """Whatever the length: of a document, a text, a past."""
+    read, spans = TokenStore.tokens, []
+
+    def watched(self, document, begin, end):
+        spans.append(end - begin)
+        return read(self, document, begin, end)
+
+    monkeypatch.setattr(TokenStore, "tokens", watched)
+    reading = choose_documents(store, 257, 64, 1 << 20).only([0, 3])
+    measures = (
+        lambda: evaluate_reading(model, reading),
+        lambda: measure_reach(model, reading, 1, 0),
+        lambda: measure_states(model, reading, 1),
+        lambda: measure_forgetting(model, StoreText(store, 257), 64, [200], 3, 0),
+    )
+    for measure in measures:
+        measure()
+        assert 60 <= max(spans) <= 65
+        spans.clear()
+
+
 # Reach.
 
 
@@ -122,10 +144,10 @@ def test_nothing_reaches_beyond_a_segment_without_carry(store, model):
 
 def test_reach_is_the_total_variation_of_two_predictions(tmp_path, model):
     tokens = np.random.default_rng(0).integers(1, 257, 90)
-    store = write_tokens(tmp_path / "one", [(tokens, 77)])
+    store = write_tokens(tmp_path / "one", [(tokens, 64)])
     rows = measure_reach(model, choose_documents(store, 257, 50, 1 << 20), 9, 0)
-    assert [row.tokens for row in rows] == [1, 2, 4, 8, 16, 32, 64]
-    past = torch.from_numpy(tokens[:77])[None]
+    assert [row.tokens for row in rows] == [1, 2, 4, 8, 16, 32]  # 64 would be the whole past
+    past = torch.from_numpy(tokens[:64])[None]
     for row in rows:
         whole, part = (model.logits(model(t)[0][0, -1]).softmax(-1) for t in (past, past[:, -row.tokens :]))
         assert row.distance == pytest.approx((whole - part).abs().sum().item() / 2, rel=1e-9)
@@ -202,7 +224,7 @@ def test_recall_ends_where_memory_does():
 
 def test_recall_is_the_same_in_segments_of_any_length():
     model = random_model(7, vocab_size=100)
-    counts = [[row.right for row in measure_recall(model, tokens, [70], 20, 5)] for tokens in (1 << 20, 48)]
+    counts = [[row.right for row in measure_recall(model, tokens, [70], 20, 5)] for tokens in (1 << 20, 160)]
     assert counts[0] == counts[1]
 
 
