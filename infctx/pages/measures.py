@@ -216,8 +216,8 @@ def _recall(models: Sequence[Model]) -> Iterator[Figure]:
 
 def _recall_line(model: Model) -> Series:
     rows = sorted(model.measures.recall, key=lambda row: row.gap_tokens)
-    values = [100 * row.right / max(row.asked, 1) for row in rows]
-    errors = [math.sqrt(value * (100 - value) / max(row.asked, 1)) for value, row in zip(values, rows, strict=True)]
+    values = [100 * row.right / row.asked for row in rows]
+    errors = [math.sqrt(value * (100 - value) / row.asked) for value, row in zip(values, rows, strict=True)]
     return with_errors(model.name, model.style, [float(row.gap_tokens) for row in rows], values, errors, most=100.0)
 
 
@@ -254,7 +254,7 @@ def _needle(models: Sequence[Model]) -> Iterator[Grids]:
     for model in models:
         rows = model.measures.needle
         for task in dict.fromkeys(row.task for row in rows):
-            shares = {(row.depth, row.length): 100 * row.right / max(row.asked, 1) for row in rows if row.task == task}
+            shares = {(row.depth, row.length): 100 * row.right / row.asked for row in rows if row.task == task}
             depths, lengths = sorted({depth for depth, _ in shares}), sorted({length for _, length in shares})
             cells = [[shares.get((depth, length)) for length in lengths] for depth in depths]
             names = [tokens_text(length) for length in lengths]

@@ -68,9 +68,9 @@ def _column_figure(column: Column, runs: Sequence[RunFolder]) -> Lines:
     axis = Axis(column.label, column.unit, scale, (0.0,) if column.from_zero else ())
     levels = []
     if column.name == "gradient_norm":
-        limits = {run.setting("optimizer", "clip_norm") for run in runs}
-        levels = [Level(float(limit), f"clipped above {limit:g}") for limit in limits if isinstance(limit, float | int)]
-        levels = levels if len(limits) == 1 else []
+        limits = [run.setting("optimizer", "clip_norm") for run in runs]
+        if isinstance(limits[0], float | int) and all(limit == limits[0] for limit in limits):
+            levels = [Level(float(limits[0]), f"clipped above {limits[0]:g}")]
     return Lines(column.name, column.title, STEPS, axis, series, levels, thinned_note(most))
 
 
@@ -101,7 +101,7 @@ def thinned_note(each: int) -> str:
 def _step_tokens(run: RunFolder) -> float:
     """Returns the tokens of a step, the same for all steps of a run."""
     tokens = run.steps.get("tokens", [])
-    return tokens[-1] / run.steps["step"][-1] if tokens and math.isfinite(tokens[-1]) else math.nan
+    return tokens[-1] / max(run.last_step, 1) if tokens and math.isfinite(tokens[-1]) else math.nan
 
 
 def _by_tokens(runs: Sequence[RunFolder]) -> Lines:

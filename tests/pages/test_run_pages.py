@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -302,3 +303,18 @@ def test_the_commit_is_that_of_our_repository_only(tmp_path):
     assert commit_of(tmp_path) is None and commit_of(ROOT / "infctx") is None
     if (ROOT / ".git").exists():
         assert re.fullmatch("[0-9a-f]{12,}(-dirty)?", commit_of(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_opens_the_page_without_a_word(tmp_path):
+    evaluated(write_log(tmp_path / "run"))
+    write_report([tmp_path / "run"], tmp_path / "out.html")
+    words = ["chromium", "--headless", "--no-sandbox", "--enable-logging=stderr", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([*words, profile, tmp_path / "out.html"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("<svg") == 10
+    assert "CONSOLE" not in done.stderr
+    (tmp_path / "bad.html").write_text((tmp_path / "out.html").read_text().replace("<h1>", '<img src="https://x"><h1>'))
+    done = subprocess.run([*words, profile, tmp_path / "bad.html"], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" in done.stderr  # the page's own policy refuses it
