@@ -17,6 +17,8 @@ from infctx.pages.run_folder import RunFolder
 
 TOKENS = "tokens; 1k is 1,024"
 PERCENT = Axis("right answers", "%", include=(0.0, 100.0), most=100.0)
+WIDE_RANGE = 30
+"""States whose sizes span more than this factor are shown on a logarithmic scale."""
 MOST_LAYERS = 7
 """Of more layers the lines look alike, so they become grids."""
 
@@ -283,6 +285,8 @@ def _states(models: Sequence[Model]) -> Iterator[Figure]:
         tables = [(model, table) for model, table in tables if table]
         if not tables:
             continue
+        cells = [value for _, table in tables for values in table.values() for value in values.values()]
+        shown = Axis(title.lower(), scale="log" if max(cells) > WIDE_RANGE * min(cells) > 0 else "linear")
         if sum(len(table) for _, table in tables) <= MOST_LAYERS:
             lines = [(model, layer, values) for model, table in tables for layer, values in sorted(table.items())]
             series = [
@@ -294,11 +298,10 @@ def _states(models: Sequence[Model]) -> Iterator[Figure]:
                 )
                 for style, (model, layer, values) in enumerate(lines)
             ]
-            yield Lines(name, title, axis, Axis(title.lower()), series)
+            yield Lines(name, title, axis, shown, series)
             continue
-        cells = [value for _, table in tables for values in table.values() for value in values.values()]
         panels = [_state_panel(model.name, table) for model, table in tables]
-        yield Grids(name, title, Axis("layer"), axis, Axis(title.lower()), panels, min(cells), max(cells))
+        yield Grids(name, title, Axis("layer"), axis, shown, panels, min(cells), max(cells))
 
 
 def _by_layer(measures: Measures, value_of: Callable[..., float | None]) -> dict[int, dict[float, float]]:
