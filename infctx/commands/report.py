@@ -17,6 +17,9 @@ def describe_report(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="a run's folder, also of one that is still going; or a file that infctx evaluate --output wrote",
     )
+    parser.add_argument(
+        "--join-seeds", action="store_true", help="show runs that differ in run.seed alone as one, with their range"
+    )
     _describe_output(parser, "report.html")
 
 
@@ -40,7 +43,7 @@ def _describe_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    _write(options, differences_first=False)
+    _write(options, differences_first=False, joins_seeds=options.join_seeds)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -53,12 +56,12 @@ def compare(options: argparse.Namespace) -> None:
     print("\n".join([*aligned([names, *rows], "<" * len(names)), first_difference(*runs)]))
 
 
-def _write(options: argparse.Namespace, differences_first: bool):  # noqa: ANN202  (the type would load pydantic)
+def _write(options: argparse.Namespace, differences_first: bool, joins_seeds: bool = False):  # noqa: ANN202  (the type would load pydantic)
     from infctx.pages.write import write_report
 
     if options.output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output: {options.output} is no page; give it a name that ends in .html")
-    runs = write_report(options.runs, options.output, options.figures, differences_first)
+    runs = write_report(options.runs, options.output, options.figures, differences_first, joins_seeds)
     figures = options.figures or options.output.with_name(f"{options.output.stem}_figures")
     print(f"wrote {options.output}, and its figures in {figures}")
     return runs

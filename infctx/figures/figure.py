@@ -68,7 +68,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Lines:
-    """One or more lines over one axis."""
+    """One or more lines over one axis.  ranges: a sentence on what is around their points."""
 
     name: str
     title: str
@@ -76,7 +76,12 @@ class Lines:
     y: Axis
     series: list[Series]
     levels: list[Level] = field(default_factory=list)
-    note: str = ""
+    about: str = ""
+    ranges: str = ""
+
+    @property
+    def note(self) -> str:
+        return f"{self.about} {self.ranges}".strip()
 
     def numbers(self) -> dict[str, Any]:
         series = []

@@ -60,7 +60,7 @@ def _cell(
     size = f'x="{x + 0.5:.1f}" y="{y + 0.5:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}"'
     if value is None or not math.isfinite(value):
         return f'<rect class="empty" {size}/>'
-    color, ink = cell_color((value - figure.low) / ((figure.high - figure.low) or 1.0))
+    color, ink = cell_color(_part(figure, value))
     row, column = place
     said = f"{panel.title}: {figure.rows.label} {panel.rows[row]}, {figure.columns.label} {panel.columns[column]}: "
     said += f"{value_text(value)} {figure.value.unit}"
@@ -69,6 +69,14 @@ def _cell(
         middle = f'x="{x + wide / 2:.1f}" y="{y + tall / 2 + 4:.1f}" text-anchor="middle"'
         number = f'<text {middle} style="fill:{ink}">{shown}</text>'
     return f'<g><title>{escape(said.strip())}</title><rect {size} fill="{color}"/>{number}</g>'
+
+
+def _part(figure: Grids, value: float) -> float:
+    """Returns where a value is on the scale of colors, from 0 to 1; on a logarithmic one by its logarithm."""
+    low, high = figure.low, figure.high
+    if figure.value.scale == "log":
+        low, high, value = (math.log(max(number, 1e-300)) for number in (low, high, value))
+    return (value - low) / ((high - low) or 1.0)
 
 
 def _short(value: float) -> str:
@@ -88,5 +96,6 @@ def _draw_scale(figure: Grids, top: float) -> tuple[list[str], float]:
     ]
     parts.append(text(left - 6, top + 13, value_text(figure.low), "soft", "end"))
     parts.append(text(left + wide + 6, top + 13, value_text(figure.high), "soft"))
-    parts.append(text(WIDTH / 2, top + 30, figure.value.text, "soft", "middle"))
+    scale = ", logarithmic" if figure.value.scale == "log" else ""
+    parts.append(text(WIDTH / 2, top + 30, f"{figure.value.text}{scale}", "soft", "middle"))
     return parts, 40

@@ -7,9 +7,9 @@ evaluation.json is {"store": ..., "models": [...]}: for each model, the measures
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from infctx.errors import InputError
 from infctx.small_texts import quoted, read_json_as
@@ -20,12 +20,15 @@ HELD_OUT = "held_out.json"
 """The record of a run; evaluate/record has the name too, and loads torch, which a page does without."""
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class Position(BaseModel):
     """The loss of targets begin..end-1; difference: to the first model, or to the same without carry."""
 
-    begin: int
-    end: int
-    num_tokens: int
+    begin: Count
+    end: Count
+    num_tokens: Count
     nats_per_token: float
     bits_per_byte: float | None = None
     standard_error: float | None = None
@@ -36,7 +39,7 @@ class Position(BaseModel):
 class Reach(BaseModel):
     """How far predictions move when everything before the last `tokens` tokens is cut off."""
 
-    tokens: int
+    tokens: Count
     distance: float
     standard_error: float | None = None
 
@@ -44,7 +47,7 @@ class Reach(BaseModel):
 class Forgetting(BaseModel):
     """How well a model repeats what it saw `distance` tokens ago, and how well it predicts new text."""
 
-    distance: int
+    distance: Count
     copy_accuracy: float
     language_accuracy: float
     difference: float
@@ -54,11 +57,11 @@ class Forgetting(BaseModel):
 class Recall(BaseModel):
     """Right answers about keys that were set `gap_tokens` before; chance: of a guess, if the task says so."""
 
-    gap_tokens: int
-    keys: int
+    gap_tokens: Count
+    keys: Count
     overwritten: bool = False
-    right: int
-    asked: int
+    right: Count
+    asked: Annotated[Count, Field(ge=1)]
     chance: float | None = None
 
 
@@ -66,17 +69,17 @@ class Needle(BaseModel):
     """Right answers about a sentence at a depth (0: beginning, 1: end) of a text."""
 
     task: str
-    length: int
+    length: Count
     depth: float
-    right: int
-    asked: int
+    right: Count
+    asked: Annotated[Count, Field(ge=1)]
 
 
 class StateSize(BaseModel):
     """The state of a layer after `position` tokens."""
 
-    layer: int
-    position: int
+    layer: Count
+    position: Count
     norm: float
     saturation: float | None = None
     effective_rank: float | None = None
@@ -97,15 +100,13 @@ class Measures(BaseModel):
 class Measured(BaseModel):
     """evaluation.json."""
 
-    store: str | None = None
-    tokens: int | None = None
     models: list[Measures]
 
 
 class HeldOutLoss(BaseModel):
     """The loss by position at a step, of all documents and by source."""
 
-    step: int | None
+    step: Count | None
     with_state: bool = False
     buckets: list[Position]
     sources: dict[str, list[Position]] = {}
@@ -114,7 +115,6 @@ class HeldOutLoss(BaseModel):
 class HeldOut(BaseModel):
     """held_out.json."""
 
-    store: str
     evaluations: list[HeldOutLoss]
 
 

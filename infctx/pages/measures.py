@@ -17,6 +17,8 @@ from infctx.pages.run_folder import RunFolder
 
 TOKENS = "tokens; 1k is 1,024"
 PERCENT = Axis("right answers", "%", include=(0.0, 100.0), most=100.0)
+WIDE_RANGE = 30
+"""States whose sizes span more than this factor are shown on a logarithmic scale."""
 MOST_LAYERS = 7
 """Of more layers the lines look alike, so they become grids."""
 
@@ -69,7 +71,7 @@ def _own_positions(runs: Sequence[RunFolder]) -> Lines:
     note = "Each point is the mean of a range of positions, drawn at its middle."
     y = Axis("loss", "bits per byte" if in_bits else "nats per token")
     x = Axis("position in the document", TOKENS, "tokens")
-    return Lines("held_out_by_position", "Held-out loss by position", x, y, series, note=note)
+    return Lines("held_out_by_position", "Held-out loss by position", x, y, series, about=note)
 
 
 def _called(run: RunFolder, each: HeldOutLoss, is_alone: bool) -> str:
@@ -120,14 +122,18 @@ def with_errors(
     return Series(name, x, y, style, low, high, places=places)
 
 
+def _said_of_errors(series: Sequence[Series]) -> str:
+    return "Bars are standard errors." if any(one.low is not None for one in series) else ""
+
+
 def _positions(models: Sequence[Model]) -> Lines:
     shown = [model for model in models if model.measures.positions]
     in_bits = all(row.bits_per_byte for model in shown for row in model.measures.positions)
     series = [_by_position(model.name, model.style, model.measures.positions, in_bits) for model in shown]
     y = Axis("loss", "bits per byte" if in_bits else "nats per token")
-    note = "Each point is the mean of a range of positions, drawn at its middle; bars are standard errors."
+    note = "Each point is the mean of a range of positions, drawn at its middle."
     x = Axis("position in the document", TOKENS, "tokens")
-    return Lines("positions", "Loss by position", x, y, series, note=note)
+    return Lines("positions", "Loss by position", x, y, series, about=note, ranges=_said_of_errors(series))
 
 
 def _differences(models: Sequence[Model]) -> Lines:
@@ -140,10 +146,10 @@ def _differences(models: Sequence[Model]) -> Lines:
         values = [row.difference or 0.0 for row in rows]
         errors = [row.difference_error for row in rows]
         series += [with_errors(model.name, model.style, middle, values, errors, places)] if rows else []
-    note = "On the same tokens; below zero is better. Bars are standard errors of the difference."
+    note = "On the same tokens; below zero is better."
     x, y = Axis("position in the document", TOKENS, "tokens"), Axis("difference", "nats per token", include=(0.0,))
     title = "Loss by position, less what it is compared with"
-    return Lines("differences", title, x, y, series, [Level(0.0, "no difference")], note)
+    return Lines("differences", title, x, y, series, [Level(0.0, "no difference")], note, _said_of_errors(series))
 
 
 def _reach(models: Sequence[Model]) -> Lines:
@@ -153,10 +159,11 @@ def _reach(models: Sequence[Model]) -> Lines:
         x, y = [float(row.tokens) for row in rows], [row.distance for row in rows]
         errors = [row.standard_error for row in rows]
         series += [with_errors(model.name, model.style, x, y, errors)] if rows else []
-    note = "How far the predictions move when only the last tokens are read; bars are standard errors."
+    note = "How far the predictions move when only the last tokens are read."
     axis = Axis("tokens read", TOKENS, "tokens")
+    distance = Axis("distance", include=(0.0,))
     return Lines(
-        "reach", "Reach: what the distant past changes", axis, Axis("distance", "", include=(0.0,)), series, note=note
+        "reach", "Reach: what the distant past changes", axis, distance, series, [], note, _said_of_errors(series)
     )
 
 
@@ -170,7 +177,8 @@ def _forgetting(models: Sequence[Model]) -> Iterator[Lines]:
     axis = Axis("distance", TOKENS, "tokens")
     y_axis = Axis("copy less new text", "percentage points", include=(0.0,))
     note = "Accuracy on text that was there before, less that on new text, by the distance between the two."
-    yield Lines("forgetting", "Forgetting curve", axis, y_axis, series, [Level(0.0, "nothing remembered")], note)
+    level = Level(0.0, "nothing remembered")
+    yield Lines("forgetting", "Forgetting curve", axis, y_axis, series, [level], note, _said_of_errors(series))
 
 
 def _recall(models: Sequence[Model]) -> Iterator[Figure]:
@@ -195,8 +203,8 @@ def _recall(models: Sequence[Model]) -> Iterator[Figure]:
     elif len(kinds) == 1:
         series = [_recall_line(model) for model in shown]
         axis = Axis("tokens since the key", "1k is 1,024", "tokens")
-        note = f"{_kind_name(*kinds[0])}; bars are standard errors."
-        yield Lines("recall", title, axis, PERCENT, series, levels, note)
+        note = f"{_kind_name(*kinds[0])}."
+        yield Lines("recall", title, axis, PERCENT, series, levels, note, _said_of_errors(series))
     else:
         panels = []
         for model in shown:
@@ -216,8 +224,8 @@ def _recall(models: Sequence[Model]) -> Iterator[Figure]:
 
 def _recall_line(model: Model) -> Series:
     rows = sorted(model.measures.recall, key=lambda row: row.gap_tokens)
-    values = [100 * row.right / max(row.asked, 1) for row in rows]
-    errors = [math.sqrt(value * (100 - value) / max(row.asked, 1)) for value, row in zip(values, rows, strict=True)]
+    values = [100 * row.right / row.asked for row in rows]
+    errors = [math.sqrt(value * (100 - value) / row.asked) for value, row in zip(values, rows, strict=True)]
     return with_errors(model.name, model.style, [float(row.gap_tokens) for row in rows], values, errors, most=100.0)
 
 
@@ -254,7 +262,7 @@ def _needle(models: Sequence[Model]) -> Iterator[Grids]:
     for model in models:
         rows = model.measures.needle
         for task in dict.fromkeys(row.task for row in rows):
-            shares = {(row.depth, row.length): 100 * row.right / max(row.asked, 1) for row in rows if row.task == task}
+            shares = {(row.depth, row.length): 100 * row.right / row.asked for row in rows if row.task == task}
             depths, lengths = sorted({depth for depth, _ in shares}), sorted({length for _, length in shares})
             cells = [[shares.get((depth, length)) for length in lengths] for depth in depths]
             names = [tokens_text(length) for length in lengths]
@@ -277,6 +285,8 @@ def _states(models: Sequence[Model]) -> Iterator[Figure]:
         tables = [(model, table) for model, table in tables if table]
         if not tables:
             continue
+        cells = [value for _, table in tables for values in table.values() for value in values.values()]
+        shown = Axis(title.lower(), scale="log" if max(cells) > WIDE_RANGE * min(cells) > 0 else "linear")
         if sum(len(table) for _, table in tables) <= MOST_LAYERS:
             lines = [(model, layer, values) for model, table in tables for layer, values in sorted(table.items())]
             series = [
@@ -288,11 +298,10 @@ def _states(models: Sequence[Model]) -> Iterator[Figure]:
                 )
                 for style, (model, layer, values) in enumerate(lines)
             ]
-            yield Lines(name, title, axis, Axis(title.lower()), series)
+            yield Lines(name, title, axis, shown, series)
             continue
-        cells = [value for _, table in tables for values in table.values() for value in values.values()]
         panels = [_state_panel(model.name, table) for model, table in tables]
-        yield Grids(name, title, Axis("layer"), axis, Axis(title.lower()), panels, min(cells), max(cells))
+        yield Grids(name, title, Axis("layer"), axis, shown, panels, min(cells), max(cells))
 
 
 def _by_layer(measures: Measures, value_of: Callable[..., float | None]) -> dict[int, dict[float, float]]:

@@ -68,10 +68,10 @@ def _column_figure(column: Column, runs: Sequence[RunFolder]) -> Lines:
     axis = Axis(column.label, column.unit, scale, (0.0,) if column.from_zero else ())
     levels = []
     if column.name == "gradient_norm":
-        limits = {run.setting("optimizer", "clip_norm") for run in runs}
-        levels = [Level(float(limit), f"clipped above {limit:g}") for limit in limits if isinstance(limit, float | int)]
-        levels = levels if len(limits) == 1 else []
-    return Lines(column.name, column.title, STEPS, axis, series, levels, thinned_note(most))
+        limits = [run.setting("optimizer", "clip_norm") for run in runs]
+        if isinstance(limits[0], float | int) and all(limit == limits[0] for limit in limits):
+            levels = [Level(float(limits[0]), f"clipped above {limits[0]:g}")]
+    return Lines(column.name, column.title, STEPS, axis, series, levels, *thinned_note(most))
 
 
 def points_of_each(lines: int) -> int:
@@ -92,16 +92,17 @@ def thin(name: str, places: Sequence[float], values: Sequence[float], style: int
     return Series(name, x, y, style, low, high, is_band=True), each
 
 
-def thinned_note(each: int) -> str:
+def thinned_note(each: int) -> tuple[str, str]:
+    """Returns what a point is the mean of, and what is around it."""
     if each == 1:
-        return ""
-    return f"Each point is the mean of up to {counted(each, 'step')}; the band is from the smallest to the largest."
+        return "", ""
+    return f"Each point is the mean of up to {counted(each, 'step')}.", "The band is from the smallest to the largest."
 
 
 def _step_tokens(run: RunFolder) -> float:
     """Returns the tokens of a step, the same for all steps of a run."""
     tokens = run.steps.get("tokens", [])
-    return tokens[-1] / run.steps["step"][-1] if tokens and math.isfinite(tokens[-1]) else math.nan
+    return tokens[-1] / max(run.last_step, 1) if tokens and math.isfinite(tokens[-1]) else math.nan
 
 
 def _by_tokens(runs: Sequence[RunFolder]) -> Lines:
@@ -113,7 +114,7 @@ def _by_tokens(runs: Sequence[RunFolder]) -> Lines:
             series.append(thin(run.name, millions, run.steps["loss"], number, most)[0])
     axis = Axis("loss", "nats per token")
     note = "The runs have different numbers of tokens in a step."
-    return Lines("loss_by_tokens", "Training loss by tokens", Axis("tokens", "millions"), axis, series, note=note)
+    return Lines("loss_by_tokens", "Training loss by tokens", Axis("tokens", "millions"), axis, series, about=note)
 
 
 def held_out_figure(runs: Sequence[RunFolder]) -> Lines:
@@ -142,8 +143,8 @@ def _source_figure(runs: Sequence[RunFolder]) -> Lines | None:
         one, each = thin(called, run.steps["step"], run.steps[name], number, points_of_each(len(found)))
         series.append(one)
         most = max(most, each)
-    note = thinned_note(most)
+    note, ranges = thinned_note(most)
     if len(found) > MOST_LINES:
         note = f"{note} The first {MOST_LINES} of {len(found)} sources are shown.".strip()
     axis = Axis("loss", "nats per token")
-    return Lines("loss_by_source", "Training loss by source", STEPS, axis, series, note=note)
+    return Lines("loss_by_source", "Training loss by source", STEPS, axis, series, about=note, ranges=ranges)

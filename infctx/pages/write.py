@@ -14,6 +14,7 @@ from infctx.files import atomic_file
 from infctx.pages.measures import measure_figures
 from infctx.pages.page import GENERATOR, page_of
 from infctx.pages.run_folder import RunFolder, read_run, read_runs
+from infctx.pages.seeds import join_seeds
 from infctx.pages.training import training_figures
 
 REPORT = "report.html"
@@ -24,16 +25,23 @@ log = logging.getLogger(__name__)
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, figures_folder: Path | None = None, differences_first: bool = False
+    paths: Sequence[Path],
+    output: Path,
+    figures_folder: Path | None = None,
+    differences_first: bool = False,
+    joins_seeds: bool = False,
 ) -> list[RunFolder]:
     """Writes the report of runs; returns them.
 
+    joins_seeds:    whether figures show runs that differ in their seed alone as one
     figures_folder: for the figures; None: next to the page, under its name with `_figures`
     Raises InputError for a path that is no run, and for a file at `output` that is not a report.
     """
     _refuse_output(output)
     runs = read_runs(paths)
     groups = figures_of(runs)
+    if joins_seeds:
+        groups = [(heading, join_seeds(runs, figures)) for heading, figures in groups]
     _write(output, page_of(runs, groups, differences_first))
     folder = figures_folder or output.with_name(f"{output.stem}_figures")
     for figure in (figure for _, figures in groups for figure in figures):

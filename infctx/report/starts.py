@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,7 @@ def _this_start(plan: Plan, first_step: int) -> Start:
     )
 
 
+@cache  # what is loaded stays what it was
 def commit_of(folder: Path) -> str | None:
     """Returns the commit that a folder is at, None if it is not the top of a repository."""
     if not (folder / ".git").exists():  # a repository further up is of somebody else's project

@@ -145,3 +145,7 @@ def test_bars_and_grids_say_every_number():
     assert "goose: depth 50%, length 4k: 60 %" in titles(svg) and len(titles(svg)) == 5
     assert {"100", "90", "80", "70", "60", "1k", "4k", "0%", "50%"} <= set(texts(svg))
     assert grid.numbers()["panels"][0]["cells"] == [[100, 90, None], [80, 70, 60]]
+
+    norms = [Panel("", ["0"], ["1k", "2k", "4k"], [[1.0, 100.0, 10_000.0]])]
+    svg = draw_alone(Grids("n", "Norm", Axis("r"), Axis("c"), Axis("norm", scale="log"), norms, 1.0, 10_000.0))
+    assert all(cell_color(part)[0] in svg for part in (0, 0.5, 1)) and "norm, logarithmic" in texts(svg)

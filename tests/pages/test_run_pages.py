@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,6 +17,7 @@ from infctx.pages import measured
 from infctx.pages.differences import differences_of, first_difference
 from infctx.pages.measures import recall_by_method
 from infctx.pages.run_folder import read_columns, read_run, read_runs, short_names
+from infctx.pages.seeds import join_seeds, seed_groups
 from infctx.pages.training import thin, training_figures
 from infctx.pages.write import figures_of, write_own_report, write_report
 from infctx.report.starts import commit_of
@@ -123,12 +125,9 @@ def test_runs_of_the_first_version_have_reports(tmp_path, name):
 
 
 def test_damaged_logs_and_numbers_that_are_none(tmp_path):
-    folder = write_log(
-        tmp_path / "run",
-        9,
-        cut='not json\n[1]\n{"step": true}\n{"step": 10, "lo',
-        loss=lambda step: math.nan if step == 4 else 1.0 / step,
-    )
+    cut = 'not json\n[1]\n{"step": true}\n{"step": 10, "lo'
+    losses = {"loss": lambda step: math.nan if step == 4 else 1.0 / step}
+    folder = write_log(tmp_path / "run", 9, cut, {"optimizer": {"steps": 40}}, **losses)
     (folder / "environment.json").write_text("[{}]")
     columns, damaged = read_columns(folder / "steps.jsonl")
     assert damaged == 4 and columns["step"] == [float(step) for step in steps_to(9)]
@@ -136,7 +135,7 @@ def test_damaged_logs_and_numbers_that_are_none(tmp_path):
     page = Page(tmp_path / "out.html")
     assert page.numbers["loss"]["series"][0]["x"] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert "4 lines cannot be read" in page.text and "environment.json cannot be read" in page.text
-    assert "9 of 9" in page.text
+    assert "9 of 40 so far" in page.text
 
 
 def test_a_long_log_is_thinned_honestly_and_the_page_is_small(tmp_path):
@@ -223,6 +222,7 @@ def test_every_measure_has_its_figure(tmp_path):
     assert (position.name, list(position.y)) == ("run", [3.0, 2.0])
     assert position.high[0] == pytest.approx(3.3) and position.low[1] == 2.0  # the error in the unit of the axis
     assert found["differences"].series[0].x == [383.5]
+    assert "standard errors" in found["reach"].note and "standard errors" not in found["forgetting"].note
     assert found["recall"].panels[0].cells == [[pytest.approx(23.4375)] * 2, [pytest.approx(93.75)] * 2]
     assert found["needle"].panels[0].cells == [[90.0]] and found["needle"].panels[0].rows == ["50%"]
     assert (found["state_norm"].low, found["state_norm"].high, len(found["state_norm"].panels[0].rows)) == (8, 32, 24)
@@ -256,6 +256,33 @@ def test_a_file_of_measurements_may_stand_beside_runs(tmp_path):
     evaluated(tmp_path / "other", name=str(write_log(tmp_path / "second")))
     (series,) = figures(tmp_path / "second", other)["reach"].series
     assert (series.name, series.style) == ("second", 0)  # it is about a run that is on the page
+
+
+def test_seeds_are_joined(tmp_path):
+    runs = []
+    for name, lr, seed, scale in (("exact-seed-0", 1, 0, 1), ("exact-seed-1", 1, 1, 3), ("other", 2, 0, 5)):
+        settings = {"optimizer": {"peak_lr": lr}, "run": {"seed": seed, "folder": name}}
+        folder = write_log(tmp_path / name, 30 - seed, loss=lambda step, scale=scale: float(scale), settings=settings)
+        recall = [row | {"right": 10 * scale} for row in EVALUATION["recall"]]
+        needle = [row | {"right": scale} for row in EVALUATION["needle"]]
+        runs.append(evaluated(folder, recall=[row for row in recall if row["keys"] == 1][:1], needle=needle))
+    found = read_runs(runs)
+    assert seed_groups(found) == {"exact (2 seeds)": ["exact-seed-0", "exact-seed-1"], "other": ["other"]}
+    joined = {figure.name: figure for _, group in figures_of(found) for figure in join_seeds(found, group)}
+    exact, other = joined["loss"].series
+    assert (exact.name, list(exact.x), set(exact.y)) == ("exact (2 seeds)", list(range(1, 30)), {2.0})
+    assert (set(exact.low), set(exact.high), exact.is_band) == ({1.0}, {3.0}, True)
+    assert (other.name, other.style, set(other.y)) == ("other", 1, {5.0})
+    (exact, _) = joined["positions"].series
+    assert not exact.is_band and exact.places == ["tokens 0 to 255", "tokens 256 to 511"]
+    assert "Of several seeds" in joined["positions"].note and "standard errors" not in joined["positions"].note
+    (exact, _) = joined["recall"].bars
+    assert exact.dots == [pytest.approx([1000 / 128, 3000 / 128])] and exact.values == [pytest.approx(2000 / 128)]
+    assert [(panel.title, panel.cells) for panel in joined["needle"].panels] == [
+        ("exact (2 seeds), s-niah-1", [[20.0]]), ("other, s-niah-1", [[50.0]]),
+    ]  # fmt: skip
+    for figure in joined.values():
+        ElementTree.fromstring(draw_alone(figure))
 
 
 def test_names_are_short_and_differ(tmp_path):
@@ -302,3 +329,18 @@ def test_the_commit_is_that_of_our_repository_only(tmp_path):
     assert commit_of(tmp_path) is None and commit_of(ROOT / "infctx") is None
     if (ROOT / ".git").exists():
         assert re.fullmatch("[0-9a-f]{12,}(-dirty)?", commit_of(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_opens_the_page_without_a_word(tmp_path):
+    evaluated(write_log(tmp_path / "run"))
+    write_report([tmp_path / "run"], tmp_path / "out.html")
+    words = ["chromium", "--headless", "--no-sandbox", "--enable-logging=stderr", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([*words, profile, tmp_path / "out.html"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("<svg") == 10
+    assert "CONSOLE" not in done.stderr
+    (tmp_path / "bad.html").write_text((tmp_path / "out.html").read_text().replace("<h1>", '<img src="https://x"><h1>'))
+    done = subprocess.run([*words, profile, tmp_path / "bad.html"], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" in done.stderr  # the page's own policy refuses it

@@ -248,6 +248,8 @@ a report that would be a picture = report run --output report.png
     --output: report.png is no page; give it a name that ends in .html
 a report below a file = report run --output README.md/report.html
     README.md: ... choose another place
+a report that joins one seed = report run --join-seeds
+    --join-seeds: no two of these runs differ in run.seed alone; leave it out
 a comparison of one run = compare run
     the following arguments are required: RUN
 segments of words = evaluate finch.pth books/held_out --segment-tokens many
