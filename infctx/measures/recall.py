@@ -29,6 +29,7 @@ class Row(NamedTuple):
     """The right answers of those asked for, after a gap; overwritten: keys had other values before.
 
     gap_tokens: tokens of nothing but noise and questions after the facts
+    chance:     the share that guessing gets
     """
 
     gap_tokens: int
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     overwritten: bool
     right: int
     asked: int
+    chance: float
 
 
 def measure_recall(model: RWKV, segment_tokens: int, gaps: Sequence[int], samples: int | None, seed: int) -> list[Row]:
@@ -48,7 +50,7 @@ def measure_recall(model: RWKV, segment_tokens: int, gaps: Sequence[int], sample
     for gap, keys, name in shown(cells, len(cells), "recall"):
         task = Task(name, gap, keys)
         right, asked = _ask(model, task, segment_tokens, samples or DOCUMENTS, seed)
-        rows.append(Row(gap, keys, name == "overwrite", right, asked))
+        rows.append(Row(gap, keys, name == "overwrite", right, asked, 1 / VALUES))
     return rows
 
 
