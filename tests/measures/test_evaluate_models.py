@@ -17,7 +17,7 @@ FIELDS = {
     "positions": "begin end num_tokens nats_per_token bits_per_byte standard_error",
     "reach": "tokens distance standard_error",
     "forgetting": "distance copy_accuracy language_accuracy difference standard_error",
-    "recall": "gap_tokens keys overwritten right asked",
+    "recall": "gap_tokens keys overwritten right asked chance",
     "needle": "task length depth right asked",
     "states": "layer position norm saturation effective_rank",
 }
