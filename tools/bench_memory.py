@@ -130,9 +130,10 @@ def planned_run(options: argparse.Namespace) -> dict[str, float]:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small = {"version": options.version, "num_layers": 1, "width": 64, "vocab_size": options.vocab_size}
-        train(_config(folder / "warm-up", small, 2 * SEGMENT_TOKENS, options.plan))  # loads the compiled kernels
-        sizes = small | {"num_layers": options.layers, "width": options.width}
+        sizes = {"version": options.version, "width": options.width, "vocab_size": options.vocab_size}
+        small = sizes | {"num_layers": 1}  # of this width, since libraries make code for the sizes of matrices
+        train(_config(folder / "warm-up", small, 2 * SEGMENT_TOKENS, options.plan))
+        sizes |= {"num_layers": options.layers}
         config = make_plan(_config(folder / "measured", sizes, options.one, options.plan)).config
         before = restart_peak()
         train(config)

@@ -17,7 +17,7 @@ from infctx.evaluate.record import HELD_OUT, Evaluation, read_record
 from infctx.formats.checkpoint_folder import ADAPTER_FILE, STATE_FILE
 from infctx.formats.tensor_file import read_shapes
 from infctx.report.progress import duration
-from infctx.report.step_log import read_step_log
+from infctx.report.step_log import STEP_LOG, read_step_log
 from infctx.small_texts import read_json
 
 
@@ -36,7 +36,7 @@ def table(runs: list[Path]) -> str:
     places = [f"{bucket.begin:,} - {bucket.end - 1:,}" for bucket in buckets]
     rows = [["learned", "numbers", "time", *places, "all"], ["before", "", "", *_losses(before)]]
     for run, found in evaluations.items():
-        steps = read_step_log(run)
+        steps = read_step_log(run) if (run / STEP_LOG).is_file() else []
         took = duration(steps[-1]["seconds"]) if steps and "seconds" in steps[-1] else ""
         rows.append([run.name[skipped:], _learned(run), took, *_losses(found[-1] if len(found) > 1 else None)])
     rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]

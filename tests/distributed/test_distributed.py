@@ -40,14 +40,14 @@ LEARN = {
     "state over nf4": ["model.learn=initial_state", "model.frozen_dtype=nf4"],
     "adapter": ["model.learn=adapter", f"model.adapter={DORA}"],
     "adapter in float64": ["model.learn=adapter", f"model.adapter={DORA}"],  # DeepSpeed has no float64
-    "adapter over nf4": ["model.learn=adapter", f"model.adapter={LORA}", "model.frozen_dtype=nf4"],
+    "adapter over nf4 in float64": ["model.learn=adapter", f"model.adapter={LORA}", "model.frozen_dtype=nf4"],
 }
 TUNING = {
     f"{strategy}, {learn}": (2, [f"distributed.strategy={strategy}", "distributed.time_ranks=2", *overrides])
     for strategy in ("ddp", "zero1", "zero2", "zero3")
     for learn, overrides in LEARN.items()
     # What ZeRO shares out is in the cases beside it; ddp's in float64 says more than one in fp32.
-    if learn not in (("adapter",) if strategy == "ddp" else ("adapter in float64", "adapter over nf4"))
+    if learn not in (("adapter",) if strategy == "ddp" else ("adapter in float64", "adapter over nf4 in float64"))
 } | {"ddp, adapter in float64, lanes": (2, ["distributed.strategy=ddp", *LEARN["adapter in float64"]])}
 QUICK_TUNING = [case for case in TUNING if case.startswith(("ddp", "zero3"))]
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infctx.conventions import MASKED
 from infctx.cpu import head_loss
 from infctx.model import loss as loss_module
+from infctx.model.layers import LowRank
 from infctx.model.loss import Segment, SegmentLoss, cross_entropy_sum, token_losses
 
 from tiny_models import random_model, random_tokens
@@ -228,6 +229,39 @@ def test_nan_reaches_the_loss_and_the_gradients(form, dtype):
         head[5, 2] = torch.nan
     loss, d_hidden, d_head, _ = results(hidden, head, targets)
     assert all(x.isnan().all() for x in (loss, d_hidden)) and d_head.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scales", [False, True])
+def test_an_adapter_beside_a_frozen_head(slices, dtype, scales):
+    """The judge is torch's loss with the whole matrix that head and adapter are together; nothing of that size is made.
+
+    In bf16, columns and factors are fp32, as an adapter's parameters are.
+    """
+    hidden, head, targets = random_case(dtype=dtype)
+    random = torch.Generator().manual_seed(3)
+    rows, columns, factors = (torch.randn(*shape, generator=random).double() for shape in ((B, T, 2), (V, 2), (V,)))
+    learned = [rows.to(dtype)] + [part.to(loss_module.state_dtype(dtype)) for part in (columns, factors)[: 1 + scales]]
+    learned = [part.requires_grad_() for part in learned]
+    adapter = LowRank(learned[0], learned[1], 0.7, learned[2] if scales else None)
+    with Shapes() as shapes:
+        found = cross_entropy_sum(hidden, head.detach(), targets, True, adapter=adapter)[0]
+        gradients = torch.autograd.grad(found, (hidden, *learned))
+    assert (V, D) not in shapes.seen
+    exact = [part.detach().double().requires_grad_() for part in (hidden, *learned)]
+    widened = torch.cat([exact[0], exact[1]], 2), torch.cat([head.detach().double(), 0.7 * exact[2]], 1)
+    whole = widened[1] * exact[3][:, None] if scales else widened[1]
+    value, regularised = judge(widened[0], whole, targets, 1e-4)
+    bar = 1e-12 if dtype == torch.float64 else 0.03
+    assert torch.allclose(found.double(), value, rtol=bar)
+    assert torch.allclose(token_losses(hidden, head, targets, adapter).double().sum(), value, rtol=bar)
+    for part, gradient, truth in zip(
+        (hidden, *learned), gradients, torch.autograd.grad(regularised, exact), strict=True
+    ):
+        assert gradient.dtype == part.dtype
+        assert (gradient - truth).abs().max() <= bar * truth.abs().max()
+    with torch.no_grad():
+        assert torch.equal(cross_entropy_sum(hidden, head, targets, adapter=adapter)[0], found)
 
 
 def test_token_losses(slices):

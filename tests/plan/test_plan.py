@@ -186,7 +186,7 @@ def test_the_parts_of_the_memory(tmp_path):
     assert needed() - needed(window__gradient_segments=1) == seams * 3 / 4
     longer = needed(window__window_tokens=256) - needed()
     assert longer == seams  # a longer window costs only its seams
-    a_token = activation_bytes(base, sizes) + 3 * 4 * 257  # and its logits
+    a_token = activation_bytes(base, sizes) + 2 * 4 * 257  # and its logits
     a_lane = 32 * a_token + (4 + PASSING_STATES) * state_bytes(sizes)
     assert needed() - needed(window__lanes_per_pass=1) == a_lane
     assert needed(window__segment_tokens=64, window__window_tokens=256) - needed() == 2 * 32 * a_token
