@@ -151,7 +151,7 @@ def _infctx_train(one: Wanted) -> None:
         "run.device=cpu",
         *ARMS[one.arm],
     ]
-    run_infctx(["train", CONFIG, *settings], one.run_folder.with_suffix(".log"))
+    run_infctx(["train", CONFIG, *settings], one.run_folder.with_suffix(".log"), one.run_folder / "model.pth")
 
 
 def _write_evaluation(one: Wanted, right: int) -> None:
