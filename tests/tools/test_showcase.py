@@ -10,7 +10,7 @@ from infctx.data.synthetic_tasks import VOCAB_SIZE
 
 import showcase
 from places import ROOT
-from showcase_picture import MARKS, as_promised, block_of, describe, draw, table, with_block
+from showcase_picture import MARKS, PAGES, PICTURE, RESULTS, as_promised, block_of, describe, draw, table, with_block
 
 
 @pytest.fixture
@@ -138,3 +138,13 @@ def test_pages_get_the_block_between_their_marks():
         assert "old" not in page
     with pytest.raises(AssertionError, match="lost its marks"):
         with_block("no marks", "")
+
+
+def test_what_the_pages_show_is_what_the_tool_made_of_the_results():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert PICTURE.read_text(encoding="utf-8") == draw(results)
+    assert [run for run in results["runs"] if not as_promised(run)] == []
+    assert len({(run["version"], run["arm"]) for run in results["runs"]}) * 3 == len(results["runs"])  # three seeds
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert with_block(text, block_of(results, page)) == text
