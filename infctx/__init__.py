@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from infctx.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from infctx.data.token_store import TokenStore
     from infctx.data.tokenizer import get_tokenizer as tokenizer
@@ -39,7 +41,6 @@ __all__ = [
     "wkv",
     "wkv7",
 ]
-__version__ = "0.1.0"
 
 _DEFINED_AS = {
     "InputError": "infctx.errors.InputError",

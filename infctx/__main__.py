@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import infctx
 from infctx.arguments import Parser
-from infctx.commands import chat, evaluate, export, generate, inspect, prepare, train
+from infctx.commands import chat, evaluate, export, generate, inspect, prepare, report, train
 from infctx.environment import rank_number
 from infctx.exits import run_command
 from infctx.small_texts import quoted
@@ -43,6 +43,8 @@ COMMANDS = (
     Command("tune", train.tune_command, train.describe_tune, trains=True),
     Command("plan", train.plan_command, train.describe_plan, loads_torch=False, trains=True),
     Command("evaluate", evaluate.run, evaluate.describe),
+    Command("report", report.report, report.describe_report, loads_torch=False),
+    Command("compare", report.compare, report.describe_compare, loads_torch=False),
     Command("generate", generate.run, generate.describe, is_quiet=True),
     Command("chat", chat.run, chat.describe, is_quiet=True),
     Command("export", export.run, export.describe),
@@ -70,8 +72,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     names = [command.name for command in COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        choice = f"{', '.join(names[:-1])} or {names[-1]}"
-        parser.error(f"{quoted(arguments[0], 20)}: is none of {choice}")
+        meant = difflib.get_close_matches(arguments[0], names, n=1)
+        remedy = f"; perhaps {meant[0]} is meant" if meant else f"; there are {', '.join(names[:5])} and more"
+        parser.error(f"{quoted(arguments[0], 20)}: is no command{remedy}")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [word for word in rest if word.startswith("-")]
     if flags:

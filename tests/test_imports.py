@@ -27,6 +27,8 @@ ROOMS = (
     "distributed",
     "evaluate",
     "report",
+    "figures",
+    "pages",
     "train",
     "commands",
     "entrances",

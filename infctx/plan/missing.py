@@ -23,7 +23,7 @@ from infctx.settings.config import Config
 from infctx.small_texts import quoted
 
 NOT_OTHERS = {SETTINGS, RUN_WEIGHTS, ADAPTER_FILE, STATE_FILE, "state.st", "state.pth", "held_out.json", "steps.jsonl"}
-NOT_OTHERS |= {"tensorboard", "metrics.csv", "run_id", "wandb"}
+NOT_OTHERS |= {"tensorboard", "metrics.csv", "run_id", "wandb", "environment.json", "evaluation.json", "report.html"}
 """What people may put into a new run's folder, and what is left of one whose checkpoints are gone."""
 
 

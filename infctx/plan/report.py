@@ -26,7 +26,7 @@ from infctx.plan.memory import (
     with_distributed,
     with_strategy,
 )
-from infctx.plan.plan import find_weights
+from infctx.plan.plan import Plan, find_weights
 from infctx.plan.strategy import FILLED, possible_strategies, resolve_strategy
 from infctx.settings.adapter import AdapterSettings
 from infctx.settings.config import Config
@@ -71,6 +71,16 @@ def plan_report(config: Config, device_gb: float | None = None) -> Report:
         assert memory is not None
         lines += ["", *_remedy(own, sizes, device_type, memory)]
     return Report("\n".join(lines), fits)
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Returns lines about what a plan decided: model, window, lanes, ranks, strategy, and the memory it should take."""
+    assert plan.sizes is not None
+    own = with_distributed(plan.config, strategy=plan.strategy, gradient_reduction=plan.reduction)
+    needed = rank_memory(own, plan.sizes, plan.device.type)
+    memory = f"{_amount(needed.device)} per rank" + (f", {_amount(needed.host)} of the host" if needed.host else "")
+    strategy = f"{_name(strategy_of(own))}, gradients reduced each {plan.reduction}"
+    return [*_describe_run(plan.config, plan.sizes), f"strategy  {strategy}", f"planned   {memory}"]
 
 
 def real_device(config: Config, device_gb: float | None) -> tuple[str, int | None]:

@@ -15,7 +15,7 @@ class RunSettings(Section):
 
     folder: PathSetting
     """Folder for everything the run writes: checkpoints, TensorBoard files, the log of all steps (`steps.jsonl`) and,
-    at the end, the weights or the state.  Each run needs a separate folder."""
+    at the end, the weights or the state, and a report (`report.html`).  Each run needs a separate folder."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Random seed for new weights and for the order of documents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -23,6 +23,7 @@ from infctx.formats.model_files import RUN_WEIGHTS
 from infctx.formats.state_file import save_state
 from infctx.formats.weights import save_weights
 from infctx.model.rwkv import RWKV
+from infctx.pages.write import write_own_report
 from infctx.report.csv_log import METRICS_CSV
 from infctx.report.evaluations import held_out_scalars
 from infctx.report.loggers import TENSORBOARD, Loggers
@@ -65,6 +66,8 @@ def finish(run: Run) -> None:
             except UNMEASURABLE as error:
                 measured = False
                 log.warning("the held-out loss could not be measured: %s", str(error).partition("\n")[0])
+    if page := write_own_report(config.run.folder):
+        print(f"report in {page}")
     print("\n".join(["next", *(f"  {command}" for command in _next_commands(run, model, measured))]))
 
 

@@ -48,6 +48,7 @@ from infctx.model.state import State
 from infctx.ops.precision import state_dtype
 from infctx.plan.plan import Plan
 from infctx.recurrence.time_parallel import TimeRanks
+from infctx.report.starts import record_start
 from infctx.settings.config import Config
 from infctx.settings.load import dump_config
 from infctx.small_texts import counted
@@ -104,6 +105,7 @@ def open_run(devices: Devices, watchdog: Watchdog | None = None) -> Run:
         carry, progress = load_progress(checkpoint, engine)
     lanes = open_lanes(config, model.sizes.vocab_size, progress.position, ranks)
     ranks.from_first(lambda: write_settings(config))
+    ranks.from_first(lambda: record_start(plan, progress.step + 1))
     log.info("%s, %s", checkpoint or config.model.weights or "new weights", describe(model.sizes))
     for line in describe_sources(config, lanes.mixture):
         log.info("%s", line)

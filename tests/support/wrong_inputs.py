@@ -35,7 +35,9 @@ TABLE = """
 no command =
     the following arguments are required: COMMAND
 unknown command = frob
-    frob: is none of prepare, inspect, train, tune, plan, evaluate, generate, chat or export; see infctx --help
+    frob: is no command; there are prepare, inspect, train, tune, plan and more; see infctx --help
+a misspelled command = reprot run
+    reprot: is no command; perhaps report is meant; see infctx --help
 train without a configuration = train
     the following arguments are required: config
 generate without a model = generate
@@ -216,6 +218,32 @@ a store that is missing = evaluate finch.pth gone/held_out
     gone/held_out: ... make one with `infctx prepare`
 no tokens to evaluate = evaluate finch.pth books/held_out --max-tokens 0
     argument --max-tokens: 0 is not a whole number of at least 1
+a report of a run that is missing = report gone
+    gone: there is no such run; name a run's folder (run.folder)
+a report of no run = report run books
+    books: is no run: it has no steps.jsonl; name a run's folder (run.folder)
+a report of a run without logs = report silent
+    silent: the run has logged no step yet; train it first, or name another
+a report of a run with damaged measurements = report hurt
+    hurt/evaluation.json: ... measure again, or move it away
+a report of a record that is cut off = report cut-run
+    cut-run/held_out.json: ... measure again, or move it away
+a report of a model = report finch.pth
+    finch.pth: is no run; name a run's folder, or a file that infctx evaluate --output wrote
+a report of a run, twice = report run ./run
+    run: is named twice; name each run once
+a report over another file = report run --output page.html
+    page.html: exists, and is no report that infctx wrote; choose another name
+a report into a folder = report run --output books.html/../books
+    --output: ... give it a name that ends in .html
+a report that would be a picture = report run --output report.png
+    --output: report.png is no page; give it a name that ends in .html
+a report below a file = report run --output README.md/report.html
+    README.md: ... choose another place
+a report that joins one seed = report run --join-seeds
+    --join-seeds: no two of these runs differ in run.seed alone; leave it out
+a comparison of one run = compare run
+    the following arguments are required: RUN
 segments of words = evaluate finch.pth books/held_out --segment-tokens many
     argument --segment-tokens: many is not a whole number of at least 1
 documents beyond the vocabulary = evaluate finch.pth beyond/train

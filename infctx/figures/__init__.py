@@ -1,0 +1,1 @@
+"""Figures for papers and pages: numbers in; lines, bars and grids as SVG that needs no other program out."""
