@@ -95,6 +95,12 @@ def main() -> None:
     }
     write_json(options.folder / "results.json", results)
     print(f"\n{table(results)}\n\n{describe(results)}")
+    folders = [one.run_folder for one in wanted]
+    page = options.folder / "report.html"
+    page.unlink(missing_ok=True)  # of fewer runs, perhaps
+    joined = ["--join-seeds"] if options.seeds > 1 else []
+    run_infctx(["report", *folders, *joined, "--output", page], options.folder / "report.log", page)
+    print(f"the report of all runs is {page}")
     if options.publish:
         publish(results)
 

@@ -27,6 +27,8 @@ def quick(tmp_path, monkeypatch, capsys):
 
 def test_runs_of_infctx_train_that_differ_in_what_the_gradient_sees(quick, monkeypatch):
     folder, results, printed = quick
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "window.gradient_segments" in page and "Recall" in page
     assert "[3/3]" in printed and table(results) in printed and "3 runs of 2 steps took" in printed
     assert [run["arm"] for run in results["runs"]] == ["exact", "truncated", "no carry"]
     told = {}
