@@ -38,7 +38,14 @@ def test_runs_of_infctx_train_that_differ_in_what_the_gradient_sees(quick, monke
         told[run["arm"]] = {word for word in log.splitlines()[0].split() if "run.folder" not in word}
         assert "step 2/2" in log and len(run["losses"]) == 2
         (model,) = json.loads((run_folder / "evaluation.json").read_text())["models"]
-        row = {"gap_tokens": 128, "keys": 1, "overwritten": False, "right": run["right"], "asked": 128}
+        row = {
+            "gap_tokens": 128,
+            "keys": 1,
+            "overwritten": False,
+            "right": run["right"],
+            "asked": 128,
+            "chance": 1 / 16,
+        }
         assert model == {"name": str(run_folder), "recall": [row]}
     assert told["truncated"] - told["exact"] == {"window.gradient_segments=1"}
     assert told["no carry"] - told["exact"] == set(showcase.ARMS["no carry"])
