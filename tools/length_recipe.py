@@ -78,7 +78,7 @@ def main() -> None:
 
 def do_seed(wanted: Wanted) -> Losses:
     """Trains a model and gives it more steps in every way; returns the losses by position."""
-    base = wanted.folder / f"seed{wanted.seed}"
+    base = wanted.folder / f"steps-{wanted.steps}" / f"seed{wanted.seed}"
     again = [f"run.seed={wanted.seed}", "run.loggers=[]", "run.device=cpu", *wanted.settings]
     steps = [f"optimizer.steps={wanted.steps}", f"run.save_every_steps={wanted.steps}"]
     weights = base / "model.pth"
@@ -88,7 +88,7 @@ def do_seed(wanted: Wanted) -> Losses:
     for way, settings in WAYS.items():
         if way == "none":
             continue
-        folder = wanted.folder / f"{base.name}-{way.replace(',', '').replace(' ', '-')}"
+        folder = base.parent / f"{base.name}-{way.replace(',', '').replace(' ', '-')}"
         filled = [setting.format(curriculum=max(1, 2 * more // 3)) for setting in settings]
         given = [f"model.weights={weights}", f"optimizer.steps={more}", f"run.folder={folder}"]
         words = ["train", LONGER, *again, *given, *filled]

@@ -29,6 +29,7 @@ def run_infctx(words: Sequence[object], log: Path, made: Path) -> None:
     if made.exists():
         return
     arguments = [str(word) for word in words]
+    log.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     with log.open("w", encoding="utf-8") as printed:
         print(f"infctx {' '.join(arguments)}", file=printed, flush=True)

@@ -63,7 +63,8 @@ class Wanted(NamedTuple):
 
     @property
     def run_folder(self) -> Path:
-        return self.folder / f"{NAMES[self.version].lower()}-{self.arm.replace(' ', '-')}-seed{self.seed}"
+        name = f"{NAMES[self.version].lower()}-{self.arm.replace(' ', '-')}-seed{self.seed}"
+        return self.folder / f"steps-{self.steps}" / name
 
 
 def main() -> None:

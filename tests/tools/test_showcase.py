@@ -33,7 +33,7 @@ def test_runs_of_infctx_train_that_differ_in_what_the_gradient_sees(quick, monke
     assert [run["arm"] for run in results["runs"]] == ["exact", "truncated", "no carry"]
     told = {}
     for run in results["runs"]:
-        run_folder = folder / f"finch-{run['arm'].replace(' ', '-')}-seed0"
+        run_folder = folder / "steps-2" / f"finch-{run['arm'].replace(' ', '-')}-seed0"
         log = run_folder.with_suffix(".log").read_text()
         told[run["arm"]] = {word for word in log.splitlines()[0].split() if "run.folder" not in word}
         assert "step 2/2" in log and len(run["losses"]) == 2
