@@ -78,21 +78,21 @@ def main() -> None:
 
 def do_seed(wanted: Wanted) -> Losses:
     """Trains a model and gives it more steps in every way; returns the losses by position."""
-    base = wanted.folder / f"seed{wanted.seed}"
+    base = wanted.folder / f"steps-{wanted.steps}" / f"seed{wanted.seed}"
     again = [f"run.seed={wanted.seed}", "run.loggers=[]", "run.device=cpu", *wanted.settings]
     steps = [f"optimizer.steps={wanted.steps}", f"run.save_every_steps={wanted.steps}"]
-    if not (base / "model.pth").exists():
-        run_infctx(["train", SHORT, *again, *steps, f"run.folder={base}"], base.with_suffix(".log"))
+    weights = base / "model.pth"
+    run_infctx(["train", SHORT, *again, *steps, f"run.folder={base}"], base.with_suffix(".log"), weights)
     more = max(1, wanted.steps // SHARE)
     found: Losses = {}
     for way, settings in WAYS.items():
         if way == "none":
             continue
-        folder = wanted.folder / f"{base.name}-{way.replace(',', '').replace(' ', '-')}"
-        if not (folder / "model.pth").exists():
-            filled = [setting.format(curriculum=max(1, 2 * more // 3)) for setting in settings]
-            given = [f"model.weights={base / 'model.pth'}", f"optimizer.steps={more}", f"run.folder={folder}"]
-            run_infctx(["train", LONGER, *again, *given, *filled], folder.with_suffix(".log"))
+        folder = base.parent / f"{base.name}-{way.replace(',', '').replace(' ', '-')}"
+        filled = [setting.format(curriculum=max(1, 2 * more // 3)) for setting in settings]
+        given = [f"model.weights={weights}", f"optimizer.steps={more}", f"run.folder={folder}"]
+        words = ["train", LONGER, *again, *given, *filled]
+        run_infctx(words, folder.with_suffix(".log"), folder / "model.pth")
         before, after = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))["evaluations"]
         found.setdefault("none", _by_position(before))
         found[way] = _by_position(after)

@@ -21,9 +21,15 @@ Wanted = TypeVar("Wanted")
 Result = TypeVar("Result")
 
 
-def run_infctx(words: Sequence[object], log: Path) -> None:
-    """Runs an infctx command; what it prints goes into a file.  Exits, naming the file, if the command fails."""
+def run_infctx(words: Sequence[object], log: Path, made: Path) -> None:
+    """Runs an infctx command that makes a file, unless it is there; what the command prints goes into `log`.
+
+    Exits, naming the log, if the command fails or is stopped; a run that was stopped continues the next time.
+    """
+    if made.exists():
+        return
     arguments = [str(word) for word in words]
+    log.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     with log.open("w", encoding="utf-8") as printed:
         print(f"infctx {' '.join(arguments)}", file=printed, flush=True)
@@ -31,8 +37,8 @@ def run_infctx(words: Sequence[object], log: Path) -> None:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             code = main(arguments)
         root.handlers = handlers
-    if code:
-        raise SystemExit(f"{log}: the run failed; its last lines say why")
+    if code or not made.exists():
+        raise SystemExit(f"{log}: the run did not get to its end; its last lines say why")
 
 
 def side_by_side(
@@ -42,8 +48,12 @@ def side_by_side(
     # New processes, not forks of this one: a fork of a process in which torch has threads may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         places = {pool.submit(do, one): place for place, one in enumerate(wanted)}
-        for future in as_completed(places):
-            yield places[future], future.result()
+        try:
+            for future in as_completed(places):
+                yield places[future], future.result()
+        except BaseException:  # Ctrl-C too: the runs that are on their way save, and no other begins
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -29,7 +29,7 @@ SAID = "Loss by step, for the exact gradient, the truncated one, and no carry"
 GUESSING = math.log(VALUES)
 MOST = 3.5  # nats: the first steps, which only learn that answers are values, are above the picture
 INK, SOFT, PAPER, GRID = "#1f2933", "#64748b", "#ffffff", "#e2e8f0"
-PANEL, TALL, LEFT, TOP, BETWEEN, BOTTOM = 300, 190, 62, 66, 40, 118
+WIDTH, TALL, LEFT, TOP, BETWEEN, BOTTOM = 720, 190, 62, 66, 40, 140
 
 STYLE = f"""
   text {{ font-family: ui-sans-serif, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: {INK};
@@ -100,44 +100,45 @@ def as_promised(run: dict[str, Any]) -> bool:
 def draw(results: dict[str, Any]) -> str:
     """Returns the picture as SVG: the loss of every run by its steps, one panel for each model."""
     versions = _versions(results)
-    width = LEFT + len(versions) * (PANEL + BETWEEN) - BETWEEN + 24
+    wide = (WIDTH - LEFT - 24 - BETWEEN * (len(versions) - 1)) // len(versions)  # of a panel
     height = TOP + TALL + BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{SAID}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{SAID}">',
         f"<style>{STYLE}</style>",
-        f'<rect width="{width}" height="{height}" rx="10" fill="{PAPER}"/>',
+        f'<rect width="{WIDTH}" height="{height}" rx="10" fill="{PAPER}"/>',
         _text(LEFT, 26, "To recall a fact, eight segments later", "bold"),
         f'<text transform="translate(18 {TOP + TALL / 2:.0f}) rotate(-90)" text-anchor="middle" class="soft">'
         "loss, nats per answer</text>",
     ]
     for place, version in enumerate(versions):
-        parts += _panel(results, version, LEFT + place * (PANEL + BETWEEN), place == 0)
+        parts += _panel(results, version, (LEFT + place * (wide + BETWEEN), wide), place == 0)
     parts += _legend(results, TOP + TALL + 62)
     made = f"made by make showcase, {results['date']}, commit {results['commit']}"
-    parts.append(_text(width - 16, height - 10, made, "soft right"))
+    parts.append(_text(WIDTH - 16, height - 10, made, "soft right"))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(results: dict[str, Any], version: int, left: float, has_numbers: bool) -> list[str]:
-    bottom, steps = TOP + TALL, results["steps"]
+def _panel(results: dict[str, Any], version: int, place: tuple[int, int], has_numbers: bool) -> list[str]:
+    """Returns the losses of a model's runs over their axes; place: where it begins, and how wide it is."""
+    (left, wide), bottom, steps = place, TOP + TALL, results["steps"]
     parts = [_text(left, TOP - 12, NAMES[version], "bold")]
     for nats in range(4):
         y = _height(nats)
-        parts.append(f'<path d="M{left} {y:.1f}h{PANEL}" stroke="{GRID}"/>')
+        parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="{GRID}"/>')
         if has_numbers:
             parts.append(_text(left - 8, y + 4, str(nats), "soft right"))
-    parts.append(f'<path d="M{left} {_height(GUESSING):.1f}h{PANEL}" stroke="{INK}" stroke-dasharray="1 3"/>')
+    parts.append(f'<path d="M{left} {_height(GUESSING):.1f}h{wide}" stroke="{INK}" stroke-dasharray="1 3"/>')
     parts.append(_text(left + 4, _height(GUESSING) + 16, "guessing", "soft"))
     for step in (0, steps // 2, steps):
         anchor = "middle" if 0 < step < steps else "end" if step else "start"
-        x = left + PANEL * step / steps
+        x = left + wide * step / steps
         parts.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="{anchor}" class="soft">{step}</text>')
-    parts.append(f'<text x="{left + PANEL / 2:.0f}" y="{bottom + 34}" text-anchor="middle" class="soft">steps</text>')
+    parts.append(f'<text x="{left + wide / 2:.0f}" y="{bottom + 34}" text-anchor="middle" class="soft">steps</text>')
     for run in (run for run in results["runs"] if run["version"] == version):
         color, dashes = STROKES[run["arm"]]
         every = run["steps_of_a_point"]
         points = " ".join(
-            f"{left + PANEL * min((i + 0.5) * every, steps) / steps:.1f},{_height(loss):.1f}"
+            f"{left + wide * min((i + 0.5) * every, steps) / steps:.1f},{_height(loss):.1f}"
             for i, loss in enumerate(run["losses"])
         )
         parts.append(f'<polyline points="{points}" stroke="{color}" stroke-dasharray="{dashes}"/>')

@@ -8,6 +8,7 @@ from infctx.settings.load import load_config
 
 import length_recipe
 from length_recipe import LONGER, SHORT, WAYS, Wanted, do_seed, table
+from real_runs import run_infctx
 from runs import write_store
 
 
@@ -60,5 +61,12 @@ def test_all_ways_in_small(tmp_path, monkeypatch):
     assert list(found) == list(WAYS)
     assert all(sorted(losses) == [0, 256, 1024] for losses in found.values())
     assert len({json.dumps(losses) for losses in found.values()}) == len(WAYS)  # no two ways end with the same model
-    monkeypatch.setattr(length_recipe, "run_infctx", None)  # what is done is not done again
+    monkeypatch.setattr("real_runs.main", None)  # what is done is not done again
     assert do_seed(Wanted(0, 2, tmp_path, settings)) == found
+
+
+def test_a_run_that_fails_names_its_log(tmp_path):
+    log = tmp_path / "run.log"
+    with pytest.raises(SystemExit, match=f"{log}: the run did not get to its end"):
+        run_infctx(["train", SHORT, "data.store=null"], log, tmp_path / "model.pth")
+    assert "data.store: is missing" in log.read_text() and log.read_text().startswith(f"infctx train {SHORT} data")

@@ -10,7 +10,7 @@ from infctx.data.synthetic_tasks import VOCAB_SIZE
 
 import showcase
 from places import ROOT
-from showcase_picture import MARKS, as_promised, block_of, describe, draw, table, with_block
+from showcase_picture import MARKS, PAGES, PICTURE, RESULTS, as_promised, block_of, describe, draw, table, with_block
 
 
 @pytest.fixture
@@ -27,16 +27,25 @@ def quick(tmp_path, monkeypatch, capsys):
 
 def test_runs_of_infctx_train_that_differ_in_what_the_gradient_sees(quick, monkeypatch):
     folder, results, printed = quick
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "window.gradient_segments" in page and "Recall" in page
     assert "[3/3]" in printed and table(results) in printed and "3 runs of 2 steps took" in printed
     assert [run["arm"] for run in results["runs"]] == ["exact", "truncated", "no carry"]
     told = {}
     for run in results["runs"]:
-        run_folder = folder / f"finch-{run['arm'].replace(' ', '-')}-seed0"
+        run_folder = folder / "steps-2" / f"finch-{run['arm'].replace(' ', '-')}-seed0"
         log = run_folder.with_suffix(".log").read_text()
         told[run["arm"]] = {word for word in log.splitlines()[0].split() if "run.folder" not in word}
         assert "step 2/2" in log and len(run["losses"]) == 2
         (model,) = json.loads((run_folder / "evaluation.json").read_text())["models"]
-        row = {"gap_tokens": 128, "keys": 1, "overwritten": False, "right": run["right"], "asked": 128}
+        row = {
+            "gap_tokens": 128,
+            "keys": 1,
+            "overwritten": False,
+            "right": run["right"],
+            "asked": 128,
+            "chance": 1 / 16,
+        }
         assert model == {"name": str(run_folder), "recall": [row]}
     assert told["truncated"] - told["exact"] == {"window.gradient_segments=1"}
     assert told["no carry"] - told["exact"] == set(showcase.ARMS["no carry"])
@@ -138,3 +147,13 @@ def test_pages_get_the_block_between_their_marks():
         assert "old" not in page
     with pytest.raises(AssertionError, match="lost its marks"):
         with_block("no marks", "")
+
+
+def test_what_the_pages_show_is_what_the_tool_made_of_the_results():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert PICTURE.read_text(encoding="utf-8") == draw(results)
+    assert [run for run in results["runs"] if not as_promised(run)] == []
+    assert len({(run["version"], run["arm"]) for run in results["runs"]}) * 3 == len(results["runs"])  # three seeds
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert with_block(text, block_of(results, page)) == text
