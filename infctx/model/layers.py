@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infctx.model.direct import adds_directly
+from infctx.ops.precision import state_dtype
+
 
 class Linear(nn.Linear):
     """Computes y = x W^T in the dtype of x; an `adapter` (infctx/adapters), if there is one, adds its term."""
@@ -23,6 +26,8 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
+        if self.weight.dtype == x.dtype and torch.is_grad_enabled() and adds_directly(self.weight):
+            return _Product.apply(x, self.weight)
         if self.weight.requires_grad or self.weight.dtype == x.dtype:
             return F.linear(x, self.matrix(x.dtype))
         return FrozenProduct.apply(x, self)
@@ -30,6 +35,26 @@ class Linear(nn.Linear):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Returns W (outputs, inputs), without the adapter."""
         return self.weight.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose backward pass adds the gradient of W to `.grad`, see `direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = gradient @ weight if ctx.needs_input_grad[0] else None
+        rows = gradient.flatten(0, -2).T
+        if weight.grad is None:
+            return dx, rows @ x.flatten(0, -2)
+        weight.grad.addmm_(rows, x.flatten(0, -2))
+        return dx, None
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -62,16 +87,17 @@ class Embedding(nn.Embedding):
     """A table of vectors, whose gradient is summed in fp32 if it is bf16: a segment has many tokens of the same id."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return _Lookup.apply(self.weight, tokens) if self.weight.dtype == torch.bfloat16 else super().forward(tokens)
+        special = self.weight.dtype == torch.bfloat16 or adds_directly(self.weight)
+        return _Lookup.apply(self.weight, tokens) if special else super().forward(tokens)
 
 
 class _Lookup(torch.autograd.Function):
-    """weight[tokens], with the gradient of the weight in fp32."""
+    """weight[tokens], with the gradient of the weight in at least fp32; see `direct`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.num_vectors = len(weight)
+        ctx.num_vectors, ctx.direct = len(weight), weight if adds_directly(weight) else None
         return F.embedding(tokens, weight)
 
     @staticmethod
@@ -80,7 +106,11 @@ class _Lookup(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # frozen
             return None, None
-        return torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, ctx.num_vectors, -1, False), None
+        if ctx.direct is not None and ctx.direct.grad is not None:  # only its tokens' rows
+            ctx.direct.grad.index_add_(0, tokens.flatten(), gradient.flatten(0, 1))
+            return None, None
+        precise = gradient.to(state_dtype(gradient.dtype))
+        return torch.ops.aten.embedding_dense_backward(precise, tokens, ctx.num_vectors, -1, False), None
 
 
 class LayerNorm(nn.LayerNorm):
