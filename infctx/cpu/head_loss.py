@@ -24,12 +24,17 @@ LEAST_COLUMNS = 256
 MIN_THREAD_NUMBERS = 1 << 14
 """Logits, about 10 us: below this, waking another thread costs more than it saves."""
 
+_spare: list[Tensor] = []
+"""The memory of logits that are gone."""
+
 
 class Slice(NamedTuple):
-    """Tokens whose logits exist: hidden (R, D), head (V, D), logits (V, R), and what the kernels found in them."""
+    """Tokens whose logits exist: hidden (R, D), head (V, D), logits (V, R) at the beginning of the room, and what the
+    kernels found in them."""
 
     hidden: Tensor
     head: Tensor
+    room: Tensor
     logits: Tensor
     tokens: _Tokens
     columns: int
@@ -79,11 +84,12 @@ def head_loss(
     losses, later = hidden.new_zeros(R, dtype=precise), later and keeps and rows == R
     d_hidden = torch.empty_like(hidden) if needed[0] and not later else None
     d_head = torch.zeros_like(head, dtype=precise) if needed[1] and not later else None
-    room = hidden.new_empty((V if keeps else columns) * rows)
+    kept = V if keeps else columns  # of the vocabulary
+    room = _room(kept * rows, hidden.dtype)
     for begin in range(0, R, rows):
         chosen = slice(begin, min(begin + rows, R))
-        logits = room[: len(room) // rows * (chosen.stop - begin)].view(-1, chosen.stop - begin)
-        here = Slice(hidden[chosen], head, logits, _Tokens.of(targets[chosen], precise), columns)
+        logits = room[: kept * (chosen.stop - begin)].view(kept, chosen.stop - begin)
+        here = Slice(hidden[chosen], head, room, logits, _Tokens.of(targets[chosen], precise), columns)
         for part in _parts(V, columns):
             block = logits[part if keeps else slice(part.stop - part.start)]
             torch.mm(head[part], here.hidden.T, out=block)
@@ -93,13 +99,17 @@ def head_loss(
             return Found(losses, None, None, here)
         if keeps:
             gradients(here, of_largest, None if d_hidden is None else d_hidden[chosen], d_head)
+    _spare.append(room)
     return Found(losses, d_hidden, d_head)
 
 
 def gradients(
     here: Slice, of_largest: float, d_hidden: Tensor | None, d_head: Tensor | None, factor: float = 1.0
 ) -> None:
-    """Writes factor times a slice's gradient of hidden to d_hidden, and adds that of the head to d_head; once."""
+    """Writes factor times a slice's gradient of hidden to d_hidden, and adds that of the head to d_head.
+
+    The logits are gone after that.
+    """
     for part in _parts(len(here.head), here.columns):
         block = here.logits[part]
         _run("gradient", here.tokens, block, part.start, of_largest)
@@ -110,6 +120,19 @@ def gradients(
     if d_hidden is not None:
         torch.mm(here.logits.T, here.head, out=d_hidden)
         d_hidden.mul_(factor)
+
+
+def give_back(here: Slice) -> None:
+    """Lets the next segment have the room of a slice's logits."""
+    _spare.append(here.room)
+
+
+def _room(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Returns memory for logits, if possible what the last segment had: clearing new pages takes long."""
+    room = _spare.pop() if _spare else None
+    _spare.clear()
+    fits_in = room is not None and room.dtype == dtype and len(room) >= numbers
+    return room if room is not None and fits_in else torch.empty(numbers, dtype=dtype)
 
 
 def _parts(vocab: int, columns: int) -> Iterator[slice]:

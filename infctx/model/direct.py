@@ -30,9 +30,14 @@ def adds_directly(weight: Tensor) -> bool:
     return (
         _allowed[-1]
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.float64)
         and weight.is_leaf
+        and gradient_dtype(weight) in (torch.float32, torch.float64)
         and weight.requires_grad
         and not weight._backward_hooks
         and not weight._post_accumulate_grad_hooks
     )
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the dtype of a weight's `.grad`, which for bf16 weights can be fp32 (infctx.optimizers.gradients)."""
+    return (getattr(weight, "grad_dtype", None) if weight.is_leaf else None) or weight.dtype

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from infctx.model.direct import adds_directly
+from infctx.model.direct import adds_directly, gradient_dtype
 from infctx.ops.precision import state_dtype
 
 
@@ -26,7 +26,8 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
-        if self.weight.dtype == x.dtype and torch.is_grad_enabled() and adds_directly(self.weight):
+        same = self.weight.dtype == x.dtype == gradient_dtype(self.weight)
+        if same and torch.is_grad_enabled() and adds_directly(self.weight):
             return _Product.apply(x, self.weight)
         if self.weight.requires_grad or self.weight.dtype == x.dtype:
             return F.linear(x, self.matrix(x.dtype))
@@ -107,7 +108,8 @@ class _Lookup(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:  # frozen
             return None, None
         if ctx.direct is not None and ctx.direct.grad is not None:  # only its tokens' rows
-            ctx.direct.grad.index_add_(0, tokens.flatten(), gradient.flatten(0, 1))
+            total = ctx.direct.grad
+            total.index_add_(0, tokens.flatten(), gradient.flatten(0, 1).to(total.dtype))
             return None, None
         precise = gradient.to(state_dtype(gradient.dtype))
         return torch.ops.aten.embedding_dense_backward(precise, tokens, ctx.num_vectors, -1, False), None

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
 from infctx.cpu import head_loss
-from infctx.model.direct import adds_directly
+from infctx.model.direct import adds_directly, gradient_dtype
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.ops.precision import state_dtype
@@ -181,8 +181,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
             here, direct = found.slice, ctx.direct
             d_hidden = torch.empty_like(here.hidden) if ctx.needs_input_grad[0] else None
             if direct.grad is None:
-                direct.grad = torch.zeros_like(direct)
+                direct.grad = torch.zeros_like(direct, dtype=gradient_dtype(direct))
             head_loss.gradients(here, ctx.of_largest, d_hidden, direct.grad, factor)
+            head_loss.give_back(here)
         else:
             d_hidden, d_head = (None if x is None else x.mul_(factor) for x in (d_hidden, d_head))
         if d_hidden is not None:
