@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from infctx.model.direct import adds_directly, gradient_dtype
+from infctx.model.direct import adds_directly, copy_of, gradient_dtype
 from infctx.ops.precision import state_dtype
 
 
@@ -26,9 +26,12 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
-        same = self.weight.dtype == x.dtype == gradient_dtype(self.weight)
-        if same and torch.is_grad_enabled() and adds_directly(self.weight):
+        # .grad of a bf16 weight may be fp32: then its product is not what is added.
+        whole = self.weight.dtype == gradient_dtype(self.weight)
+        if torch.is_grad_enabled() and whole and adds_directly(self.weight):
             return _Product.apply(x, self.weight)
+        if self.weight.requires_grad and not torch.is_grad_enabled():
+            return F.linear(x, copy_of(self.weight, x.dtype))
         if self.weight.requires_grad or self.weight.dtype == x.dtype:
             return F.linear(x, self.matrix(x.dtype))
         return FrozenProduct.apply(x, self)
@@ -43,18 +46,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        matrix = copy_of(weight, x.dtype)
+        ctx.weight = weight
+        ctx.save_for_backward(x, matrix)
+        return F.linear(x, matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dx = gradient @ weight if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2).T
-        if weight.grad is None:
-            return dx, rows @ x.flatten(0, -2)
-        weight.grad.addmm_(rows, x.flatten(0, -2))
+        (x, matrix), total = ctx.saved_tensors, ctx.weight.grad
+        dx = gradient @ matrix if ctx.needs_input_grad[0] else None
+        left, right = gradient.flatten(0, -2).T, x.flatten(0, -2)
+        if total is None:
+            return dx, left @ right
+        if total.dtype == x.dtype:
+            total.addmm_(left, right)
+        else:
+            total += left @ right
         return dx, None
 
 

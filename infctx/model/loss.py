@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
 from infctx.cpu import head_loss
-from infctx.model.direct import adds_directly, gradient_dtype
+from infctx.model.direct import adds_directly, copy_of, gradient_dtype
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
 from infctx.ops.precision import state_dtype
@@ -159,7 +159,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         # The head's gradient takes many passes over memory less if it is made when it is added up.
         ctx.found = head_loss.head_loss(
-            vectors, head.to(hidden.dtype), wanted, SLICE_LOGITS, needed, ctx.of_largest, later=ctx.direct is not None
+            vectors,
+            copy_of(head, hidden.dtype),
+            wanted,
+            SLICE_LOGITS,
+            needed,
+            ctx.of_largest,
+            later=ctx.direct is not None,
         )
         losses = ctx.found.losses
         loss_sum = losses.sum()

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import infctx
 from infctx.conventions import MASKED
 from infctx.model import loss as loss_module
 from infctx.model.direct import adding_directly, adds_directly
+from infctx.model.rwkv import Compute
 from infctx.train import window
 
 from tiny_models import random_model, random_tokens
@@ -30,6 +32,38 @@ def test_they_are_autograds(version, slices, monkeypatch):
     assert torch.equal(direct[0], plain[0]) and direct[1].keys() == plain[1].keys()
     for name, found in direct[1].items():
         assert (found - plain[1][name]).norm() <= 1e-13 * plain[1][name].norm(), name
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of each weight to bf16."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.names:
+            self.seen.append(self.names[args[0].data_ptr()])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_are_cast_to_bf16_once(monkeypatch, recompute):
+    """With recomputation, in every pass: the copies of all blocks would take memory.  The gradients are the same."""
+    model = random_model(7)
+    model.compute = Compute(torch.bfloat16, recompute)
+    direct, plain = (gradients(model, directly, monkeypatch)[1] for directly in (True, False))
+    for name, found in direct.items():
+        assert (found - plain[name]).norm() <= 1e-6 * plain[name].norm(), name
+    with Casts(model) as casts:
+        gradients(model, True, monkeypatch)
+    key = casts.seen.count("blocks.1.channel_mix.key.weight")
+    assert casts.seen.count("head.weight") == (5 if recompute else 1) and (key == 1) == (not recompute)
+    before, _ = gradients(model, True, monkeypatch)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert gradients(model, True, monkeypatch)[0] != before  # the next step sees new weights
 
 
 def test_autograd_is_spared_the_large_matrices(monkeypatch):
