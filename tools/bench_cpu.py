@@ -2,6 +2,7 @@
 
     python tools/bench_cpu.py                    six layers of width 384, segments of 512, one lane, fp32
     python tools/bench_cpu.py --version 6 7      two versions in turn
+    python tools/bench_cpu.py --precision fp32 bf16 --vocab 65536    two precisions in turn, with a large vocabulary
     python tools/bench_cpu.py --long             adds 16,384 tokens, exact, at vocabulary 4,096
 
 Figures are CPU seconds (time.process_time), medians over rounds.  Ratios are computed round by round, so that they hold
@@ -11,6 +12,7 @@ while the machine's speed drifts; quartiles show how much they do.  FLOPs of tra
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -21,7 +23,7 @@ import torch
 
 import infctx
 from infctx.machine import peak_memory
-from infctx.model.rwkv import RWKV
+from infctx.model.rwkv import RWKV, Compute
 
 LAYERS, WIDTH = 6, 384
 SEGMENT_TOKENS = 512
@@ -31,20 +33,23 @@ SEGMENTS = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", type=int, choices=(5, 6, 7), nargs="+", default=[6])
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
+    parser.add_argument("--vocab", type=int, default=256, help="ids in the vocabulary")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--long", action="store_true", help="16,384 tokens at vocabulary 4,096: CPU seconds and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    shares_of_matrix_product(options.version, options.rounds)
+    kinds = itertools.product(options.version, options.precision)
+    shares_of_matrix_product([Subject(*kind, options.vocab) for kind in kinds], options.rounds)
     if options.long:
         for version in options.version:
             long_document(version)
 
 
-def shares_of_matrix_product(versions: list[int], rounds: int) -> None:
-    """Prints truncated and exact training, and the WKV op of all layers, next to the channel mix's matrix product."""
+def shares_of_matrix_product(subjects: list[Subject], rounds: int) -> None:
+    """Prints truncated and exact training, and the WKV op of all layers, next to the channel mix's product in fp32."""
     left, right = torch.randn(SEGMENT_TOKENS, WIDTH), torch.randn(WIDTH, 1344)
     repeats = 400
     product_flops = repeats * 2 * SEGMENT_TOKENS * WIDTH * 1344
@@ -53,8 +58,7 @@ def shares_of_matrix_product(versions: list[int], rounds: int) -> None:
         for _ in range(repeats):
             left @ right
 
-    subjects = [Subject(version) for version in versions]
-    rows: dict[int, list[tuple[float, ...]]] = {version: [] for version in versions}
+    rows: dict[Subject, list[tuple[float, ...]]] = {subject: [] for subject in subjects}
     for _ in range(rounds + 1):
         before = cpu_seconds(product)
         for subject in subjects:
@@ -62,16 +66,17 @@ def shares_of_matrix_product(versions: list[int], rounds: int) -> None:
             seconds = [cpu_seconds(work) for work in works]
             after = cpu_seconds(product)
             plain, before = (before + after) / 2 / product_flops, after
-            rows[subject.version].append((plain, *(x / subject.flops for x in seconds)))
+            rows[subject].append((plain, *(x / subject.flops for x in seconds)))
     for subject in subjects:
-        report(subject, rows[subject.version][1:])  # the first round compiles and fills the caches
+        report(subject, rows[subject][1:])  # the first round compiles and fills the caches
 
 
 def report(subject: Subject, rows: list[tuple[float, ...]]) -> None:
     plain, truncated, exact, _ = (statistics.median(column) for column in zip(*rows, strict=True))
     per_token = subject.flops / (SEGMENTS * SEGMENT_TOKENS)
-    print(f"RWKV-{subject.version}, {LAYERS} layers, width {WIDTH}, segments of {SEGMENT_TOKENS}, fp32, one thread")
-    print(f"plain matrix product      {1e-9 / plain:8.1f} GFLOP/CPU-s")
+    sizes = f"{LAYERS} layers, width {WIDTH}, {subject.model.sizes.vocab_size:,} ids, segments of {SEGMENT_TOKENS}"
+    print(f"RWKV-{subject.version}, {sizes}, {subject.precision}, one thread")
+    print(f"plain product, in fp32    {1e-9 / plain:8.1f} GFLOP/CPU-s")
     for name, seconds in (("truncated at each segment", truncated), (f"exact over {SEGMENTS} segments", exact)):
         print(f"{name:<25} {1e-9 / seconds:8.1f} GFLOP/CPU-s  {1 / seconds / per_token:8,.0f} tokens/CPU-s")
     for name, one, other in (
@@ -87,15 +92,19 @@ def report(subject: Subject, rows: list[tuple[float, ...]]) -> None:
 class Subject:
     """A model of one version, tokens for it, and inputs of its WKV op."""
 
-    def __init__(self, version: int) -> None:
-        self.version, self.model = version, make_model(version, vocab_size=256)
-        self.tokens = torch.randint(256, (1, SEGMENTS * SEGMENT_TOKENS + 1))
+    def __init__(self, version: int, precision: str = "fp32", vocab_size: int = 256) -> None:
+        self.version, self.precision, self.model = version, precision, make_model(version, vocab_size)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.model.compute = Compute(dtype)
+        self.tokens = torch.randint(vocab_size, (1, SEGMENTS * SEGMENT_TOKENS + 1))
         self.flops = 6 * self.model.sizes.num_parameters * SEGMENTS * SEGMENT_TOKENS
         heads, size = self.model.sizes.num_heads, self.model.sizes.head_size
         r, k, v, w, direction, self.gradient = torch.randn(6, 1, SEGMENT_TOKENS, heads, size)
         w, kappa = -0.6 * torch.sigmoid(w), torch.nn.functional.normalize(direction, dim=-1)
         self.inputs = [r, w, k, v, -kappa, kappa * torch.sigmoid(r)] if version == 7 else [r, k, v, w, r[0, 0].clone()]
-        self.inputs = [x.clone().requires_grad_() for x in self.inputs]
+        decay = 1 if version == 7 else 3  # in fp32 either way
+        inputs = (x.clone() if n == decay else x.to(dtype, copy=True) for n, x in enumerate(self.inputs))
+        self.inputs, self.gradient = [x.requires_grad_() for x in inputs], self.gradient.to(dtype)
         self.state = torch.zeros(1, heads, size, size)
 
     def train(self, gradient_segments: int | None) -> None:

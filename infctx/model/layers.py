@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from infctx.model.direct import adds_directly, copy_of, gradient_dtype
 from infctx.ops.precision import state_dtype
 
+LARGE = 1 << 16
+"""Numbers of a matrix: below this, a pass over its gradient takes less time than a Function in Python."""
+
 
 class Linear(nn.Linear):
     """Computes y = x W^T in the dtype of x; an `adapter` (infctx/adapters), if there is one, adds its term."""
@@ -28,9 +31,10 @@ class Linear(nn.Linear):
         """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
         # .grad of a bf16 weight may be fp32: then its product is not what is added.
         whole = self.weight.dtype == gradient_dtype(self.weight)
-        if torch.is_grad_enabled() and whole and adds_directly(self.weight):
+        large = self.weight.numel() >= LARGE
+        if large and torch.is_grad_enabled() and whole and adds_directly(self.weight):
             return _Product.apply(x, self.weight)
-        if self.weight.requires_grad and not torch.is_grad_enabled():
+        if large and self.weight.requires_grad and not torch.is_grad_enabled():
             return F.linear(x, copy_of(self.weight, x.dtype))
         if self.weight.requires_grad or self.weight.dtype == x.dtype:
             return F.linear(x, self.matrix(x.dtype))

@@ -6,12 +6,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import infctx
 from infctx.conventions import MASKED
+from infctx.model import layers
 from infctx.model import loss as loss_module
 from infctx.model.direct import adding_directly, adds_directly
 from infctx.model.rwkv import Compute
 from infctx.train import window
 
 from tiny_models import random_model, random_tokens
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 1)
 
 
 def gradients(model, directly, monkeypatch):
