@@ -58,6 +58,11 @@ class Engine:
         """Returns whether this process alone can run the model."""
         return True
 
+    @property
+    def alone(self) -> bool:
+        """See `infctx.train.window.Backward`."""
+        return self.ranks.world_size == 1
+
     def begin_step(self, step: int, num_targets: int, num_backwards: int) -> None:
         """Begins a step, before its first segment.
 

@@ -31,6 +31,10 @@ class ZeroEngine(Engine):
     def holds_whole_weights(self) -> bool:
         return self.deepspeed.zero_optimization_stage() < 3
 
+    @property
+    def alone(self) -> bool:
+        return False  # DeepSpeed takes each gradient from autograd
+
     def begin_step(self, step: int, num_targets: int, num_backwards: int) -> None:
         super().begin_step(step, num_targets, num_backwards)
         if self.reduction == "step":

@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infctx.model.direct import adds_directly, copy_of, gradient_dtype
+from infctx.ops.precision import state_dtype
+
+LARGE = 1 << 16
+"""Numbers of a matrix: below this, a pass over its gradient takes less time than a Function in Python."""
+
 Matrix = Callable[[torch.dtype], Tensor]
 """Returns W in a dtype."""
 
@@ -61,6 +67,13 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Returns x W^T (..., outputs) for x (..., inputs), without the adapter."""
+        # .grad of a bf16 weight may be fp32: then its product is not what is added.
+        whole = self.weight.dtype == gradient_dtype(self.weight)
+        large = self.weight.numel() >= LARGE
+        if large and torch.is_grad_enabled() and whole and adds_directly(self.weight):
+            return _Product.apply(x, self.weight)
+        if large and self.weight.requires_grad and not torch.is_grad_enabled():
+            return F.linear(x, copy_of(self.weight, x.dtype))
         if self.weight.requires_grad or self.weight.dtype == x.dtype:
             return F.linear(x, self.matrix(x.dtype))
         return FrozenProduct.apply(x, self)
@@ -68,6 +81,31 @@ class Linear(nn.Linear):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Returns W (outputs, inputs), without the adapter."""
         return self.weight.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose backward pass adds the gradient of W to `.grad`, see `direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        matrix = copy_of(weight, x.dtype)
+        ctx.weight = weight
+        ctx.save_for_backward(x, matrix)
+        return F.linear(x, matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, matrix), total = ctx.saved_tensors, ctx.weight.grad
+        dx = gradient @ matrix if ctx.needs_input_grad[0] else None
+        left, right = gradient.flatten(0, -2).T, x.flatten(0, -2)
+        if total is None:
+            return dx, left @ right
+        if total.dtype == x.dtype:
+            total.addmm_(left, right)
+        else:
+            total += left @ right
+        return dx, None
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -107,7 +145,8 @@ class Embedding(nn.Embedding):
         self.adapter: Beside | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return _Lookup.apply(self.weight, tokens) if self.weight.dtype == torch.bfloat16 else super().forward(tokens)
+        special = self.weight.dtype == torch.bfloat16 or adds_directly(self.weight)
+        return _Lookup.apply(self.weight, tokens) if special else super().forward(tokens)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Returns the table, a vector a column: the matrix W (D, V) of which a lookup is the product with x, where one
@@ -116,12 +155,12 @@ class Embedding(nn.Embedding):
 
 
 class _Lookup(torch.autograd.Function):
-    """weight[tokens], with the gradient of the weight in fp32."""
+    """weight[tokens], with the gradient of the weight in at least fp32; see `direct`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.num_vectors = len(weight)
+        ctx.num_vectors, ctx.direct = len(weight), weight if adds_directly(weight) else None
         return F.embedding(tokens, weight)
 
     @staticmethod
@@ -130,7 +169,12 @@ class _Lookup(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # frozen
             return None, None
-        return torch.ops.aten.embedding_dense_backward(gradient.float(), tokens, ctx.num_vectors, -1, False), None
+        if ctx.direct is not None and ctx.direct.grad is not None:  # only its tokens' rows
+            total = ctx.direct.grad
+            total.index_add_(0, tokens.flatten(), gradient.flatten(0, 1).to(total.dtype))
+            return None, None
+        precise = gradient.to(state_dtype(gradient.dtype))
+        return torch.ops.aten.embedding_dense_backward(precise, tokens, ctx.num_vectors, -1, False), None
 
 
 class LayerNorm(nn.LayerNorm):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from infctx.conventions import MASKED
 from infctx.cpu import head_loss
+from infctx.model.direct import adds_directly, copy_of, gradient_dtype
 from infctx.model.layers import LowRank
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
@@ -123,7 +124,9 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank
     if adapter is not None:
         adapter = adapter._replace(rows=adapter.rows.flatten(0, 1))
     elif head_loss.fits(vectors):
-        return _fused(vectors, head, wanted, False, (False, False)).losses.view(targets.shape)
+        vectors, wanted, chosen = _chosen(vectors, wanted)
+        found = head_loss.head_loss(vectors, head.to(hidden.dtype), wanted, SLICE_LOGITS, (False, False))
+        return _at(chosen, found.losses, targets.numel()).view(targets.shape)
     losses = [
         F.cross_entropy(part.logits, part.targets, ignore_index=MASKED, reduction="none")
         for part in _slices(vectors, head, wanted, adapter)
@@ -154,23 +157,21 @@ def _slices(hidden: Tensor, head: Tensor, targets: Tensor, adapter: LowRank | No
         yield _Slice(chosen, product, logits if logits.dtype == torch.float64 else logits.float(), targets[chosen])
 
 
-def _fused(hidden: Tensor, head: Tensor, targets: Tensor, l2wrap: bool, needed: tuple[bool, bool]) -> head_loss.Found:
-    """Returns `head_loss` of all tokens; nothing is computed for those without a target."""
+def _chosen(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns hidden vectors and targets of the tokens that have one, and which they are, None for all."""
     chosen = (targets != MASKED).nonzero()[:, 0]
-    some, head = len(chosen) < len(targets), head.detach().to(hidden.dtype)
-    vectors, wanted = (hidden[chosen], targets[chosen]) if some else (hidden.contiguous(), targets)
-    found = head_loss.head_loss(vectors, head, wanted, SLICE_LOGITS, needed, L2WRAP if l2wrap else 0.0)
-    if not some:
-        return found
-    losses = found.losses.new_zeros(len(targets)).index_copy_(0, chosen, found.losses)
-    d_hidden = found.d_hidden
-    if d_hidden is not None:
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, chosen, d_hidden)
-    return head_loss.Found(losses, d_hidden, found.d_head)
+    if len(chosen) == len(targets):
+        return hidden.contiguous(), targets, None
+    return hidden[chosen], targets[chosen], chosen
+
+
+def _at(chosen: Tensor | None, values: Tensor, count: int) -> Tensor:
+    """Returns the values of all `count` tokens, zeros but for those chosen."""
+    return values if chosen is None else values.new_zeros(count, *values.shape[1:]).index_copy_(0, chosen, values)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """The same as `_SlicedCrossEntropy`, by `head_loss`."""
+    """The same as `_SlicedCrossEntropy`, by `head_loss`; nothing is computed for tokens without a target."""
 
     # Seven parameters: autograd hands them over one by one.
     @staticmethod
@@ -183,23 +184,48 @@ class _FusedCrossEntropy(torch.autograd.Function):
         sources: Tensor | None,
         num_sources: int,
     ) -> tuple[Tensor, Tensor]:
-        losses, *gradients = _fused(hidden, head, targets, l2wrap, ctx.needs_input_grad[:2])
+        vectors, wanted, ctx.chosen = _chosen(hidden, targets)
+        ctx.num_tokens = len(targets)
+        ctx.of_largest, ctx.direct = L2WRAP if l2wrap else 0.0, head if adds_directly(head) else None
+        needed = ctx.needs_input_grad[:2]
+        # The head's gradient takes many passes over memory less if it is made when it is added up.
+        ctx.found = head_loss.head_loss(
+            vectors,
+            copy_of(head, hidden.dtype),
+            wanted,
+            SLICE_LOGITS,
+            needed,
+            ctx.of_largest,
+            later=ctx.direct is not None,
+        )
+        losses = ctx.found.losses
         loss_sum = losses.sum()
         by_source = loss_sum.new_zeros(num_sources)
         if sources is None:
             by_source += loss_sum
         else:
-            by_source.index_add_(0, sources, losses)
-        ctx.gradients = gradients
+            by_source.index_add_(0, sources if ctx.chosen is None else sources[ctx.chosen], losses)
         ctx.mark_non_differentiable(by_source)
         return loss_sum, by_source
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: that of a large head takes as long as all else here.  So there is only one backward pass.
-        (d_hidden, d_head), ctx.gradients = ctx.gradients, None
-        return *(x if x is None else x.mul_(d_loss) for x in (d_hidden, d_head)), None, None, None, None
+        # In place: of a large head, one more pass takes as long as all else here.  So this can be called only once.
+        found, ctx.found = ctx.found, None
+        d_hidden, d_head, factor = found.d_hidden, found.d_head, d_loss.item()
+        if found.slice is not None:
+            here, direct = found.slice, ctx.direct
+            d_hidden = torch.empty_like(here.hidden) if ctx.needs_input_grad[0] else None
+            if direct.grad is None:
+                direct.grad = torch.zeros_like(direct, dtype=gradient_dtype(direct))
+            head_loss.gradients(here, ctx.of_largest, d_hidden, direct.grad, factor)
+            head_loss.give_back(here)
+        else:
+            d_hidden, d_head = (None if x is None else x.mul_(factor) for x in (d_hidden, d_head))
+        if d_hidden is not None:
+            d_hidden = _at(ctx.chosen, d_hidden, ctx.num_tokens)
+        return d_hidden, d_head, None, None, None, None
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

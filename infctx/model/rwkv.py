@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from infctx.conventions import START_SPACING
 from infctx.errors import InputError
 from infctx.model.block import Block
+from infctx.model.direct import keep_copies
 from infctx.model.layers import Draws, Embedding, LayerNorm, Linear, LowRank
 from infctx.model.sizes import Sizes
 from infctx.model.state import State, refuse_other_sizes, stack_layers
@@ -87,6 +88,7 @@ class RWKV(nn.Module):
         Returns hidden (B, T, D), normalized for the head; and the state after the last token of the segment.
         """
         self._check(tokens, state, starts)
+        keep_copies(not self.compute.recompute_blocks)
         initial = self.initial_state(tokens.shape[0]) if state is None or self._learns_start(starts) else None
         segments = self._layer_segments(starts, initial if self._learns_start(starts) else None, received)
         state = initial if state is None else state

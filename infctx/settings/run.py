@@ -21,8 +21,9 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on: `auto` is a GPU if torch finds one, else the CPU.  `cuda` refuses to start without a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of activations and matrix products.  `bf16` is much faster on a GPU and halves the memory for
-    activations.  Weights that learn, states and decays are fp32 either way; frozen weights are kept in this
+    """Precision of activations and matrix products.  `bf16` is much faster on a GPU, and on a CPU that multiplies bf16
+    itself (AMX or AVX512_BF16 among the flags that `lscpu` shows; on others it may be slower).  It halves the memory
+    for activations.  Weights that learn, states and decays are fp32 either way; frozen weights are kept in this
     precision, unless `model.frozen_dtype` says otherwise."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; null: all cores, shared by the devices.  A resumed run is identical bit for bit only with the same

@@ -23,6 +23,7 @@ from torch import Tensor
 from infctx.conventions import MASKED, START_SPACING
 from infctx.errors import InputError
 from infctx.machine import keep_freed_memory
+from infctx.model.direct import adding_directly
 from infctx.model.loss import Segment, SegmentLoss
 from infctx.model.rwkv import RWKV
 from infctx.model.state import State
@@ -31,9 +32,13 @@ from infctx.train.seams import Seams
 
 
 class Backward(Protocol):
-    """Makes the backward calls, with the sum of the losses multiplied by `scale`."""
+    """Makes the backward calls, with the sum of the losses multiplied by `scale`; alone: nothing else needs the
+    gradients before they are whole."""
 
     scale: float
+
+    @property
+    def alone(self) -> bool: ...
 
     def enter(self, segment: int, doing: Literal["forward", "backward"]) -> None:
         """Announces the next pass over a segment (counted from 0): without gradients, or with a backward call."""
@@ -44,6 +49,8 @@ class Backward(Protocol):
 
 class PlainBackward:
     """Calls torch's own backward, on one device."""
+
+    alone = True
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -109,7 +116,8 @@ def backward_through_window(
     losses = torch.zeros((), device=state.wkv.device)
     for begin in range(0, len(segments), length):
         stretch = range(begin, min(begin + length, len(segments)))
-        here, state = _backward_through_stretch(segment_loss, segments, stretch, state, backward, seam_store)
+        with adding_directly(backward.alone):
+            here, state = _backward_through_stretch(segment_loss, segments, stretch, state, backward, seam_store)
         losses = losses + here
     return losses, state
 
