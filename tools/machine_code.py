@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_replay(compiled: Compiled, head_size: int, dtype: torch.dtype) -> None:
     """Prints a row for each kernel with a loop of chunks: see machine_replay.py for what is modeled and what is not."""
     layout = cut((1, 4096, 1, head_size), dtype, spans=2)
+    roles = {"wkv_forward": 2, "wkv_backward": 4}
     shared = {"wkv_forward": forward_shared_bytes, "wkv_backward": backward_shared_bytes}
     shared |= {"wkv7_forward": wkv7_layout.forward_shared_bytes, "wkv7_backward": wkv7_layout.backward_shared_bytes}
     shared |= {f"wkv7_sum_span{end}": wkv7_layout.span_shared_bytes for end in ("s", "_gradients")}
@@ -71,10 +72,10 @@ def print_replay(compiled: Compiled, head_size: int, dtype: torch.dtype) -> None
     )
     print("|---|---|---|---|---|")
     for name, code in parse(disassembled(compiled.cubin)).items():
-        threads = 32 * layout.warps * (2 if name in ("wkv_forward", "wkv_backward") else 1)
+        threads = 32 * layout.warps * roles.get(name, 1)
         shared_bytes = shared.get(name, span_shared_bytes)(layout)
         most = blocks_at_once(H100, threads, compiled.resources[name].registers, shared_bytes)
-        chunks = layout.tile_tokens // 16 if name == "wkv_backward" else 1
+        chunks = layout.tile_tokens // 16
         found = estimate(code, chunks, min(most, 4), layout.warps)
         if found:
             print(row(name, found))

@@ -58,6 +58,16 @@ INFCTX_DEVICE void sync_roles(INFCTX_PLACE) {
 #endif
 }
 
+// The same for the threads of one role alone, whole warps side by side; `barrier` 1 to 15 is the role's.
+template <int threads>
+INFCTX_DEVICE void sync_role(int32 barrier INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    emulator::sync_role(barrier, threads, {file, line});
+#else
+    asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(threads) : "memory");
+#endif
+}
+
 // The same for the lanes of a warp: a lane sees another lane's writes to memory only after this.
 INFCTX_DEVICE void sync_warp(INFCTX_PLACE) {
 #ifdef INFCTX_EMULATOR
@@ -162,6 +172,35 @@ INFCTX_DEVICE float opaque(float x) {
 #endif
     return x;
 }
+INFCTX_DEVICE int64 opaque(int64 x) {
+#ifndef INFCTX_EMULATOR
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+template <typename Element>
+INFCTX_DEVICE Element* opaque(Element* x) {
+#ifndef INFCTX_EMULATOR
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
+// Leaves x undefined, so that no register keeps it around a loop's end; NaN in the emulator.
+INFCTX_DEVICE void abandon(float& x) {
+#ifdef INFCTX_EMULATOR
+    x = emulator::bits_float(0x7fc00000u);
+#else
+    asm volatile("" : "=f"(x));
+#endif
+}
+INFCTX_DEVICE void abandon(uint32& x) {
+#ifdef INFCTX_EMULATOR
+    x = 0x7fc07fc0u;
+#else
+    asm volatile("" : "=r"(x));
+#endif
+}
 
 // ---- memory, several elements at once ----
 
@@ -192,6 +231,50 @@ INFCTX_DEVICE void store_packet(void* address, const Packet<bytes>& packet INFCT
     *static_cast<Packet<bytes>*>(address) = packet;
 }
 
+// The same in global memory, 4 or 8 bytes; if not `valid`, zeros are loaded or nothing is stored.  Predicates instead
+// of branches, and addresses that the compiler does not take apart.
+template <int bytes>
+INFCTX_DEVICE Packet<bytes> load_global(const void* address, bool valid INFCTX_AND_PLACE) {
+    static_assert(bytes == 4 || bytes == 8, "one or two registers");
+    Packet<bytes> packet = {};
+#ifdef INFCTX_EMULATOR
+    if (valid) packet = load_packet<bytes>(address, file, line);
+#else
+    if (bytes == 4) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
+            : "+r"(packet.x[0])
+            : "l"(address), "r"(static_cast<uint32>(valid)));
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.v2.b32 {%0, %1}, [%2]; }"
+            : "+r"(packet.x[0]), "+r"(packet.x[bytes / 4 - 1])
+            : "l"(address), "r"(static_cast<uint32>(valid)));
+    }
+#endif
+    return packet;
+}
+
+template <int bytes>
+INFCTX_DEVICE void store_global(void* address, const Packet<bytes>& packet, bool valid INFCTX_AND_PLACE) {
+    static_assert(bytes == 4 || bytes == 8, "one or two registers");
+#ifdef INFCTX_EMULATOR
+    if (valid) store_packet<bytes>(address, packet, file, line);
+#else
+    if (bytes == 4) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.b32 [%0], %1; }"
+                     :
+                     : "l"(address), "r"(packet.x[0]), "r"(static_cast<uint32>(valid))
+                     : "memory");
+    } else {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }"
+                     :
+                     : "l"(address), "r"(packet.x[0]), "r"(packet.x[bytes / 4 - 1]), "r"(static_cast<uint32>(valid))
+                     : "memory");
+    }
+#endif
+}
+
 // Prefetches the 128 bytes around an address of global memory into the L2 cache; loading them from there takes a third
 // of the time.
 INFCTX_DEVICE void prefetch(const void* address) {
@@ -203,9 +286,7 @@ INFCTX_DEVICE void prefetch(const void* address) {
 #ifndef INFCTX_EMULATOR
 // The address inside the shared window, which the instructions below need instead of a generic one.
 INFCTX_DEVICE uint32 shared_address(const void* shared) {
-    uint32 address;
-    asm("{ .reg .u64 inside; cvta.to.shared.u64 inside, %1; cvt.u32.u64 %0, inside; }" : "=r"(address) : "l"(shared));
-    return address;
+    return static_cast<uint32>(__cvta_generic_to_shared(shared));
 }
 #endif
 

@@ -55,6 +55,21 @@ INFCTX_DEVICE void mma_tf32(SumFragment& sum, const LeftFragment& left, const Ri
 #endif
 }
 
+// sum = left right: the same for the first of several, without zeros in registers.
+INFCTX_DEVICE void first_mma_tf32(SumFragment& sum, const LeftFragment& left,
+                                  const RightFragment& right INFCTX_AND_PLACE) {
+#ifdef INFCTX_EMULATOR
+    sum = {};
+    emulator::mma_tf32(sum.x, left.x, right.x, {file, line});
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(sum.x[0]), "=f"(sum.x[1]), "=f"(sum.x[2]), "=f"(sum.x[3])
+        : "r"(left.x[0]), "r"(left.x[1]), "r"(left.x[2]), "r"(left.x[3]), "r"(right.x[0]), "r"(right.x[1]), "f"(0.0f));
+#endif
+}
+
 // 1, 2 or 4 matrices of 8 x 8 elements of two bytes from shared memory, by the length of `x`.  Lane 8m + i gives the
 // address of row i of matrix m: 16 bytes, aligned to 16; with fewer than 4 matrices the last lanes' are ignored.  x[m]
 // becomes (g, 2t), (g, 2t + 1) of matrix m.  So a row-major 16 x 16 tile is a LeftFragment with lane l at row l % 16,

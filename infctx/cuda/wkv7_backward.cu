@@ -1,6 +1,10 @@
 // All gradients of RWKV-7, for one head size and one input type: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
 // README.md has the derivation; wkv7_cuda.py the shapes and the order of the launches.
 
+#if HEAD_SIZE == 64 || (HEAD_SIZE == 16 && defined(INPUT_FLOAT))
+#define SIGNED_LANES  // see wkv_layout.cuh
+#endif
+
 #include "wkv7_gradients.cuh"
 #include "wkv7_reader.cuh"
 #include "wkv7_spans.cuh"
@@ -292,7 +296,8 @@ wkv7_backward(const Input* r, const float* w, const Input* k, const Input* v, co
     gradient.load(find_matrix(gradients, span.place().row * num_spans + span.place().span), span.slab());
     const int32 last_chunk = span.place().num_chunks() - 1;
 #pragma unroll 1
-    for (int32 chunk = last_chunk; chunk >= 0; --chunk) {
+    for (int32 turn = last_chunk; turn >= 0; --turn) {
+        const int32 chunk = opaque(turn);  // so that no register keeps what only grows with it
         if (chunk == last_chunk || chunk % tile_chunks == tile_chunks - 1) {
             fetch_tile7(span, chunk / tile_chunks * tile_chunks);
         }

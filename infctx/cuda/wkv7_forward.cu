@@ -1,6 +1,10 @@
 // y and the states of RWKV-7, for one head size and one input type: -DHEAD_SIZE=64, -DINPUT_FLOAT for fp32.
 // README.md has the derivation; wkv7_cuda.py the shapes and the order of the launches.
 
+#if HEAD_SIZE == 64 || (HEAD_SIZE == 16 && defined(INPUT_FLOAT))
+#define SIGNED_LANES  // see wkv_layout.cuh
+#endif
+
 #include "wkv7_reader.cuh"
 #include "wkv7_spans.cuh"
 

@@ -9,8 +9,15 @@
 #include "wkv7_reader.cuh"
 #include "wkv_gradients.cuh"
 
-struct Gradients7 : Paths {
+struct Gradients7 {
+    // Paths that are done; those that leave the tokens seen so far, by the token that reads and by the one that wrote.
+    Own w, reads, writes;
     Own r, k, a, b;  // of the late r
+
+    INFCTX_DEVICE float read(int32 channel, int32 group, int32 which) const { return reads.x[channel][group][which]; }
+    INFCTX_DEVICE float written(int32 channel, int32 group, int32 which) const {
+        return writes.x[channel][group][which];
+    }
 };
 
 // Scores' gradients, (chunk_tokens, score_pitch) each: of the pairs of a token in a row, whose gradient is sought, and
@@ -133,7 +140,7 @@ INFCTX_DEVICE void scale_outside7(Gradients7& d, const Vectors& x, const Decays&
         const float through = d.w.x[channel][0][0] * decays.whole[channel];
         FOR_EACH_TOKEN(group, which) d.w.x[channel][group][which] = through;
     }
-    cross_halves<8>(d);
+    cross_halves<8>(d.w, d);
 }
 
 // Adds the paths that meet in the middle of blocks of 2 half tokens.
@@ -173,13 +180,13 @@ INFCTX_DEVICE void meet_halves7(Gradients7& d, float* dscores, const Vectors& x,
 INFCTX_DEVICE void find_inner_gradients7(Gradients7& d, float* dscores, const Vectors& x, const Decays& decays) {
     // The warp syncs, here and in `meet_halves7`, only so that compilers do one thing at a time, with fewer registers.
     meet_halves7<8>(d, dscores, x, decays);
-    cross_halves<4>(d);
+    cross_halves<4>(d.w, d);
     sync_warp();
     meet_halves7<4>(d, dscores, x, decays);
-    cross_halves<2>(d);
+    cross_halves<2>(d.w, d);
     sync_warp();
     meet_halves7<2>(d, dscores, x, decays);
-    cross_halves<1>(d);
+    cross_halves<1>(d.w, d);
     sync_warp();
     meet_halves7<1>(d, dscores, x, decays);
     FOR_EACH_OWN(channel, group, which) {

@@ -304,7 +304,7 @@ def backward(
     dstate = dfinal.new_empty(dfinal.shape)
     dinitial = zeros_by_span(layout, dfinal) if learns and starts is not None else None
     arguments = (r, k, v, w, u, dy, gradients, starts, initial, kept, dr, dk, dv, dw, du, dstate, dinitial)
-    grid, block = layout.rows * layout.spans, 64 * layout.warps
+    grid, block = layout.rows * layout.spans, 128 * layout.warps
     if grid:
         all_arguments = (*arguments, *numbers, initial_heads)
         kernels.launch("wkv_backward", grid, block, backward_shared_bytes(layout), all_arguments)

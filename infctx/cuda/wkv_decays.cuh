@@ -4,8 +4,10 @@
 
 #include "wkv_layout.cuh"
 
+constexpr float log2_e = 1.4426950408889634f;
+
 // exp of a log decay or a sum of them: 2^(x log2 e).
-INFCTX_DEVICE float decay_of(float log_decay) { return exp2_approximate(log_decay * 1.4426950408889634f); }
+INFCTX_DEVICE float decay_of(float log_decay) { return exp2_approximate(log_decay * log2_e); }
 
 // Factors from 16 log decays of a channel, for the tokens that a lane owns, by channel and group.  Each is the
 // exponential of a sum of log decays <= 0, so at most 1; nothing is divided or subtracted.
@@ -14,7 +16,7 @@ struct Decays {
     float other_pair[2][2];  // of the other two tokens of the four
     float other_four[2][2];  // of the other four tokens of the group
     float eight[2][2];  // of the group
-    float whole[2], log_whole[2];  // of the chunk
+    float whole[2], log2_whole[2];  // of the chunk
 
     INFCTX_DEVICE float pair_before(int32 channel, int32 group) const {
         return lane_place() % 2 == 1 ? other_pair[channel][group] : 1.0f;
@@ -52,23 +54,24 @@ struct Decays {
 INFCTX_DEVICE Decays find_decays(const Own& w) {
     Decays decays;
     FOR_EACH_PAIR(channel, group) {
-        const float first = w.x[channel][group][0], second = w.x[channel][group][1];
+        // To powers of two once, instead of for each sum.
+        const float first = w.x[channel][group][0] * log2_e, second = w.x[channel][group][1] * log2_e;
         const float pair = first + second;
         const float other_pair = shuffle_xor(pair, 1);
         const float four = pair + other_pair;
         const float other_four = shuffle_xor(four, 2);
-        decays.first[channel][group] = decay_of(first);
-        decays.second[channel][group] = decay_of(second);
-        decays.other_pair[channel][group] = decay_of(other_pair);
-        decays.other_four[channel][group] = decay_of(other_four);
+        decays.first[channel][group] = exp2_approximate(first);
+        decays.second[channel][group] = exp2_approximate(second);
+        decays.other_pair[channel][group] = exp2_approximate(other_pair);
+        decays.other_four[channel][group] = exp2_approximate(other_four);
         decays.eight[channel][group] = four + other_four;
     }
 #pragma unroll
     for (int32 channel = 0; channel < 2; ++channel) {
-        decays.log_whole[channel] = decays.eight[channel][0] + decays.eight[channel][1];
-        decays.whole[channel] = decay_of(decays.log_whole[channel]);
-        decays.eight[channel][0] = decay_of(decays.eight[channel][0]);
-        decays.eight[channel][1] = decay_of(decays.eight[channel][1]);
+        decays.log2_whole[channel] = decays.eight[channel][0] + decays.eight[channel][1];
+        decays.whole[channel] = exp2_approximate(decays.log2_whole[channel]);
+        decays.eight[channel][0] = exp2_approximate(decays.eight[channel][0]);
+        decays.eight[channel][1] = exp2_approximate(decays.eight[channel][1]);
     }
     return decays;
 }
@@ -125,10 +128,11 @@ INFCTX_DEVICE float level_factor(const Decays& decays, int32 channel, int32 grou
     }
     if (half == 1) return 1.0f;
     const bool left = is_left<half>(group, which);
-    float own = left ? (which == 0 ? decays.second[channel][group] : 1.0f)
-                     : (which == 0 ? 1.0f : decays.first[channel][group]);
-    if (half == 4) own *= left ? decays.pair_after(channel, group) : decays.pair_before(channel, group);
-    return own;
+    const float one = which == 0 ? decays.second[channel][group] : decays.first[channel][group];
+    const float own = left == (which == 0) ? one : 1.0f;
+    if (half == 2) return own;
+    // Of a group's four pairs the outer ones, 0 and 3, have another between themselves and the border.
+    return own * ((lane_place() + 1) / 2 % 2 == 0 ? decays.other_pair[channel][group] : 1.0f);
 }
 
 // Both sides of a level in one: k with its factor on the left, r with its factor on the right.

@@ -38,69 +38,74 @@ INFCTX_DEVICE void find_dscores(float* dscores, const Input* dy, const Input* v)
     }
 }
 
-// Paths that leave the tokens seen so far, by the token that reads and by the one that wrote; w, those that are done.
-struct Paths {
-    Own w, reads, writes;
-};
-
-struct Gradients : Paths {
-    Own r, k;
+struct Gradients {
+    Own r, k, w;
     float u[2];  // of the lane's own tokens
 };
 
-// The gradient of the decays of one half of a block of 2 half tokens: all paths from the other half's writes to later
-// tokens, or to its reads from earlier ones, cross all of this half.
-template <int32 half>
-INFCTX_DEVICE void cross_halves(Paths& d) {
+// Paths that leave the tokens seen so far: those that a token reads are r dr, those that it wrote are k dk.
+struct Paths {
+    const Gradients& d;
+    const Own &r, &k;
+
+    INFCTX_DEVICE float read(int32 channel, int32 group, int32 which) const {
+        return r.x[channel][group][which] * d.r.x[channel][group][which];
+    }
+    INFCTX_DEVICE float written(int32 channel, int32 group, int32 which) const {
+        return k.x[channel][group][which] * d.k.x[channel][group][which];
+    }
+};
+
+// dw, the gradient of the decays, of one half of a block of 2 half tokens: all paths from the other half's writes to
+// later tokens, or to its reads from earlier ones, cross all of this half.
+template <int32 half, typename AnyPaths>
+INFCTX_DEVICE void cross_halves(Own& dw, const AnyPaths& paths) {
     float sums[2][2];
     FOR_EACH_PAIR(channel, group) {
-        const float *reads = d.reads.x[channel][group], *writes = d.writes.x[channel][group];
         if (half == 1) {
-            d.w.x[channel][group][0] += reads[1];
-            d.w.x[channel][group][1] += writes[0];
+            dw.x[channel][group][0] += paths.read(channel, group, 1);
+            dw.x[channel][group][1] += paths.written(channel, group, 0);
         } else {
-            float sum = is_left<half>(group, 0) ? writes[0] + writes[1] : reads[0] + reads[1];
+            const float written = paths.written(channel, group, 0) + paths.written(channel, group, 1);
+            const float read = paths.read(channel, group, 0) + paths.read(channel, group, 1);
+            float sum = is_left<half>(group, 0) ? written : read;
             if (half >= 4) sum += shuffle_xor(sum, 1);
             if (half == 8) sum += shuffle_xor(sum, 2);
             sums[channel][group] = half == 8 ? sum : shuffle_xor(sum, half / 2);
         }
     }
     if (half == 1) return;
-    FOR_EACH_OWN(channel, group, which) d.w.x[channel][group][which] += sums[channel][half == 8 ? 1 - group : group];
+    FOR_EACH_OWN(channel, group, which) dw.x[channel][group][which] += sums[channel][half == 8 ? 1 - group : group];
 }
 
-// From outside the chunk: `state` before it, `gradient` of the state after it.  The results are not scaled yet.
-INFCTX_DEVICE void read_outside(Gradients& d, const KeySlab& state, const KeySlab& gradient, const Input* dy,
-                                const Input* v) {
-    d.r = state.read(dy);
-    d.k = gradient.read(v);
+// The paths through the whole chunk, by channel: from `state` before it to `gradient` of the state after it.
+INFCTX_DEVICE void find_through(float (&through)[2], const KeySlab& state, const KeySlab& gradient) {
 #pragma unroll
     for (int32 channel = 0; channel < 2; ++channel) {
-        float through = 0.0f;  // paths through the whole chunk
+        through[channel] = 0.0f;
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            through += state.x[n].x[2 * channel] * gradient.x[n].x[2 * channel];
-            through += state.x[n].x[2 * channel + 1] * gradient.x[n].x[2 * channel + 1];
+            through[channel] += state.x[n].x[2 * channel] * gradient.x[n].x[2 * channel];
+            through[channel] += state.x[n].x[2 * channel + 1] * gradient.x[n].x[2 * channel + 1];
         }
-        through += shuffle_xor(through, 1);
-        through += shuffle_xor(through, 2);
-        d.w.x[channel][0][0] = through;
+        through[channel] += shuffle_xor(through[channel], 1);
+        through[channel] += shuffle_xor(through[channel], 2);
     }
 }
 
-INFCTX_DEVICE void scale_outside(Gradients& d, const Own& r, const Own& k, const Decays& decays) {
+// d.r and d.k: the state before the chunk times dy, and the gradient of the state after it times v.
+INFCTX_DEVICE void scale_outside(Gradients& d, const float (&through)[2], const Own& r, const Own& k,
+                                 const Decays& decays) {
     FOR_EACH_OWN(channel, group, which) {
         d.r.x[channel][group][which] *= decays.since(channel, group, which);
         d.k.x[channel][group][which] *= decays.until(channel, group, which);
-        d.reads.x[channel][group][which] = r.x[channel][group][which] * d.r.x[channel][group][which];
-        d.writes.x[channel][group][which] = k.x[channel][group][which] * d.k.x[channel][group][which];
     }
 #pragma unroll
     for (int32 channel = 0; channel < 2; ++channel) {
-        const float through = d.w.x[channel][0][0] * decays.whole[channel];
-        FOR_EACH_TOKEN(group, which) d.w.x[channel][group][which] = through;
+        const float whole = through[channel] * decays.whole[channel];
+        FOR_EACH_TOKEN(group, which) d.w.x[channel][group][which] = whole;
     }
-    cross_halves<8>(d);
+    cross_halves<8>(d.w, Paths{d, r, k});
 }
 
 // The dscores between the tokens of `group`, in columns, and those that they meet at this level, in rows.
@@ -108,15 +113,11 @@ template <int32 half>
 INFCTX_DEVICE Right<of_states> load_dscores(const float* dscores, int32 group) {
     const int32 row = lane_group(), column = 2 * lane_place();
     const int32 others = half == 8 ? 1 - group : group;
-    auto right = load_right<of_states>(dscores + (8 * group + row) * score_pitch + 8 * others + column);
-    if (half == 8) return right;
+    const Packet<8> two = load_packet<8>(dscores + (8 * group + row) * score_pitch + 8 * others + column);
+    float x[2] = {bits_float(two.x[0]), bits_float(two.x[1])};
 #pragma unroll
-    for (int32 i = 0; i < 2; ++i) {
-        const bool meet = (row ^ (column + i)) / half == 1;
-        right.large.x[i] = meet ? right.large.x[i] : 0u;
-        right.small.x[i] = meet ? right.small.x[i] : 0u;
-    }
-    return right;
+    for (int32 i = 0; i < 2; ++i) x[i] = half == 8 || (row ^ (column + i)) / half == 1 ? x[i] : 0.0f;
+    return make_right<of_states>(x[0], x[1]);
 }
 
 // Adds the paths that meet in the middle of blocks of 2 half tokens.
@@ -124,22 +125,19 @@ template <int32 half>
 INFCTX_DEVICE void meet_halves(Gradients& d, const float* dscores, const Own& r, const Own& k,
                                const Decays& decays) {
     const Own met = meet_at<half>(r, k, decays);
-    SumFragment sums[2] = {};
+    SumFragment sums[2];
 #pragma unroll
     for (int32 group = 0; group < 2; ++group) {
         const auto others = left_of<of_states>(met, half == 8 ? 1 - group : group);
-        multiply(sums[group], others, load_dscores<half>(dscores, group));
+        begin_product(sums[group], others, load_dscores<half>(dscores, group));
     }
     FOR_EACH_OWN(channel, group, which) {
         const float sum = sums[group].x[2 * channel + which];
         const float gradient = sum * level_factor<half>(decays, channel, group, which);
-        const float path = sum * met.x[channel][group][which];
         if (is_left<half>(group, which)) {
             d.k.x[channel][group][which] += gradient;
-            d.writes.x[channel][group][which] += path;
         } else {
             d.r.x[channel][group][which] += gradient;
-            d.reads.x[channel][group][which] += path;
         }
     }
 }
@@ -149,13 +147,13 @@ INFCTX_DEVICE void find_inner_gradients(Gradients& d, const float* dscores, cons
                                         const Decays& decays, const float (&u)[2]) {
     // The warp syncs only so that compilers do one level at a time, with fewer registers.
     meet_halves<8>(d, dscores, r, k, decays);
-    cross_halves<4>(d);
+    cross_halves<4>(d.w, Paths{d, r, k});
     sync_warp();
     meet_halves<4>(d, dscores, r, k, decays);
-    cross_halves<2>(d);
+    cross_halves<2>(d.w, Paths{d, r, k});
     sync_warp();
     meet_halves<2>(d, dscores, r, k, decays);
-    cross_halves<1>(d);
+    cross_halves<1>(d.w, Paths{d, r, k});
     sync_warp();
     meet_halves<1>(d, dscores, r, k, decays);
     d.u[0] = 0.0f, d.u[1] = 0.0f;

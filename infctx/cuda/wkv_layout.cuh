@@ -35,10 +35,18 @@ constexpr int32 score_pitch = 24;
 constexpr int32 chunk_values = chunk_tokens * value_pitch;
 constexpr int32 chunk_scores = chunk_tokens * score_pitch;
 
+// Without a sign, a quotient and a remainder are one instruction each.  Version 7 keeps the sign (SIGNED_LANES) in those
+// of its builds that would spill without it.
+#ifdef SIGNED_LANES
+typedef int32 LaneNumber;
+#else
+typedef uint32 LaneNumber;
+#endif
+
 // Compilers would keep every address of a loop's body in registers, which have better uses.  So a lane's number is
 // recomputed at every use.
-INFCTX_DEVICE int32 lane_group() { return opaque(lane_index()) / 4; }
-INFCTX_DEVICE int32 lane_place() { return opaque(lane_index()) % 4; }
+INFCTX_DEVICE int32 lane_group() { return static_cast<int32>(static_cast<LaneNumber>(opaque(lane_index())) / 4); }
+INFCTX_DEVICE int32 lane_place() { return static_cast<int32>(static_cast<LaneNumber>(opaque(lane_index())) % 4); }
 
 // ---- the problem ----
 
@@ -63,7 +71,8 @@ struct Place {
 
 INFCTX_DEVICE Place find_place(const Problem& problem, int32 first_span, int32 spans) {
     const int32 heads = static_cast<int32>(problem.num_heads);
-    int32 index = static_cast<int32>(blockIdx.x);
+    // Roles find their place on their own: kept from before they part, it would be in registers of all.
+    const int32 index = opaque(static_cast<int32>(blockIdx.x));
     Place place;
     place.span = first_span + index % spans;
     place.row = index / spans;
@@ -83,7 +92,13 @@ struct Rows {
     Element* start;
     int64 offset, stride;
 
-    INFCTX_DEVICE Element* at(int32 token) const { return start + (offset + token * stride); }
+    INFCTX_DEVICE Element* at(int32 token) const { return start + place_of(token); }
+
+    // A token's distance from the next one has 32 bits; so a product of two of 32, without signs, finds its place.
+    INFCTX_DEVICE int64 place_of(int32 token) const {
+        const uint64 tokens = static_cast<uint32>(token);
+        return offset + static_cast<int64>(tokens * static_cast<uint32>(stride));
+    }
 };
 
 template <typename Element>
@@ -131,17 +146,20 @@ INFCTX_DEVICE int32 own_channel(int32 slab) { return 16 * slab + 2 * lane_group(
 
 // The offsets of the lane's numbers of a chunk, the same in all tensors of one shape: elements from the start.
 struct OwnPlaces {
-    int64 first, stride;
-    int32 tokens_left;  // from the lane's first token to the end
+    int64 first;
+    int32 stride, tokens_left;  // from the lane's first token to the end
 
-    INFCTX_DEVICE int64 at(int32 group, int32 which) const { return first + (8 * group + which) * stride; }
+    template <typename Element>
+    INFCTX_DEVICE Element* at(Element* own, int32 group, int32 which) const {
+        return own + (8 * group + which) * opaque(stride);
+    }
     INFCTX_DEVICE bool inside(int32 group, int32 which) const { return 8 * group + which < tokens_left; }
 };
 
 template <typename Element>
 INFCTX_DEVICE OwnPlaces own_places(const Rows<Element>& rows, int32 slab, int32 first_token, int32 end) {
     const int32 token = first_token + 2 * lane_place();
-    return {rows.offset + token * rows.stride + own_channel(slab), rows.stride, end - token};
+    return {rows.place_of(token) + own_channel(slab), static_cast<int32>(rows.stride), end - token};
 }
 
 // Unconverted, as loaded: the conversion waits for the load, so it is done late.
@@ -154,13 +172,20 @@ struct Loaded {
 template <typename Element>
 INFCTX_DEVICE Loaded<Element> load_own(const Element* start, const OwnPlaces& places) {
     Loaded<Element> loaded;
+    const Element* own = opaque(start + places.first);
     FOR_EACH_TOKEN(group, which) {
-        loaded.x[group][which] = {};
-        if (places.inside(group, which)) {
-            loaded.x[group][which] = load_packet<2 * sizeof(Element)>(start + places.at(group, which));
-        }
+        const bool inside = places.inside(group, which);
+        loaded.x[group][which] = load_global<2 * sizeof(Element)>(places.at(own, group, which), inside);
     }
     return loaded;
+}
+
+template <typename Element>
+INFCTX_DEVICE void abandon(Loaded<Element>& loaded) {
+    FOR_EACH_TOKEN(group, which) {
+#pragma unroll
+        for (uint32 i = 0; i < sizeof(Element) / 2; ++i) abandon(loaded.x[group][which].x[i]);
+    }
 }
 
 INFCTX_DEVICE float one_of(const Packet<4>& two, int32 channel) {
@@ -175,19 +200,22 @@ INFCTX_DEVICE Own to_own(const Loaded<Element>& loaded) {
     return own;
 }
 
-INFCTX_DEVICE void store_pair(bf16* to, float first, float second) {
-    store_packet<4>(to, Packet<4>{{pack_bf16(first, second)}});
+INFCTX_DEVICE Packet<4> pair_of(const bf16*, float first, float second) { return {{pack_bf16(first, second)}}; }
+INFCTX_DEVICE Packet<8> pair_of(const float*, float first, float second) {
+    return {{float_bits(first), float_bits(second)}};
 }
-INFCTX_DEVICE void store_pair(float* to, float first, float second) {
-    store_packet<8>(to, Packet<8>{{float_bits(first), float_bits(second)}});
+
+template <typename Element>
+INFCTX_DEVICE void store_pair(Element* to, float first, float second) {
+    store_packet<2 * sizeof(Element)>(to, pair_of(to, first, second));
 }
 
 template <typename Element>
 INFCTX_DEVICE void store_own(Element* start, const OwnPlaces& places, const Own& own) {
+    Element* to = opaque(start + places.first);
     FOR_EACH_TOKEN(group, which) {
-        if (places.inside(group, which)) {
-            store_pair(start + places.at(group, which), own.x[0][group][which], own.x[1][group][which]);
-        }
+        const auto pair = pair_of(to, own.x[0][group][which], own.x[1][group][which]);
+        store_global<2 * sizeof(Element)>(places.at(to, group, which), pair, places.inside(group, which));
     }
 }
 

@@ -183,10 +183,12 @@ def forward_shared_bytes(layout: Layout) -> int:
 
 
 def backward_shared_bytes(layout: Layout) -> int:
-    tokens = layout.tile_tokens
-    values = 2 * tokens * _value_pitch(layout) * layout.dtype.itemsize
-    states = 4 * (tokens // 32) * layout.head_size**2
-    return values + states + _staged_bytes(layout, staged=2, levels=1, scores=1 + tokens // CHUNK_TOKENS)
+    tile = layout.tile_tokens // CHUNK_TOKENS
+    chunks = (8 if tile > 2 else 3) + 2  # of v and of dy
+    values = chunks * CHUNK_TOKENS * _value_pitch(layout) * layout.dtype.itemsize
+    outside = 2 * 4 * (2 * CHUNK_TOKENS + 1) * layout.head_size
+    others = 4 * layout.head_size + 64  # u, places, where documents start
+    return values + 4 * layout.head_size**2 + outside + others + _staged_bytes(layout, staged=2, levels=1, scores=4)
 
 
 def span_shared_bytes(layout: Layout) -> int:

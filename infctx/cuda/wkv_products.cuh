@@ -69,6 +69,22 @@ INFCTX_DEVICE void multiply(SumFragment& sum, const Left<left_precision>& left, 
     mma_tf32(sum, left.large, right.large);
 }
 
+// The same for the first product of a sum.
+template <Precision left_precision, Precision right_precision>
+INFCTX_DEVICE void begin_product(SumFragment& sum, const Left<left_precision>& left,
+                                 const Right<right_precision>& right) {
+    if (left_precision == full) {
+        first_mma_tf32(sum, left.small, right.large);
+        if (right_precision == full) mma_tf32(sum, left.large, right.small);
+        mma_tf32(sum, left.large, right.large);
+    } else if (right_precision == full) {
+        first_mma_tf32(sum, left.large, right.small);
+        mma_tf32(sum, left.large, right.large);
+    } else {
+        first_mma_tf32(sum, left.large, right.large);
+    }
+}
+
 // ---- operands ----
 //
 // A product over 8 tokens or channels uses them in the order 0 2 4 6 1 3 5 7, on both sides, so that a lane's two are
@@ -156,21 +172,35 @@ struct KeySlab {
         for (int32 n = 0; n < num_columns; ++n) x[n] = {};
     }
 
-    INFCTX_DEVICE void load(const float* matrix, int32 slab) {
+    INFCTX_DEVICE void forget() {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            const float* from = matrix + own_channel(slab) * num_channels + 8 * n + 2 * lane_place();
-            const Packet<8> first = load_packet<8>(from), second = load_packet<8>(from + num_channels);
+#pragma unroll
+            for (int32 i = 0; i < 4; ++i) abandon(x[n].x[i]);
+        }
+    }
+
+    // The lane's first number; the others are at fixed distances.
+    template <typename Number>
+    static INFCTX_DEVICE Number* own_corner(Number* matrix, int32 slab) {
+        return matrix + (own_channel(slab) * num_channels + 2 * lane_place());
+    }
+
+    INFCTX_DEVICE void load(const float* matrix, int32 slab) {
+        const float* own = own_corner(matrix, slab);
+#pragma unroll
+        for (int32 n = 0; n < num_columns; ++n) {
+            const Packet<8> first = load_packet<8>(own + 8 * n), second = load_packet<8>(own + 8 * n + num_channels);
             x[n] = {bits_float(first.x[0]), bits_float(first.x[1]), bits_float(second.x[0]), bits_float(second.x[1])};
         }
     }
 
     INFCTX_DEVICE void store(float* matrix, int32 slab) const {
+        float* own = own_corner(matrix, slab);
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
-            float* to = matrix + own_channel(slab) * num_channels + 8 * n + 2 * lane_place();
-            store_pair(to, x[n].x[0], x[n].x[1]);
-            store_pair(to + num_channels, x[n].x[2], x[n].x[3]);
+            store_pair(own + 8 * n, x[n].x[0], x[n].x[1]);
+            store_pair(own + 8 * n + num_channels, x[n].x[2], x[n].x[3]);
         }
     }
 
@@ -183,12 +213,10 @@ struct KeySlab {
             const InputBlock block = load_by_tokens(values, 8 * n);
 #pragma unroll
             for (int32 half = 0; half < 2; ++half) {
-                SumFragment sum = {};
-#pragma unroll
-                for (int32 group = 0; group < 2; ++group) {
-                    const float* two = block.x[group][half];
-                    multiply(sum, left[group], make_right<of_inputs>(two[0], two[1]));
-                }
+                SumFragment sum;
+                const float (&two)[2] = block.x[0][half], (&others)[2] = block.x[1][half];
+                begin_product(sum, left[0], make_right<of_inputs>(two[0], two[1]));
+                multiply(sum, left[1], make_right<of_inputs>(others[0], others[1]));
                 float* numbers = x[n + half].x;
 #pragma unroll
                 for (int32 i = 0; i < 4; ++i) numbers[i] = multiply_add(numbers[i], decays[i / 2], sum.x[i]);

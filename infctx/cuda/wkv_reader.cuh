@@ -147,12 +147,10 @@ struct Reader : ValueSlab {
 #pragma unroll
         for (int32 n = 0; n < num_columns; ++n) {
             const Packet<8> decays = load_packet<8>(staged.decays + 8 * n + 2 * place);
-            SumFragment sum = {};
-#pragma unroll
-            for (int32 i = 0; i < 2; ++i) {
-                const float* writers = staged.writers + (8 * i + 2 * place) * write_pitch + 8 * n + group;
-                multiply(sum, values_of[i], make_right<of_states>(writers[0], writers[write_pitch]));
-            }
+            SumFragment sum;
+            const float* writers = staged.writers + 2 * place * write_pitch + 8 * n + group;
+            begin_product(sum, values_of[0], make_right<of_states>(writers[0], writers[write_pitch]));
+            multiply(sum, values_of[1], make_right<of_states>(writers[8 * write_pitch], writers[9 * write_pitch]));
             float* numbers = state[n].x;
 #pragma unroll
             for (int32 i = 0; i < 4; ++i) numbers[i] = multiply_add(numbers[i], bits_float(decays.x[i % 2]), sum.x[i]);

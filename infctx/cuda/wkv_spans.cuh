@@ -61,7 +61,7 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
 
     KeySlab state;
     state.clear();
-    float log_decay[2] = {0.0f, 0.0f};
+    float log2_decay[2] = {0.0f, 0.0f};
     bool cut = false;
     for (int32 step = 0; step < span_stages - 1; ++step) copy_values(step);
     const auto load = [&](int32 step, Loaded<Input>& loaded_keys, Loaded<float>& loaded_w) {
@@ -84,17 +84,20 @@ INFCTX_DEVICE void sum_span(const Problem& problem, const SpanInput& input, floa
         copy_values(step + span_stages - 1);
         state.advance(chunk.whole, backward ? since_start(keys, chunk) : until_end(keys, chunk),
                       stages + step % span_stages * chunk_values);
-        if (begins && backward) state.clear();
+        if (begins && backward) {
+            sync_warp();  // only so that this is a branch, and not a choice for each number
+            state.clear();
+        }
         cut = cut || begins;
-        log_decay[0] += chunk.log_whole[0], log_decay[1] += chunk.log_whole[1];
+        log2_decay[0] += chunk.log2_whole[0], log2_decay[1] += chunk.log2_whole[1];
     }
     cp_async_wait<0>();
     const int64 index = static_cast<int64>(place.row) * spans + place.span - first_span;
     state.store(find_matrix(sums, index), slab);
     if (lane_place() == 0) {
         float* to = decays + index * num_channels + own_channel(slab);
-        to[0] = cut ? 0.0f : decay_of(log_decay[0]);
-        to[1] = cut ? 0.0f : decay_of(log_decay[1]);
+        to[0] = cut ? 0.0f : exp2_approximate(log2_decay[0]);
+        to[1] = cut ? 0.0f : exp2_approximate(log2_decay[1]);
     }
 }
 

@@ -52,8 +52,8 @@ class Costs:
     """
 
     run: float
-    sum: float
     crowd: float
+    sum: float
     begin: float
     megabyte: float
     roles: int
@@ -63,24 +63,28 @@ class Costs:
 # Of commit 2681cb9, fitted to its 24 times for each direction in docs/benchmarks/wkv-nvidia-h100-80gb-hbm3.md, by least
 # squares of the relative errors, which are 1.4 % (forward, to train) and 1.0 % (backward) on average and 7 % at most.
 FITTED = {
-    "forward": Costs(run=1.82, sum=0.76, crowd=0.045, begin=3.75, megabyte=0.159, roles=1, registers=168),
-    "backward": Costs(run=3.40, sum=0.76, crowd=0.0, begin=1.2, megabyte=0.291, roles=2, registers=255),
+    "forward": Costs(run=1.82, crowd=0.045, sum=0.76, begin=3.75, megabyte=0.159, roles=1, registers=168),
+    "backward": Costs(run=3.40, crowd=0.0, sum=0.76, begin=1.2, megabyte=0.291, roles=2, registers=255),
 }
 
-# The run of forward has two roles today and has not been timed.  Its time of a chunk is the fitted one times the ratio
-# of the cycles that `tools/machine_code.py --replay` finds for it; all else is as fitted.
-CYCLES = {"of one block": (3304, 2040), "of two": (4571, 3103)}
-"""Of a chunk of forward, of 2681cb9 and today."""
+# The kernels of today have not been timed.  Their times of a chunk are the fitted ones times the ratio of the cycles
+# that `tools/machine_code.py --replay` finds for it; all else is as fitted.
+CYCLES = {"forward": ((3304, 4571), (1803, 2716)), "backward": ((7482,), (3680,))}
+"""Of the run, of 2681cb9 and today, by blocks on a processor."""
+SUM_CYCLES = {"forward": (2126, 1778), "backward": (1937, 1729)}
+"""Of the sums, with one block."""
 
 
-def _forward_today() -> Costs:
-    fitted = FITTED["forward"]
-    times = {"of one block": fitted.run, "of two": fitted.run * (1 + fitted.crowd)}
-    one, two = (times[blocks] * now / before for blocks, (before, now) in CYCLES.items())
-    return replace(fitted, run=one, crowd=two / one - 1, roles=2, registers=128)
+def _scaled(direction: str, roles: int, registers: int) -> Costs:
+    fitted, (before, now) = FITTED[direction], CYCLES[direction]
+    run = fitted.run * now[0] / before[0]
+    of_two = fitted.run * (1 + fitted.crowd) * now[-1] / before[-1]
+    sum_before, sum_now = SUM_CYCLES[direction]
+    sums = fitted.sum * sum_now / sum_before
+    return replace(fitted, run=run, crowd=of_two / run - 1, sum=sums, roles=roles, registers=registers)
 
 
-COSTS = {"forward": _forward_today(), "backward": FITTED["backward"]}
+COSTS = {"forward": _scaled("forward", 2, 128), "backward": _scaled("backward", 4, 128)}
 LAUNCHES = {"forward": 8.8, "backward": 31.1}
 """Microseconds of a call however it is cut, from the same fit."""
 
@@ -108,8 +112,8 @@ def microseconds(
     """Returns the modeled time: spans that run in waves, their sums before that, the join, and memory traffic."""
     costs, threads = all_costs[direction], 32 * layout.warps
     shared_bytes = forward_shared_bytes(layout) if direction == "forward" else backward_shared_bytes(layout)
-    traffic = layout.forward_bytes() if direction == "forward" else layout.backward_bytes()
     run_slots = blocks_at_once(processors, costs.roles * threads, costs.registers, shared_bytes)
+    traffic = layout.forward_bytes() if direction == "forward" else layout.backward_bytes()
     chunks = min(layout.span_tokens, layout.tokens) / CHUNK_TOKENS + costs.begin
     time = LAUNCHES[direction] + costs.megabyte * traffic * layout.rows * layout.tokens / 1e6
     time += costs.run * chunks * _waves(layout.rows * layout.spans, processors, run_slots, costs.crowd)

@@ -121,40 +121,40 @@ FORWARD_FAULTS = {
     "sums do not wait for values": "wait<span_stages - 2> => wait<span_stages - 1>",
     "decays of spans pass over starts": "cut ? 0.0f : => false ? 0.0f :",
     "another span's beginning": "ends[(backward ? span + 1 : span) => ends[(backward ? span : span + 1)",
-    "reads tokens after the end": "if (places.inside(group, which)) { loaded => if (true) { loaded",
+    "reads tokens after the end": "const bool inside = places.inside(group, which); => const bool inside = true;",
     "copies tokens after the end": "const bool inside = token < end; => const bool inside = true;",
     "writes tokens after the end": "if (token < end) { => if (true) {",
-    "half a decay": "decay_of(decays.log_whole[channel]) => decay_of(decays.eight[channel][0])",
+    "half a decay": "exp2_approximate(decays.log2_whole[channel]) => exp2_approximate(decays.eight[channel][0])",
     "decay before a token twice": "return which == 0 ? since : since * => return since *",
     "no decay of the first group": "group == 0 ? since : since * eight[channel][0] => since",
 }
 BACKWARD_FAULTS = {
-    "a tile is overwritten": "end = span.place.end_token; sync_roles(); => end = span.place.end_token;",
-    "no barrier after a tile": "cp_async_wait<0>(); sync_roles(); => cp_async_wait<0>();",
-    "a tile is not waited for": "cp_async_wait<0>(); sync_roles => cp_async_wait<1>(); sync_roles",
-    "values miss a barrier": "sync_roles(); SumFragment => SumFragment",
-    "keys miss a barrier": "sync_roles(); scale_outside => scale_outside",
-    "no barrier before scores": [
-        "sync_roles(); find_scores => find_scores",
-        "sync_roles(); scale_outside => scale_outside",
-    ],
-    "no barrier after scores": [
-        "sync_roles(); SumFragment => SumFragment",
-        "sync_roles(); find_inner => find_inner",
-    ],
-    "one buffer of staged chunks": "chunk % 2 * staged_floats => 0",
-    "keys lose dS_T": "gradient.load(span.entering(), slab) => gradient.clear()",
+    "v is copied too late": "v_ahead = walks_ahead ? tile_chunks + 2 : tile_chunks => v_ahead = tile_chunks - 1",
+    "copies are not waited for": "cp_async_wait<0>(); sync_roles(); => cp_async_wait<1>(); sync_roles();",
+    "one buffer of dy": "dy + place_of(chunk, 2) * chunk_values => dy",
+    "values miss a barrier": "cp_async_wait<0>(); sync_roles(); } => cp_async_wait<0>(); }",
+    "one buffer of what comes from outside": "outside + place_of(chunk, 2) * outside_floats => outside",
+    "no barrier before scores": "sync_role<span_threads>(stage_barrier); =>",
+    "one buffer of scores": "return scores + place_of(chunk, 2) * chunk_scores => return scores",
+    "one buffer of dscores": "dscores + place_of(chunk, 2) * chunk_scores => dscores",
+    "one buffer of staged chunks": "find_staged(staged + place_of(chunk, 2) * staged_floats) => find_staged(staged)",
+    "half of G is taken back late": (
+        "take_columns<parked>(gradient, own); put_own(own, read); => "
+        "put_own(own, read); take_columns<parked>(gradient, own);"
+    ),
+    "the walk loads another chunk": "walk.load(chunk - 2); => walk.load(chunk - 1);",
+    "keys lose dS_T": "gradient.load(span.entering(), span.slab) => gradient.clear()",
     "values lose dS_T": "reader.load(span.entering(), span.slab) => reader.clear()",
     "keys pass over starts": "gradient.clear(); =>",
-    "values pass over starts": "if (span.begins_at(first + chunk)) reader.clear(); =>",
+    "values pass over starts": "reader.clear(); } => }",
     "the walk passes over starts": "if (!span.begins_at(chunk)) return; => return;",
-    "sums pass over starts": "if (begins && backward) state.clear(); =>",
+    "sums pass over starts": "state.clear(); } cut => } cut",
     "decays of spans pass over starts": "cut ? 0.0f : => false ? 0.0f :",
-    "dinitial of one start alone": "sum.x[n].x[i] += more => sum.x[n].x[i] = more",
+    "dinitial of one start alone": "bits_float(sum.x[0]) + x[0] => x[0]",
     "decay of the wrong side": "*= decays.until( => *= decays.since(",
-    "paths do not decay": "d.w.x[channel][0][0] * decays.whole[channel] => d.w.x[channel][0][0]",
+    "paths do not decay": "through[channel] * decays.whole[channel] => through[channel]",
     "a level is left out": "meet_halves<2>(d, dscores, r, k, decays); =>",
-    "writes tokens after the end": "if (places.inside(group, which)) { store => if (true) { store",
+    "writes tokens after the end": "pair, places.inside(group, which)); => pair, true);",
 }
 
 
@@ -198,7 +198,7 @@ BACKWARD_FAULTS_7 = {
     "the decay of r's own token": "+= r * late; => += 0;",
     "paths of the inner vectors": "+ inner_sum * of_inner.x[channel][group][which]; => ;",
     "decay of the wrong side": "d.b.x[channel][group][which] *= until => d.b.x[channel][group][which] *= since",
-    "writes tokens after the end": "if (places.inside(group, which)) { store => if (true) { store",
+    "writes tokens after the end": "pair, places.inside(group, which)); => pair, true);",
 }
 
 
@@ -322,7 +322,8 @@ extern "C" __global__ void find_offsets(int64* offsets, int64 num_batches, int64
     const Starts begins = find_starts(flags, problem, place);
     int64* to = offsets + blockIdx.x * 5;
     to[0] = rows.at(token) - base;
-    to[1] = own_places(rows, 3, token, place.end_token).at(1, 1);
+    const OwnPlaces own = own_places(rows, 3, token, place.end_token);
+    to[1] = own.at(base + own.first, 1, 1) - base;
     to[2] = find_matrix(base, tile) - base;
     to[3] = find_decay_rows(floats, w_batch, w_token, w_head, place).at(token) - floats;
     to[4] = begins.flags - flags + begins.first;

@@ -29,8 +29,10 @@ constexpr size_t page_bytes = 64 * 1024;  // a multiple of every page size in us
 
 const char* const block_barrier = "sync_block";
 const char* const roles_barrier = "sync_roles";
+const char* const role_barrier = "sync_role";
+constexpr int most_barriers = 16;
 
-enum class State { ready, at_barrier, at_primitive, exited };
+enum class State { ready, at_barrier, at_role_barrier, at_primitive, exited };
 enum class Order { forward, reverse, random };
 
 struct Stack {
@@ -48,6 +50,7 @@ struct Thread {
 
     const char* primitive = nullptr;  // the primitive it waits at, and where
     Place place = {};
+    int barrier = 0, barrier_threads = 0;  // of its role, for how many threads
     Operation operation = nullptr;
     Exchange exchange;
     Copies copies;
@@ -246,10 +249,27 @@ bool open_barrier() {
         const Place place = any_place ? launch.threads[in_warp]->place : one.place;
         return thread->primitive == one.primitive && same_place(thread->place, place);
     });
-    if (!same || one.state == State::at_primitive) report_divergence();
+    if (!same || one.state == State::at_primitive || one.state == State::at_role_barrier) report_divergence();
     if (one.state == State::exited) return false;
     std::for_each(launch.threads.begin(), end, [](const auto& thread) { thread->state = State::ready; });
     return true;
+}
+
+// Opens the barriers of roles at which as many threads as they are for have met.
+bool open_role_barriers() {
+    int met[most_barriers] = {}, wanted[most_barriers] = {};
+    for (size_t i = 0; i < launch.num_threads; ++i) {
+        const Thread& thread = *launch.threads[i];
+        if (thread.state != State::at_role_barrier) continue;
+        ++met[thread.barrier], wanted[thread.barrier] = thread.barrier_threads;
+    }
+    bool opened = false;
+    for (size_t i = 0; i < launch.num_threads; ++i) {
+        Thread& thread = *launch.threads[i];
+        if (thread.state != State::at_role_barrier || met[thread.barrier] != wanted[thread.barrier]) continue;
+        thread.state = State::ready, opened = true;
+    }
+    return opened;
 }
 
 // A warp runs until all its lanes are at the barrier before the next warp starts, so a missing barrier shows in either
@@ -266,11 +286,14 @@ void run_block() {
         for (bool went_on = true; went_on;) {
             went_on = false;
             put_in_order(warps.begin(), warps.end());
-            for (size_t warp : warps)
+            for (size_t warp : warps) {
                 while (run_warp(warp * warp_size, lanes)) {
                     went_on = true;
                     if (launch.order == Order::random && launch.random() % 16 == 0) break;
                 }
+                // Then the role continues in the same order: before the roles after it have begun.
+                if (open_role_barriers() && (went_on = true)) break;
+            }
         }
     } while (open_barrier());
     const std::string damage = damage_to_shared();
@@ -318,6 +341,11 @@ void wait_at(State state, const char* primitive, Operation operation, Place plac
 
 void sync_block(Place place) { wait_at(State::at_barrier, block_barrier, nullptr, place); }
 void sync_roles(Place place) { wait_at(State::at_barrier, roles_barrier, nullptr, place); }
+void sync_role(int barrier, int threads, Place place) {
+    if (barrier < 1 || barrier >= most_barriers) fail(place, "a role's barrier is 1 to 15");
+    launch.current->barrier = barrier, launch.current->barrier_threads = threads;
+    wait_at(State::at_role_barrier, role_barrier, nullptr, place);
+}
 
 void meet_warp(const char* name, Operation operation, Place place) {
     wait_at(State::at_primitive, name, operation, place);

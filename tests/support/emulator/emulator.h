@@ -48,6 +48,7 @@ struct Place {
 
 void sync_block(Place place);
 void sync_roles(Place place);
+void sync_role(int barrier, int threads, Place place);
 void sync_warp(Place place);
 
 unsigned float_bits(float x);
