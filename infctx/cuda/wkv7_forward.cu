@@ -27,7 +27,8 @@ wkv7_join_spans(const float* state, const float* sums, const float* transitions,
 constexpr int32 forward_stages = 2;  // chunks of values in flight or in use
 
 // Spans begin with `states`; with several spans, these are already in their places in `kept`.
-extern "C" __global__ void __launch_bounds__(span_threads)
+// Three blocks have room on a processor; without this number ptxas takes registers for two.
+extern "C" __global__ void __launch_bounds__(span_threads, 3)
 wkv7_forward(const Input* r, const float* w, const Input* k, const Input* v, const Input* a, const Input* b,
              const float* states, const uint8* starts, const float* initial, Input* y, float* final, float* kept,
              float* inner_values, int64 num_batches, int64 num_tokens, int64 num_heads, int64 num_spans,

@@ -36,8 +36,8 @@ class Costs:
 
 
 COSTS = {
-    "forward": Costs(run=3.65, sum=3.3, crowd=0.3, megabyte=0.25, registers=168),
-    "backward": Costs(run=13.6, sum=3.3, crowd=0.25, megabyte=0.29, registers=176),
+    "forward": Costs(run=3.36, sum=3.24, crowd=0.3, megabyte=0.25, registers=168),
+    "backward": Costs(run=11.4, sum=3.3, crowd=0.25, megabyte=0.29, registers=184),
 }
 JOIN_SPAN = 1.5
 """Microseconds for a span that is joined: a product of two matrices, computed in the same way."""

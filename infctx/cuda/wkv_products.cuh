@@ -226,7 +226,7 @@ struct KeySlab {
 
     // For each key and token, the sum over values of this times the token's values.
     INFCTX_DEVICE Own read(const Input* values) const {
-        SumFragment sums[2] = {};
+        SumFragment sums[2][2] = {};  // two for each group, so that a product waits less for the one before
 #pragma unroll
         for (int32 n = 0; n < num_columns; n += 2) {
             const InputBlock block = load_by_channels(values, 8 * n);
@@ -236,12 +236,15 @@ struct KeySlab {
 #pragma unroll
                 for (int32 group = 0; group < 2; ++group) {
                     const float* two = block.x[group][half];
-                    multiply(sums[group], left, make_right<of_inputs>(two[0], two[1]));
+                    multiply(sums[group][half], left, make_right<of_inputs>(two[0], two[1]));
                 }
             }
         }
         Own own;
-        FOR_EACH_OWN(channel, group, which) own.x[channel][group][which] = sums[group].x[2 * channel + which];
+        FOR_EACH_OWN(channel, group, which) {
+            const int32 i = 2 * channel + which;
+            own.x[channel][group][which] = sums[group][0].x[i] + sums[group][1].x[i];
+        }
         return own;
     }
 };

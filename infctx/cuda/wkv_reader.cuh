@@ -36,14 +36,22 @@ INFCTX_DEVICE void stage_chunk(const Staged& staged, float* levels, float* bonus
     stage_level<2>(levels + 2 * level, slab, meet_at<2>(r, k, decays));
     stage_level<1>(levels + 3 * level, slab, meet_at<1>(r, k, decays));
     if (lane_place() == 0) store_pair(staged.decays + own_channel(slab), decays.whole[0], decays.whole[1]);
+    float of_tokens[2][2];
     FOR_EACH_TOKEN(group, which) {
-        float bonus = r.x[0][group][which] * u[0] * k.x[0][group][which];
-        bonus += r.x[1][group][which] * u[1] * k.x[1][group][which];
-        bonus += shuffle_xor(bonus, 4);
-        bonus += shuffle_xor(bonus, 8);
-        bonus += shuffle_xor(bonus, 16);
-        if (lane_group() == 0) bonuses[slab * chunk_tokens + own_token(group, which)] = bonus;
+        of_tokens[group][which] = r.x[0][group][which] * u[0] * k.x[0][group][which];
+        of_tokens[group][which] += r.x[1][group][which] * u[1] * k.x[1][group][which];
     }
+    // Sums over the lanes' groups.  Of a lane's four tokens two go to a neighbor at first, then one of the other two.
+    const int32 kept_group = lane_group() % 2, kept = lane_group() / 2 % 2;
+    float of_two[2];
+#pragma unroll
+    for (int32 which = 0; which < 2; ++which) {
+        const float first = of_tokens[0][which], second = of_tokens[1][which];
+        of_two[which] = (kept_group == 0 ? first : second) + shuffle_xor(kept_group == 0 ? second : first, 4);
+    }
+    float bonus = (kept == 0 ? of_two[0] : of_two[1]) + shuffle_xor(kept == 0 ? of_two[1] : of_two[0], 8);
+    bonus += shuffle_xor(bonus, 16);
+    if (lane_group() < 4) bonuses[slab * chunk_tokens + own_token(kept_group, kept)] = bonus;
 }
 
 // The weight with which a token on the right reads one on the left; each warp does one level at a time.  The bonus is

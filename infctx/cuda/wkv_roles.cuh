@@ -308,6 +308,7 @@ INFCTX_DEVICE void run_outside(const Span& span, const BackwardOutput& output) {
     }
     const Place place = find_place(span.problem, 0, static_cast<int32>(span.problem.num_spans));  // found again
     if (place.span == 0) {
-        gradient.store(find_matrix(output.dstate, place.row), span.slab);
+        // Opaque, so that no register keeps the slab's offset from where the gradient was loaded.
+        gradient.store(find_matrix(output.dstate, place.row), opaque(span.slab));
     }
 }
