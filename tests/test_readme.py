@@ -177,7 +177,7 @@ def test_every_command_and_snippet_in_order(tmp_path, monkeypatch, hub, pages):
                 followed.add(command)
         for snippet in snippets(page) if page.startswith(("README", "docs")) else ():
             exec(compile(snippet, page, "exec"), {})
-    programs = {"make", "infctx", "python"} if pages == PAGES[:1] else {"hf", "python", "srun", ".venv/bin/torchrun"}
+    programs = {"make", "infctx"} if pages == PAGES[:1] else {"hf", "python", "srun", ".venv/bin/torchrun"}
     assert programs <= {line.split()[0] for line in followed}
 
 

@@ -32,9 +32,10 @@ def explain_failure(where: Failure, loss: Tensor, step: int, checkpoint: Path | 
     """Returns lines with the step and the layer, the documents, and the checkpoint that is left."""
     what = "the gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
     kept = f"the last checkpoint, {checkpoint}, is untouched" if checkpoint else "there is no checkpoint yet"
-    grown = f" (the largest entry of the states that came into it: {where.entry:.3g})" if where.entry else ""
+    grown = [f"the states before that segment had entries of up to {where.entry:.3g} in size"] if where.entry else []
     return [
-        f"step {step}: {what}, first in {where.place}{grown}; lower optimizer.peak_lr, or look at these documents",
+        f"step {step}: {what}, first in {where.place}; lower optimizer.peak_lr, or look at these documents",
+        *grown,
         f"documents of the step: {where.documents}",
         kept,
     ]

@@ -24,15 +24,21 @@ def test_kernels_that_are_right_agree(dtype, op, channels):
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "said", "op"),
     [
-        ("wkv_gradients.cuh", "d.w.x[channel][group][0] += reads[1];", "", "the gradient of w", "wkv"),
+        (
+            "wkv_gradients.cuh",
+            "dw.x[channel][group][0] += paths.read(channel, group, 1);",
+            "",
+            "the gradient of w",
+            "wkv",
+        ),
         (
             "wkv_decays.cuh",
-            "decays.first[channel][group] = decay_of(first);",
+            "decays.first[channel][group] = exp2_approximate(first);",
             "decays.first[channel][group] = 1;",
             "y",
             "wkv",
         ),
-        ("wkv_spans.cuh", "if (begins && backward) state.clear();", "", "the gradient of", "wkv"),
+        ("wkv_spans.cuh", "if (begins && backward) {", "if (false) {", "the gradient of", "wkv"),
         ("wkv7_gradients.cuh", "+= r * late;", "+= r * decay;", "the gradient of w", "wkv7"),
     ],
 )

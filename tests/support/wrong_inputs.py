@@ -131,6 +131,7 @@ a damaged store = train config.yaml data.store=bad
     bad.idx: ... copy it again, or make it with `infctx prepare`
 a training that fails = train config.yaml optimizer.peak_lr=1e38
     step 2: ... lower optimizer.peak_lr, or look at these documents
+    the states before that segment had entries ... in size
     documents of the step: lane 0: 1; lane 1: 0
     there is no checkpoint yet
 an export without a model = export gone.pth out.pth
