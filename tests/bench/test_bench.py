@@ -27,11 +27,8 @@ def cells(line):
     ("words", "rows"),
     [
         ("--version 6 --vocab 300 --mode truncated tune", 2),
-        pytest.param(
-            "--version 5 6 7 --vocab 64 300 --mode truncated exact tune adapter op --precision fp32 bf16 --minutes 20",
-            60,
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("--version 5 7 --vocab 64 300 --mode exact op", 8, marks=pytest.mark.slow),
+        pytest.param("--version 7 --vocab 64 --mode tune adapter --precision fp32 bf16", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_table_and_its_numbers(tmp_path, words, rows):
