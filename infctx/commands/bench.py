@@ -41,7 +41,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=number, default=4, help="no further round starts after this time (default %(default)s)"
     )
-    parser.add_argument("--against", metavar="COMMIT", nargs=1, default=(), help="measure this commit too, in turn")
+    parser.add_argument("--against", metavar="COMMIT", help="measure this commit too, in turn")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.md", help="write the table there, and all numbers next to it as .json"
     )
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     groups = make_groups(_choices(options))
     deadline = time.monotonic() + 60 * options.minutes
     with contextlib.ExitStack() as stack:
-        trees = [HERE, *(stack.enter_context(tree_of(commit)) for commit in options.against)]
+        trees = [HERE] if options.against is None else [HERE, stack.enter_context(tree_of(options.against))]
         measured: list[list[tuple[Measured, ...]]] = []
         for group in groups:
             if measured and time.monotonic() > deadline:

@@ -28,7 +28,9 @@ def cells(line):
     [
         ("--version 6 --vocab 300 --mode truncated tune", 2),
         pytest.param("--version 5 7 --vocab 64 300 --mode exact op", 8, marks=pytest.mark.slow),
-        pytest.param("--version 7 --vocab 64 --mode tune adapter --precision fp32 bf16", 4, marks=pytest.mark.slow),
+        pytest.param(
+            "--version 7 --vocab 64 --mode tune adapter --precision fp32 bf16 --against HEAD", 4, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_table_and_its_numbers(tmp_path, words, rows):
@@ -39,8 +41,11 @@ def test_a_table_and_its_numbers(tmp_path, words, rows):
     assert len(lines) == rows + 1
     head = cells(lines[0])
     numbers = json.loads((tmp_path / "table.json").read_text())
-    assert len(numbers["rows"]) == rows
-    for line, row in zip(lines[1:], numbers["rows"], strict=True):
+    of_two = "--against" in words
+    assert (head[-1] == "speed against HEAD") == of_two
+    assert len(numbers["rows"]) == rows * (1 + of_two)
+    assert not of_two or {row["commit"] for row in numbers["rows"][1::2]} == {"HEAD"}
+    for line, row in zip(lines[1:], numbers["rows"][:: 1 + of_two], strict=True):
         values = dict(zip(head, cells(line), strict=True))
         assert row["problem"] is None and len(row["steps"]) == 2
         assert values["mode"] == row["case"]["mode"]
