@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import multiprocessing
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from infctx.__main__ import main
 from infctx.files import atomic_file
+from infctx.report.starts import commit_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,5 +64,4 @@ def write_json(path: Path, content: Any) -> None:
 
 def commit() -> str:
     """Returns the commit of this repository, as short as git makes it."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return (commit_of(ROOT, digits=None) or "unknown").removesuffix("-dirty")

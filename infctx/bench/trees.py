@@ -21,7 +21,7 @@ def tree_of(commit: str) -> Iterator[Path]:
     """Unpacks a commit's package; gives its folder.  Raises InputError if there is no such commit, or no git."""
     if commit.startswith("-"):
         raise InputError(f"bench --against {commit}: is no commit; name one, such as HEAD~1")
-    archive = _git("archive", "--format=tar", commit, "infctx")
+    archive = _archive(commit)
     if archive is None:
         raise InputError(
             f"bench --against {commit}: git finds no such commit in {HERE}; use a clone, and name one of its commits"
@@ -32,17 +32,11 @@ def tree_of(commit: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def commit_of_here() -> str | None:
-    """Returns the commit that runs, short, with -dirty if files have changed; None without git or outside a clone."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit is None:
-        return None
-    return commit.decode().strip() + "-dirty" * bool(_git("status", "--porcelain", "--untracked-files=no"))
-
-
-def _git(*words: str) -> bytes | None:
+def _archive(commit: str) -> bytes | None:
+    """Returns the package at a commit as a tar; None without git, outside a clone, or if there is no such commit."""
+    command = ["git", "-C", str(HERE), "archive", "--format=tar", commit, "infctx"]
     try:
-        done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None

@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     from infctx.bench.cases import make_groups
     from infctx.bench.measure import Measured, measure_group
     from infctx.bench.table import as_json, check_output, markdown, write
-    from infctx.bench.trees import HERE, commit_of_here, tree_of
+    from infctx.bench.trees import HERE, tree_of
+    from infctx.report.starts import commit_of
 
     if options.output:
         check_output(options.output)
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{options.minutes:g} minutes are over: {left}; allow more with --minutes", file=sys.stderr)
     if not any(results[0].steps for group in measured for results in group):
         raise InputError(f"bench: nothing could be measured: {measured[0][0][0].problem}")
-    command, commit = shlex.join(["infctx", *options.arguments]), commit_of_here()
+    command, commit = shlex.join(["infctx", *options.arguments]), commit_of(HERE, digits=None)
     table = markdown(measured, command, commit, options.against)
     print(table, end="")
     if options.output:

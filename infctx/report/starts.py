@@ -104,11 +104,15 @@ def _this_start(plan: Plan, first_step: int) -> Start:
 
 
 @cache  # what is loaded stays what it was
-def commit_of(folder: Path) -> str | None:
-    """Returns the commit that a folder is at, None if it is not the top of a repository."""
+def commit_of(folder: Path, digits: int | None = 12) -> str | None:
+    """Returns the commit that a folder is at, with "-dirty" after changes; None if it is not the top of a repository.
+
+    digits: at least as many, None for as few as git takes
+    """
     if not (folder / ".git").exists():  # a repository further up is of somebody else's project
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    command += [] if digits is None else [f"--abbrev={digits}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -12,6 +12,7 @@ from infctx.bench.measure import Measured, Step
 from infctx.bench.table import MARKS, check_output, markdown, write
 from infctx.bench.worker import Subject
 from infctx.errors import InputError
+from infctx.report.starts import commit_of
 
 from runs import infctx_here
 
@@ -121,8 +122,9 @@ def test_another_commit_is_unpacked_and_removed(tmp_path, monkeypatch):
     with trees.tree_of("HEAD~1") as folder:
         assert (folder / "infctx" / "x.py").read_text() == "one"
     assert not folder.exists()
-    clean = trees.commit_of_here()
+    clean = commit_of(tmp_path, digits=None)
     (tmp_path / "infctx" / "x.py").write_text("three")
-    assert clean and trees.commit_of_here() == f"{clean}-dirty"
+    commit_of.cache_clear()
+    assert clean and commit_of(tmp_path, digits=None) == f"{clean}-dirty"
     with pytest.raises(InputError, match="no such commit"), trees.tree_of("HEAD~7"):
         pass
