@@ -57,11 +57,11 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace, differences_first: bool, joins_seeds: bool = False):  # noqa: ANN202  (the type would load pydantic)
-    from infctx.pages.write import write_report
+    from infctx.pages.write import figures_beside, write_report
 
     if options.output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output: {options.output} is no page; give it a name that ends in .html")
-    runs = write_report(options.runs, options.output, options.figures, differences_first, joins_seeds)
-    figures = options.figures or options.output.with_name(f"{options.output.stem}_figures")
+    figures = options.figures or figures_beside(options.output)
+    runs = write_report(options.runs, options.output, figures, differences_first, joins_seeds)
     print(f"wrote {options.output}, and its figures in {figures}")
     return runs

@@ -34,7 +34,7 @@ def write_report(
     """Writes the report of runs; returns them.
 
     joins_seeds:    whether figures show runs that differ in their seed alone as one
-    figures_folder: for the figures; None: next to the page, under its name with `_figures`
+    figures_folder: for the figures; None: `figures_beside` the page
     Raises InputError for a path that is no run, and for a file at `output` that is not a report.
     """
     _refuse_output(output)
@@ -43,11 +43,16 @@ def write_report(
     if joins_seeds:
         groups = [(heading, join_seeds(runs, figures)) for heading, figures in groups]
     _write(output, page_of(runs, groups, differences_first))
-    folder = figures_folder or output.with_name(f"{output.stem}_figures")
+    folder = figures_folder or figures_beside(output)
     for figure in (figure for _, figures in groups for figure in figures):
         _write(folder / f"{figure.name}.svg", draw_alone(figure))
         _write(folder / f"{figure.name}.json", json.dumps(figure.numbers(), indent=1) + "\n")
     return runs
+
+
+def figures_beside(output: Path) -> Path:
+    """Returns the folder for a page's figures, next to the page."""
+    return output.with_name(f"{output.stem}_figures")
 
 
 def write_own_report(folder: Path) -> Path | None:
