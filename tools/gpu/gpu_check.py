@@ -275,19 +275,11 @@ def command_of(numbers: Sequence[int]) -> list[str]:
 
 def run_benchmark(seconds: float, options: argparse.Namespace) -> str:
     """Returns the Markdown of `bench_wkv.py`, as far as it got."""
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "speed.md"
-        command = [sys.executable, str(Path(__file__).with_name("bench_wkv.py").resolve()), "--output", str(output)]
-        command += ["--minutes", f"{max(0.0, seconds) / 60:.2f}", *["--all"] * options.all]
-        command += ["--commit", options.commit] if options.commit else []
-        # It ends by itself, except that a last row may take any time.
-        for line in lines_of(command, lambda: end + 30 - time.monotonic(), longest=LONGEST_ROW_SECONDS):
-            if not isinstance(line, Ending):
-                print(line, flush=True)
-            elif line != "exit code 0":
-                print(f"the benchmark ended: {line}", flush=True)
-        return output.read_text(encoding="utf-8") if output.exists() else ""
+    command = [sys.executable, str(Path(__file__).with_name("bench_wkv.py").resolve())]
+    command += ["--minutes", f"{max(0.0, seconds) / 60:.2f}", *["--all"] * options.all]
+    command += ["--commit", options.commit] if options.commit else []
+    # It ends by itself, except that a last row may take any time.
+    return markdown_of("the benchmark", command, seconds + 30, LONGEST_ROW_SECONDS)
 
 
 def run_training(minutes: float) -> str:
@@ -295,18 +287,24 @@ def run_training(minutes: float) -> str:
     missing = [name for name in ("numpy", "psutil", "pydantic", "tqdm", "yaml") if find_spec(name) is None]
     if missing:
         return f"\n## Training\n\nNot measured: it needs {', '.join(missing)} too.\n"
+    command = [sys.executable, "-m", "infctx", "bench", "--device", "cuda", "--minutes", f"{minutes:g}"]
+    # A last window may take longer than the minutes.
+    table = markdown_of("infctx bench", command, 60 * minutes + LONGEST_ROW_SECONDS, longest=600, shows=False)
+    return f"\n## Training\n\n{table}" if table else ""
+
+
+def markdown_of(name: str, command: Sequence[str], seconds: float, longest: float, shows: bool = True) -> str:
+    """Returns what a command writes into its `--output`, empty if nothing; shows: also prints its lines."""
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "training.md"
-        command = [sys.executable, "-m", "infctx", "bench", "--device", "cuda", "--minutes", f"{minutes:g}"]
-        end = time.monotonic() + 60 * minutes
-        # A last window may take longer than the minutes.
-        lines = lines_of(
-            [*command, "--output", str(output)], lambda: end + LONGEST_ROW_SECONDS - time.monotonic(), longest=600
-        )
-        for line in lines:
-            if isinstance(line, Ending) and line != "exit code 0":
-                print(f"infctx bench ended: {line}", flush=True)
-        return f"\n## Training\n\n{output.read_text(encoding='utf-8')}" if output.exists() else ""
+        output = Path(folder) / "output.md"
+        for line in lines_of([*command, "--output", str(output)], lambda: end - time.monotonic(), longest):
+            if isinstance(line, Ending):
+                if line != "exit code 0":
+                    print(f"{name} ended: {line}", flush=True)
+            elif shows:
+                print(line, flush=True)
+        return output.read_text(encoding="utf-8") if output.exists() else ""
 
 
 # ---- output ----
